@@ -1,0 +1,148 @@
+"""``$RBEE_HOME`` and its run directory: where things are, made when needed, private."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import attrs
+
+from rbee.errors import MachineError
+
+
+@attrs.frozen
+class Home:
+    """One rbee installation of one user.
+
+    ``root`` may be on NFS and shared by nodes; ``run`` is local to this machine: sockets, locks
+    and the journal of owned processes live there, and its path is short (unix sockets end at 107
+    bytes).
+    """
+
+    root: Path
+    run: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def token_file(self) -> Path:
+        return self.root / "token"
+
+    @property
+    def queen_file(self) -> Path:
+        return self.run / "queen.json"
+
+    @property
+    def hive_file(self) -> Path:
+        return self.run / "hive.json"
+
+    def log_file(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
+
+def default_root(environ: Mapping[str, str] = os.environ) -> Path:
+    return Path(environ.get("RBEE_HOME") or "~/.rbee").expanduser()
+
+
+def find_home(root: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Home:
+    """Name the home without touching the disk."""
+    path = Path(root).expanduser() if root else default_root(environ)
+    path = path.absolute()
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    runtime = environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
+        return Home(path, Path(runtime) / f"rbee-{digest}")
+    return Home(path, Path(f"/tmp/rbee-{os.getuid()}-{digest}"))  # noqa: S108
+
+
+def open_home(root: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Home:
+    """Find the home and make what is missing of it.
+
+    Raises:
+        MachineError: it cannot be written, or somebody else owns the run directory.
+    """
+    home = find_home(root, environ)
+    with writing(home.root):
+        for path in (home.root, home.models, home.logs, home.run):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(home.run)
+    _link_run(home)
+    return home
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write below ``path`` into an error that says what to do."""
+    try:
+        yield
+    except OSError as exc:
+        raise MachineError(
+            f"cannot write {exc.filename or path}: {exc.strerror} "
+            f"(rbee needs a writable home with free space; it is {path})",
+            code="home_not_writable",
+            hint="RBEE_HOME=~/rbee-home rbee-keeper …   # another directory, with space",
+        ) from exc
+
+
+def _check_private(run: Path) -> None:
+    found = run.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise MachineError(
+            f"{run} is not a directory of yours (uid {os.getuid()}, found uid {found.st_uid})",
+            code="run_dir_not_private",
+            hint=f"ls -ld {run}",
+        )
+    if found.st_mode & 0o077:
+        run.chmod(0o700)
+
+
+def _link_run(home: Home) -> None:
+    """Keep ``$RBEE_HOME/run`` pointing at the run directory, for people."""
+    link = home.root / "run"
+    if link.is_symlink() and os.readlink(link) == str(home.run):
+        return
+    with writing(home.root):
+        temporary = home.root / f".run-{secrets.token_hex(4)}"
+        temporary.symlink_to(home.run)
+        temporary.replace(link)
+
+
+def read_token(home: Home) -> str:
+    """Return the operator's token, made at first use (0600)."""
+    try:
+        return home.token_file.read_text().strip()
+    except FileNotFoundError:
+        token = secrets.token_hex(24)
+    write_atomic(home.token_file, token + "\n")
+    return token
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a private file so that readers see the old or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with writing(path.parent):
+        try:
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(fd, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise

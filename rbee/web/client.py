@@ -1,0 +1,122 @@
+"""Typed HTTP calls between daemons: httpx, our errors, no proxies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeVar
+
+import httpx
+
+from rbee.errors import PeerError, RbeeError, UnavailableError, from_wire
+from rbee.wire import codec, sse
+
+T = TypeVar("T")
+
+CONNECT = 5.0
+
+
+def open_client(base_url: str = "", token: str = "") -> httpx.AsyncClient:
+    """Make a client for one peer: connect within 5 s, never a total limit, no environment."""
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx.AsyncClient(
+        base_url=base_url,
+        headers=headers,
+        trust_env=False,  # HTTP_PROXY would catch loopback
+        timeout=httpx.Timeout(None, connect=CONNECT),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
+    )
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn httpx's errors into ours, naming the peer."""
+    try:
+        yield
+    except httpx.ConnectError as exc:
+        raise UnavailableError(f"{what} does not answer: {exc}", code="unreachable") from exc
+    except httpx.TimeoutException as exc:
+        raise UnavailableError(f"{what} did not answer in time", code="unreachable") from exc
+    except (httpx.HTTPError, httpx.StreamError) as exc:
+        raise PeerError(f"{what} broke the connection: {exc or type(exc).__name__}") from exc
+
+
+def error_of(response: httpx.Response) -> RbeeError:
+    """Rebuild the error of a response whose body has been read."""
+    try:
+        error = json.loads(response.content)["error"]
+        return from_wire(
+            str(error.get("code", "")),
+            str(error["message"]),
+            hint=str(error.get("hint", "")),
+            status=response.status_code,
+            details=error.get("details") or {},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        text = response.text[:200]
+        return from_wire("", f"{response.status_code}: {text}", status=response.status_code)
+
+
+async def call(
+    client: httpx.AsyncClient, method: str, path: str, kind: type[T], body: Any = None, *, what: str
+) -> T:
+    """Send one request and return its typed answer; ``what`` names the peer in errors."""
+    content = None if body is None else codec.dumps(body)
+    headers = {} if body is None else {"content-type": "application/json"}
+    with translated(what):
+        response = await client.request(method, path, content=content, headers=headers)
+    if response.status_code >= 400:
+        raise error_of(response)
+    if kind is type(None) or not response.content:
+        return None  # type: ignore[return-value]
+    return codec.loads(response.content, kind)
+
+
+@asynccontextmanager
+async def open_events(
+    client: httpx.AsyncClient, method: str, path: str, body: Any = None, *, what: str
+) -> AsyncGenerator[EventStream, None]:
+    """Open a stream of server-sent events; closed with the body of the ``async with``."""
+    content = None if body is None else codec.dumps(body)
+    headers = {"accept": sse.CONTENT_TYPE.decode()}
+    if body is not None:
+        headers["content-type"] = "application/json"
+    request = client.build_request(method, path, content=content, headers=headers)
+    with translated(what):
+        response = await client.send(request, stream=True)
+    try:
+        if response.status_code >= 400:
+            with translated(what):
+                await response.aread()
+            raise error_of(response)
+        yield EventStream(response, what)
+    finally:
+        await response.aclose()
+
+
+class EventStream:
+    """Iterate ``(name, data)`` pairs as they come, or raw bytes with `chunks`."""
+
+    def __init__(self, response: httpx.Response, what: str) -> None:
+        self._chunks = response.aiter_raw()
+        self._what = what
+        self._decoder = sse.Decoder()
+        self._ready: list[tuple[str, str]] = []
+        self.headers = response.headers
+
+    async def chunk(self) -> bytes:
+        """Return the next bytes, b"" at the end."""
+        with translated(self._what):
+            return await anext(self._chunks, b"")
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> tuple[str, str]:
+        while not self._ready:
+            chunk = await self.chunk()
+            if not chunk:
+                raise StopAsyncIteration
+            self._ready = list(self._decoder.feed(chunk))
+        return self._ready.pop(0)

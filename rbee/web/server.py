@@ -1,0 +1,142 @@
+"""One HTTP server: hypercorn's trio worker on a listener of ours, with a bounded end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hypercorn.trio
+import trio
+from hypercorn.config import Config
+
+from rbee.errors import ConflictError, MachineError
+
+log = logging.getLogger(__name__)
+
+NEXT_PORTS = 200  # how many ports an owned daemon tries above its own
+
+
+def open_listener(host: str, port: int, *, exact: bool) -> socket.socket:
+    """Bind ``host:port``; 0 is any free port.
+
+    Args:
+        exact: fail if the port is taken (an operator asked for it), else take the next free one.
+
+    Raises:
+        ConflictError: the port is taken, or none is free in reach.
+        MachineError: the address is not one of this machine.
+    """
+    last = port if exact or port == 0 else min(port + NEXT_PORTS, 65535)
+    for candidate in range(port, last + 1):
+        try:
+            listener = socket.create_server((host, candidate), backlog=1024)
+        except OSError as exc:
+            if exc.errno not in (98, 13):  # EADDRINUSE, EACCES
+                raise MachineError(f"cannot listen on {host}:{candidate}: {exc.strerror}") from exc
+            continue
+        if candidate != port:
+            log.info("port %d is taken, using %d", port, candidate)
+        return listener
+    raise ConflictError(
+        f"port {port} on {host} is taken" + ("" if exact else f", and so are all up to {last}"),
+        code="port_taken",
+        hint=f"ss -ltnp 'sport = :{port}'   # or pass --port 0 for any free port",
+    )
+
+
+def url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve_http(
+    app: Any,
+    listener: socket.socket,
+    *,
+    stall_limit: float = 30.0,
+    grace: float = 1.0,
+    task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve ``app`` on ``listener`` (taken over) until cancelled; started with the base URL.
+
+    Cancelling closes the listener at once and gives running answers ``grace`` seconds; whoever
+    has not read his answer by then is cut off, for hypercorn shields its writes without a
+    deadline and one stalled reader would block the cascade for ever.
+    """
+    url, address = url_of(listener), listener.getsockname()
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_limit * 1000))
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    fd = listener.detach()
+    config = _config(fd, grace)
+    closing = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_set_when_cancelled, closing)
+        # Not a shield around work: the end is ordered through `closing` and bounded by `grace`.
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as inner:
+                inner.start_soon(_cut_after, closing, grace, address)
+                serve = partial(
+                    hypercorn.trio.serve, app, config, shutdown_trigger=closing.wait, mode="asgi"
+                )
+                inner.start_soon(_run_then_cancel, serve, inner.cancel_scope, fd, url, task_status)
+        nursery.cancel_scope.cancel(reason="server ended")
+
+
+def _config(fd: int, grace: float) -> Config:
+    config = Config()
+    config.bind = [f"fd://{fd}"]
+    config.backlog = 1024
+    config.graceful_timeout = grace
+    config.keep_alive_timeout = 75.0
+    config.include_server_header = False
+    config.errorlog = logging.getLogger("rbee.web.hypercorn")
+    config.errorlog.setLevel(logging.WARNING)
+    return config
+
+
+async def _run_then_cancel(
+    serve: Any, scope: trio.CancelScope, fd: int, url: str, task_status: trio.TaskStatus[str]
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve)
+        os.set_inheritable(fd, False)  # hypercorn makes it inheritable
+        task_status.started(url)
+    scope.cancel(reason="hypercorn ended")
+
+
+async def _set_when_cancelled(event: trio.Event) -> None:
+    try:
+        await trio.sleep_forever()
+    finally:
+        event.set()
+
+
+async def _cut_after(closing: trio.Event, grace: float, address: Any) -> None:
+    await closing.wait()
+    await trio.sleep(grace)
+    if cut := cut_accepted(address):
+        log.warning("cut %d connections whose readers had stalled", cut)
+
+
+def cut_accepted(address: Any) -> int:
+    """Shut down every connection of this process that was accepted at ``address``."""
+    cut = 0
+    for name in Path("/proc/self/fd").iterdir():
+        try:
+            if not os.readlink(name).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(name.name))) as sock:
+                if sock.getsockname() == address and _peer(sock):
+                    sock.shutdown(socket.SHUT_RDWR)
+                    cut += 1
+        except OSError:
+            continue
+    return cut
+
+
+def _peer(sock: socket.socket) -> Any:
+    return sock.getpeername()

@@ -1,0 +1,257 @@
+"""Routes and bodies, for clients and servers alike.
+
+Bodies are attrs classes; `rbee.wire.codec` turns them into JSON and back and refuses unknown keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+# routes ---------------------------------------------------------------------------------------
+HEALTH = "/health"
+METRICS = "/metrics"
+SHUTDOWN = "/v1/admin/shutdown"
+EXECUTE = "/execute"
+READY = "/v1/ready"
+TASKS = "/v2/tasks"
+QUEEN_NODES = "/v2/nodes"
+QUEEN_HIVES = "/v2/hives"
+QUEEN_WORKERS = "/v2/workers"
+QUEEN_MODELS = "/v2/models"
+QUEEN_WORKER_READY = "/v1/orchestrator/worker-ready"
+HIVE_WORKERS = "/v1/workers"
+HIVE_WORKER_READY = "/v1/workers/ready"
+HIVE_OWNERS = "/v1/owners"
+HIVE_MODELS = "/v1/models"
+HIVE_DEVICES = "/v1/devices"
+HIVE_LOGS = "/v1/logs"
+
+JOB_ID_HEADER = "x-rbee-job-id"
+
+
+@attrs.frozen
+class Health:
+    """``GET /health`` of every daemon. ``owner`` is ``operator`` or the owner's id."""
+
+    component: str
+    id: str
+    version: str
+    owner: str
+    home: str
+    pid: int
+    state: str = "ready"
+
+
+@attrs.frozen
+class Hello:
+    """A daemon's first line on stdout: it is listening and the next request would succeed."""
+
+    component: str
+    id: str
+    version: str
+    pid: int
+    url: str
+    capabilities: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class DaemonStart:
+    """What an owner tells a daemon on the first lifeline line (``start {json}``)."""
+
+    owner: str
+    token: str
+    run_dir: str
+    queen_url: str = ""
+    queen_id: str = ""
+    lease: float = 10.0
+
+
+@attrs.frozen
+class RunFile:
+    """``run/queen.json`` and ``run/hive.json``: where a daemon of this home is to be found."""
+
+    component: str
+    id: str
+    url: str
+    pid: int
+    start_time: int
+    boot_id: str
+    version: str
+    owner: str
+
+
+# workers --------------------------------------------------------------------------------------
+@attrs.frozen
+class StartWorker:
+    """``POST`` to a hive's or a queen's workers. Answer: 202 and `WorkerInfo`."""
+
+    model: str
+    engine: str = "vllm"
+    backend: str | None = None
+    device: str | None = None
+    owner: str = ""
+    node: str | None = None
+    task: str = "generate"
+    max_model_len: int | None = None
+    dtype: str | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
+    engine_args: dict[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen
+class WorkerInfo:
+    """One worker as its hive sees it. ``state`` is a `rbee.model.WorkerState` value."""
+
+    worker_id: str
+    model: str
+    state: str
+    url: str = ""
+    served_names: tuple[str, ...] = ()
+    engine: str = "vllm"
+    backend: str = "cpu"
+    device: str = "0"
+    owner: str = ""
+    node: str = "localhost"
+    pid: int = 0
+    error: ErrorDetail | None = None
+
+
+@attrs.frozen
+class WorkerReady:
+    """The ready callback, worker → hive → queen."""
+
+    worker_id: str
+    url: str
+    model_ref: str
+    backend: str
+    device: str
+
+
+@attrs.frozen
+class ReadyState:
+    """``GET /v1/ready`` of a worker: 200 with ``ready``, else 503 with what it is doing."""
+
+    worker_id: str
+    state: str
+    progress: str = ""
+
+
+# jobs -----------------------------------------------------------------------------------------
+@attrs.frozen
+class Message:
+    role: str
+    content: str
+
+
+@attrs.frozen
+class ExecuteRequest:
+    """``POST /execute``. Exactly one of ``prompt`` and ``messages``; ``raw`` skips the template."""
+
+    job_id: str
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    raw: bool = False
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+
+@attrs.frozen
+class TaskRequest:
+    """``POST /v2/tasks``: an `ExecuteRequest` less its id, plus the model and the placement."""
+
+    model: str
+    prompt: str | None = None
+    messages: tuple[Message, ...] | None = None
+    raw: bool = False
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    node: str | None = None
+    backend: str | None = None
+    device: str | None = None
+    engine: str | None = None
+    priority: int = 0
+    deadline: float | None = None
+
+
+# events of a job; the class name in lower case is the SSE event's name -------------------------
+@attrs.frozen
+class Queued:
+    job_id: str
+    position: int
+
+
+@attrs.frozen
+class Narration:
+    actor: str
+    action: str
+    text: str
+
+
+@attrs.frozen
+class Started:
+    job_id: str
+    worker_id: str
+    node: str
+    model: str
+
+
+@attrs.frozen
+class Token:
+    """``t`` is text; ``i`` the number of tokens generated so far, this text's included."""
+
+    t: str
+    i: int
+
+
+@attrs.frozen
+class End:
+    tokens_in: int
+    tokens_out: int
+    stop_reason: str
+    ttft_ms: float
+    duration_ms: float
+
+
+@attrs.frozen
+class Error:
+    code: str
+    message: str
+    hint: str = ""
+
+
+Event = Queued | Narration | Started | Token | End | Error
+EVENTS: dict[str, type[Any]] = {
+    cls.__name__.lower(): cls for cls in (Queued, Narration, Started, Token, End, Error)
+}
+TERMINAL = ("end", "error")
+
+
+@attrs.frozen
+class ErrorDetail:
+    code: str
+    message: str
+    hint: str = ""
+    details: dict[str, Any] = attrs.field(factory=dict)
+    correlation_id: str = ""
+
+
+@attrs.frozen
+class ErrorBody:
+    """The body of every refusal outside the OpenAI routes."""
+
+    error: ErrorDetail

@@ -1,0 +1,83 @@
+"""Server-sent events: encode, and decode incrementally from any split of the bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rbee.errors import PeerError
+from rbee.wire.codec import structure, to_dict
+from rbee.wire.messages import EVENTS, TERMINAL, Event
+
+CONTENT_TYPE = b"text/event-stream"
+MAX_EVENT = 1 << 20
+
+
+def encode(event: Any) -> bytes:
+    """Encode one message; its class name in lower case is the event's name."""
+    data = json.dumps(to_dict(event), ensure_ascii=False, separators=(",", ":"))
+    return f"event: {type(event).__name__.lower()}\ndata: {data}\n\n".encode()
+
+
+def encode_token(text: str, index: int) -> bytes:
+    """Encode a `Token` without the converter: this runs once per generated token."""
+    data = json.dumps(text, ensure_ascii=False)
+    return f'event: token\ndata: {{"t":{data},"i":{index}}}\n\n'.encode()
+
+
+class Decoder:
+    """Feed bytes, take ``(name, data)`` pairs; comments and unknown fields are skipped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
+        self._rest += chunk.replace(b"\r\n", b"\n")
+        while (end := self._rest.find(b"\n\n")) >= 0:
+            block, self._rest = self._rest[:end], self._rest[end + 2 :]
+            if pair := _parse(block):
+                yield pair
+        if len(self._rest) > MAX_EVENT:
+            raise PeerError(f"an event longer than {MAX_EVENT} bytes")
+
+
+def _parse(block: bytes) -> tuple[str, str] | None:
+    name, data = "message", []
+    for line in block.decode("utf-8", "replace").split("\n"):
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if field == "event":
+            name = value
+        elif field == "data":
+            data.append(value)
+    return (name, "\n".join(data)) if data else None
+
+
+def event_from(name: str, data: str) -> Event | None:
+    """Make the typed event of a job stream; None for a name this version does not know."""
+    kind = EVENTS.get(name)
+    if kind is None:
+        return None
+    event: Event = structure(json.loads(data), kind)
+    return event
+
+
+class TerminalWatch:
+    """See in a passing byte stream whether its terminal event went by."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self.seen = False
+
+    def feed(self, chunk: bytes) -> None:
+        text = self._tail + chunk
+        if not self.seen:
+            self.seen = any(_starts_event(text, name.encode()) for name in TERMINAL)
+        self._tail = text[-16:]
+
+
+def _starts_event(text: bytes, name: bytes) -> bool:
+    needle = b"event: " + name + b"\n"
+    # A token's text is JSON on one line: a newline before "event:" cannot come from it.
+    return text.startswith(needle) or b"\n" + needle in text

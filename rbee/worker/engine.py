@@ -1,0 +1,113 @@
+"""What an engine is. Engines register in the entry-point group ``rbee.engines``.
+
+An `EngineKind` is made without arguments from the entry point; it is cheap to import: heavy
+imports belong into `preload` and `open`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager
+from importlib.metadata import entry_points
+from typing import Any, Protocol, cast
+
+import attrs
+
+from rbee.errors import NotFoundError
+from rbee.model import WorkerSpec
+from rbee.wire.messages import ExecuteRequest
+
+GROUP = "rbee.engines"
+
+Progress = Callable[[str], None]  # called in trio's thread with one line for people
+ASGIApp = Callable[
+    [
+        MutableMapping[str, Any],
+        Callable[[], Awaitable[MutableMapping[str, Any]]],
+        Callable[[MutableMapping[str, Any]], Awaitable[None]],
+    ],
+    Awaitable[None],
+]
+
+
+@attrs.frozen
+class Chunk:
+    """What one step brought: ``text`` (may be ""), its number of tokens, and the stop reason.
+
+    ``finish`` is None until the last chunk; then ``stop`` (end of text or stop string), ``length``.
+    """
+
+    text: str
+    tokens: int
+    finish: str | None = None
+
+
+class Generation(Protocol):
+    """One running request; leaving its context aborts it in the engine."""
+
+    tokens_in: int
+
+    def __aiter__(self) -> AsyncIterator[list[Chunk]]:
+        """Yield what has come since the last step; ends after the chunk with ``finish``."""
+        ...
+
+
+class Engine(Protocol):
+    """One loaded model."""
+
+    app: ASGIApp | None
+    """The engine's own HTTP API, mounted behind the worker's routes; None if it has none."""
+
+    def generate(self, request: ExecuteRequest) -> AbstractAsyncContextManager[Generation]:
+        """Start a request.
+
+        Raises:
+            BadInputError: the prompt or a parameter is not acceptable (empty, too long, …).
+            PeerError: the engine died.
+        """
+        ...
+
+    async def wait_dead(self) -> str:
+        """Return why, within a second of the engine's death; never return otherwise."""
+        ...
+
+
+class EngineKind(Protocol):
+    """How workers of one sort come into being."""
+
+    name: str
+    needs_model: bool
+    """Whether the hive provisions a model directory (False: the reference is just a name)."""
+
+    def preload(self) -> None:
+        """Import what a worker will need; runs once in the zygote, which then forks workers.
+
+        Must leave one thread, no asyncio loop and no CUDA context behind.
+        """
+        ...
+
+    def check(self, spec: WorkerSpec) -> None:
+        """Refuse, without heavy imports, what cannot work here (no GPU, package missing)."""
+        ...
+
+    def open(
+        self, spec: WorkerSpec, *, run_dir: str, progress: Progress
+    ) -> AbstractAsyncContextManager[Engine]:
+        """Load the model, serve until left, then free everything.
+
+        Raises:
+            RbeeError: the model cannot be loaded; the message says what was needed and had.
+        """
+        ...
+
+
+def engine_kind(name: str) -> EngineKind:
+    """Find an engine by name among the installed entry points."""
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in found:
+        raise NotFoundError(
+            f"no engine {name!r}; installed: {', '.join(sorted(found))}",
+            code="unknown_engine",
+            hint="rbee-keeper infer --engine vllm …",
+        )
+    return cast(EngineKind, found[name].load()())
