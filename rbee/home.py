@@ -67,7 +67,7 @@ def find_home(root: Path | str | None = None, environ: Mapping[str, str] = os.en
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     if runtime and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
         return Home(path, Path(runtime) / f"rbee-{digest}")
-    return Home(path, Path(f"/tmp/rbee-{os.getuid()}-{digest}"))  # noqa: S108
+    return Home(path, Path(f"/tmp/rbee-{os.getuid()}-{digest}"))
 
 
 def open_home(root: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Home:
@@ -114,7 +114,7 @@ def _check_private(run: Path) -> None:
 def _link_run(home: Home) -> None:
     """Keep ``$RBEE_HOME/run`` pointing at the run directory, for people."""
     link = home.root / "run"
-    if link.is_symlink() and os.readlink(link) == str(home.run):
+    if link.is_symlink() and link.readlink() == home.run:
         return
     with writing(home.root):
         temporary = home.root / f".run-{secrets.token_hex(4)}"

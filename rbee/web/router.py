@@ -1,4 +1,4 @@
-"""A small ASGI application: routes, checks at the door, errors as JSON, streams that are watched."""
+"""A small ASGI application: routes, checks at the door, errors as JSON, watched streams."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def cut_accepted(address: Any) -> int:
     cut = 0
     for name in Path("/proc/self/fd").iterdir():
         try:
-            if not os.readlink(name).startswith("socket:"):
+            if not str(name.readlink()).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name.name))) as sock:
                 if sock.getsockname() == address and _peer(sock):

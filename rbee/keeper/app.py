@@ -1,0 +1,5 @@
+"""The command line (being written)."""
+
+
+def main() -> None:
+    raise SystemExit("rbee-keeper is not there yet")
