@@ -19,8 +19,10 @@ PYTEST_FLAGS ?= --durations=15
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rbee-installed
-# A virtual environment cannot be moved or change its extras: the stamp says for what it was made.
 STAMP_TEXT := $(abspath $(VENV)) $(EXTRAS) $(TORCH)
+# A virtual environment knows its own path and cannot be moved.
+USABLE = grep -qs 'venv .*$(abspath $(VENV))$$' $(VENV)/pyvenv.cfg && \
+    $(BIN)/python -m pip --version >/dev/null 2>&1
 
 # Empty counts as unset: without compiled bytecode every import of vLLM takes two to three times
 # as long. The tree under test is this one, whatever PYTHONPATH says.
@@ -64,7 +66,8 @@ endif
 # The stamp is written last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml | check-python
 	@rm -f $@
-	$(PYTHON) -m venv --clear $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	$(USABLE) || $(PYTHON) -m venv --clear $(VENV) || { \
+	    $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	    $(PYTHON) -m pip --python $(BIN)/python install pip; }
 	$(BIN)/python -m pip install --compile '$(TORCH)' || { \
 	    echo 'no $(TORCH) on the indexes of pip, trying $(TORCH_CPU_INDEX)' && \
