@@ -158,13 +158,6 @@ def ensure_nonce() -> str:
     return os.environ["RBEE_NONCE"]
 
 
-def claim(directory: Path) -> None:
-    """Note in a run directory that this process uses it, so that no sweep takes it."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pid = os.getpid()
-    write_atomic(directory / "owner", f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
-
-
 def write_run_file(path: Path, hello: Hello, owner: str) -> None:
     """Tell where this daemon is to be found; call it under the daemon's lock."""
     pid = os.getpid()
