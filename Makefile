@@ -24,6 +24,11 @@ STAMP_TEXT := $(abspath $(VENV)) $(EXTRAS) $(TORCH)
 USABLE = grep -qs 'venv .*$(abspath $(VENV))$$' $(VENV)/pyvenv.cfg && \
     $(BIN)/python -m pip --version >/dev/null 2>&1
 
+PIP_INSTALL = $(BIN)/python -m pip install --compile
+INSTALL_TORCH = $(PIP_INSTALL) '$(TORCH)' || { \
+    echo 'pip found no $(TORCH), trying $(TORCH_CPU_INDEX)' && \
+    $(PIP_INSTALL) --extra-index-url '$(TORCH_CPU_INDEX)' '$(TORCH)'; }
+
 # Empty counts as unset: without compiled bytecode every import of vLLM takes two to three times
 # as long. The tree under test is this one, whatever PYTHONPATH says.
 export PYTHONDONTWRITEBYTECODE :=
@@ -66,13 +71,11 @@ endif
 # The stamp is written last, so an interrupted installation is taken up again.
 $(STAMP): pyproject.toml | check-python
 	@rm -f $@
-	$(USABLE) || $(PYTHON) -m venv --clear $(VENV) || { \
+	@$(USABLE) || $(PYTHON) -m venv --clear $(VENV) || { \
 	    $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 	    $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	$(BIN)/python -m pip install --compile '$(TORCH)' || { \
-	    echo 'no $(TORCH) on the indexes of pip, trying $(TORCH_CPU_INDEX)' && \
-	    $(BIN)/python -m pip install --compile --extra-index-url '$(TORCH_CPU_INDEX)' '$(TORCH)'; }
-	$(BIN)/python -m pip install --compile -e '.[$(EXTRAS)]'
+	@$(if $(findstring cpu,$(EXTRAS)),$(INSTALL_TORCH),:)
+	$(PIP_INSTALL) -e '.[$(EXTRAS)]'
 	@echo '$(STAMP_TEXT)' > $@
 
 check-python:
