@@ -160,13 +160,13 @@ def ensure_nonce() -> str:
     return os.environ["RBEE_NONCE"]
 
 
-def write_run_file(path: Path, hello: Hello, owner: str) -> None:
+def write_run_file(path: Path, hello: Hello, owner: str, token_file: Path) -> None:
     """Tell where this daemon is to be found; call it under the daemon's lock."""
     pid = os.getpid()
     record = RunFile(
         component=hello.component, id=hello.id, url=hello.url, pid=pid,
         start_time=guard.start_time(pid), boot_id=guard.boot_id(), version=hello.version,
-        owner=owner,
+        owner=owner, token_file=str(token_file),
     )  # fmt: skip
     write_atomic(path, codec.dumps(record).decode())
 
