@@ -1,6 +1,10 @@
 """How long until a model answers: rbee's ways against vLLM's own server, on this machine's CPU.
 
-    python benchmarks/startup.py --tiny DIR --smol DIR [--rounds N] [PART …] >figures.json
+    python benchmarks/startup.py [--smol DIR] [--rounds N] [PART …] >figures.json
+
+There are two models: the tiny one of the tests, and SmolLM2-135M, taken from the catalog of this
+user's home (`rbee-keeper model pull smollm2-135m`) or from a directory. Without it only the tiny
+one is measured. Both sides get float32, enforce_eager and a small KV cache.
 
 Each part runs alone; a ratio is given when both of its sides were measured in the same run. The
 medians go to stdout as JSON and to stderr as a table.
@@ -39,7 +43,9 @@ import httpx
 import trio
 
 from rbee.home import Home, find_home
+from rbee.models.catalog import GGUF, list_models
 from rbee.testing.processes import LeakCheck, LeakError, Tree
+from rbee.testing.tiny_model import write_tiny_model
 
 MARKER = "RBEE_BENCHMARK"
 PROMPT = "What is the capital of France?"
@@ -520,7 +526,7 @@ PARTS = {"stock": stock, "zygote": zygote, "cold": cold, "warm": warm, "front": 
 
 @attrs.frozen
 class Options:
-    """What to measure: the ``tiny`` model and, when given, ``smol``."""
+    """What to measure with which of the models ``tiny`` and ``smol``."""
 
     parts: tuple[str, ...]
     models: Mapping[str, Path]
@@ -532,25 +538,37 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all")
-    parser.add_argument("--tiny", type=Path, required=True, help="directory of a tiny model")
+    parser.add_argument("--tiny", type=Path, help="directory of another tiny model")
     parser.add_argument("--smol", type=Path, help="directory of SmolLM2-135M as safetensors")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args(argv)
     if unknown := set(given.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    models = {"tiny": given.tiny} | ({"smol": given.smol} if given.smol else {})
-    for model in models.values():
+    models = {"tiny": given.tiny, "smol": given.smol or cached_smol()}
+    for model in filter(None, models.values()):
         if not (model / "config.json").is_file():
             parser.error(f"{model} holds no config.json")
-    models = {name: model.resolve() for name, model in models.items()}
-    return Options(tuple(given.parts or PARTS), models, given.rounds)
+    found = {name: model.resolve() for name, model in models.items() if model}
+    return Options(tuple(given.parts or PARTS), found, given.rounds)
+
+
+def cached_smol() -> Path | None:
+    """Return SmolLM2-135M as this user's home has it for vLLM."""
+    for item in list_models(find_home()):
+        if "smollm2" in item.name and item.entry and item.entry.dtype != GGUF and not item.damage:
+            return item.directory
+    return None
 
 
 async def measure(options: Options) -> Figures:
     figures = Figures()
-    for part in options.parts:
-        show(f"--- {part}")
-        await PARTS[part](figures, options)
+    with own_directory() as directory:
+        if "tiny" not in options.models:
+            tiny = write_tiny_model(directory / "tiny")
+            options = attrs.evolve(options, models={"tiny": tiny, **options.models})
+        for part in options.parts:
+            show(f"--- {part}")
+            await PARTS[part](figures, options)
     return figures
 
 
