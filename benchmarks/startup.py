@@ -555,7 +555,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 def cached_smol() -> Path | None:
     """Return SmolLM2-135M as this user's home has it for vLLM."""
     for item in list_models(find_home()):
-        if "smollm2" in item.name and item.entry and item.entry.dtype != GGUF and not item.damage:
+        entry = item.entry
+        if entry and not item.damage and entry.dtype != GGUF and "smollm2" in entry.reference:
             return item.directory
     return None
 
