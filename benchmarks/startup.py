@@ -507,17 +507,16 @@ async def front(figures: Figures, options: Options) -> None:
 async def front_cost(run: Callable[[str], Awaitable[int]], pid: int) -> float:
     """Return the microseconds of CPU that ``pid`` takes per token of 16 streams at once."""
     await run("warm up")
-    tokens = 0
+    tokens: list[int] = []
 
     async def one(number: int) -> None:
-        nonlocal tokens
-        tokens += await run(f"{number} once upon a time")
+        tokens.append(await run(f"{number} once upon a time"))
 
     before = cpu_seconds(pid)
     async with trio.open_nursery() as nursery:
         for number in range(STREAMS):
             nursery.start_soon(one, number)
-    return (cpu_seconds(pid) - before) / tokens * 1e6
+    return (cpu_seconds(pid) - before) / sum(tokens) * 1e6
 
 
 # command line -------------------------------------------------------------------------------------
