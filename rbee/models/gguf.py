@@ -39,7 +39,7 @@ def dequantise(source: Path, target: Path, dtype: str) -> None:
         MachineError: a package is missing here.
     """
     _prepare_imports()
-    reader = _open_reader(source)
+    reader = open_reader(source)
     check_architecture(source, _field(reader, "general.architecture"))
     if int(_field(reader, "split.count") or 1) > 1:
         raise BadInputError(
@@ -119,7 +119,7 @@ def _prepare_imports() -> None:
     gguf.GGUFReader = cache(gguf.GGUFReader)
 
 
-def _open_reader(source: Path) -> Any:
+def open_reader(source: Path) -> Any:
     import gguf
 
     try:

