@@ -134,7 +134,7 @@ class _Provider:
             except RbeeError as exc:
                 failures.append((source, exc))
                 if len(reference.sources) > 1:
-                    self.narrate("skip", f"{source}: {exc}")
+                    self.narrate("skip", _told(source, exc))
         raise _failure(reference, failures)
 
     async def _fetch_one(self, source: Source) -> LocalModel:
@@ -361,12 +361,16 @@ def _dequantise_error(gguf: Path, code: int, log_file: Path) -> RbeeError:
     )
 
 
+def _told(source: Source, error: RbeeError) -> str:
+    return error.message if str(source) in error.message else f"{source}: {error.message}"
+
+
 def _failure(reference: Reference, failures: list[tuple[Source, RbeeError]]) -> RbeeError:
     """Return the last failure; of several, with what each of them said."""
     _, last = failures[-1]
     if len(failures) == 1:
         return last
-    each = "; ".join(f"{source}: {exc}" for source, exc in failures)
+    each = "; ".join(_told(source, exc) for source, exc in failures)
     return type(last)(
         f"no source of {reference.alias} works: {each}",
         hint=last.hint,

