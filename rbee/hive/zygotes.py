@@ -10,7 +10,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,49 @@ async def run_zygote(
             await trio.lowlevel.wait_readable(pidfd)
         log.info("zygote %s ended with %d", engine, child.wait())
         os.close(pidfd)
+
+
+class Zygotes:
+    """A hive's zygotes by engine, each started when it is first needed."""
+
+    def __init__(self, log_file: Callable[[str], Path], env: Mapping[str, str]) -> None:
+        self._log_file = log_file
+        self._env = env
+        self._zygotes: dict[str, Zygote] = {}
+        self._scopes: set[trio.CancelScope] = set()
+        self._lock = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Hold the zygotes; they end only after the body, even when all is cancelled at once."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield
+            finally:
+                for scope in list(self._scopes):
+                    scope.cancel(reason="hive stops")
+
+    async def get(self, engine: str) -> Zygote:
+        """Return the engine's living zygote, started if there is none."""
+        assert self._nursery is not None
+        async with self._lock:
+            zygote = self._zygotes.get(engine)
+            if zygote is None or zygote.gone:
+                zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
+            return zygote
+
+    async def _run(self, engine: str, *, task_status: trio.TaskStatus[Zygote]) -> None:
+        # Shielded until `open` ends, which is bounded: workers stop within their grace.
+        with trio.CancelScope(shield=True) as scope:
+            self._scopes.add(scope)
+            try:
+                await run_zygote(
+                    engine,
+                    log_file=self._log_file(f"zygote-{engine}"),
+                    env=self._env,
+                    task_status=task_status,
+                )
+            finally:
+                self._scopes.discard(scope)

@@ -80,6 +80,7 @@ class RunFile:
     boot_id: str
     version: str
     owner: str
+    token_file: str
 
 
 @attrs.frozen
