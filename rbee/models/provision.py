@@ -221,7 +221,7 @@ class _Provider:
         log_file = self._fresh_log(name)
         async with open_staging(self.home.models, name) as staging:
             staged = staging / "model"
-            argv = [sys.executable, "-m", "rbee.models.gguf", str(gguf), str(staged)]
+            argv = [sys.executable, "-P", "-m", "rbee.models.gguf", str(gguf), str(staged)]
             code = await self.run([*argv, "--dtype", self.dtype], log=log_file)
             if code != 0:
                 raise _dequantise_error(gguf, code, log_file)

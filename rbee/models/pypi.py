@@ -74,8 +74,9 @@ async def download(package: Package, staging: Path, run: Runner, log: Path) -> P
     with writing(staging):
         for directory in (wheels, temporary):
             directory.mkdir()
-    # pip unpacks below TMPDIR and cannot clean up when it is killed; here it is cleaned for it
-    argv = ["/usr/bin/env", f"TMPDIR={temporary}", sys.executable, "-m", "pip", "download"]
+    # -P: what lies in the working directory is not imported. pip unpacks below TMPDIR and cannot
+    # clean up when it is killed; here it is done for it
+    argv = ["/usr/bin/env", f"TMPDIR={temporary}", sys.executable, "-P", "-m", "pip", "download"]
     argv += ["--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off"]
     argv += ["--disable-pip-version-check", "--dest", str(wheels), package.requirement]
     code = await run(argv, log=log)
