@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rbee.config import load_config
 from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
-from rbee.models.provision import ITEM_SIZES, provision
+from rbee.models.preflight import ITEM_SIZES
+from rbee.models.provision import provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
 from rbee.worker.engine import engine_kind
