@@ -10,11 +10,14 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from rbee import __version__
+from rbee import __version__, guard
 from rbee.daemon import ensure_nonce, print_error
 from rbee.errors import MachineError, RbeeError, UsageError
 from rbee.home import open_home, read_token
 from rbee.model import WORKER_PORT, WorkerConfig, WorkerId, WorkerSpec, new_id
+from rbee.wire import codec
+
+START_LIMIT = 30.0
 
 app = App(
     name="llm-worker-rbee",
@@ -27,7 +30,7 @@ app = App(
 @app.default
 def worker(
     *,
-    model: str,
+    model: str = "",
     engine: str = "vllm",
     backend: str = "cpu",
     device: str = "0",
@@ -77,8 +80,13 @@ def worker(
     hive_url
         Where the ready callback goes.
     owned
-        Standard input is the lifeline: its end stops the worker.
+        Standard input is the lifeline: its end stops the worker. Without --model its first line
+        is `start {json}` with the whole configuration.
     """
+    if owned and not model:
+        return _run_started()
+    if not model:
+        raise UsageError("--model is needed", hint="llm-worker-rbee --model DIRECTORY")
     spec = WorkerSpec(
         id=WorkerId(id or new_id("worker")),
         model=model,
@@ -99,6 +107,14 @@ def worker(
     with tempfile.TemporaryDirectory(prefix="rbee-worker-", dir=run_dir) as private:
         config = WorkerConfig(spec, private, token, host, port, hive_url)
         return _run(config, owned)
+
+
+def _run_started() -> int:
+    try:
+        given, _ = guard.read_start(0, START_LIMIT)
+    except (ValueError, TimeoutError) as exc:
+        raise UsageError(f"--owned without --model needs a start line on stdin: {exc}") from exc
+    return _run(codec.structure(given, WorkerConfig), True)
 
 
 def _run(config: WorkerConfig, owned: bool) -> int:

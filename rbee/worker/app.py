@@ -19,7 +19,7 @@ from rbee.web.router import App, Receive, Request, Response, Scope, Send, Stream
 from rbee.wire import messages
 from rbee.wire.messages import ExecuteRequest, Health, ReadyState
 from rbee.worker.engine import Engine
-from rbee.worker.execute import STALL, Execution
+from rbee.worker.execute import Execution
 from rbee.worker.jobs import Jobs
 from rbee.worker.limits import check_request
 from rbee.worker.metrics import CONTENT_TYPE, Figures
@@ -32,7 +32,6 @@ class Worker:
     """What this process is doing: the one thing its routes and its lifetime share."""
 
     config: WorkerConfig
-    stall: float = STALL
     state: WorkerState = WorkerState.LOADING
     progress: str = "starting"
     jobs: Jobs = attrs.field(factory=Jobs)
@@ -116,9 +115,7 @@ async def execute(worker: Worker, request: Request) -> Stream:
     if not body.job_id:
         body = attrs.evolve(body, job_id=new_id("job"))
     check_request(body)
-    execution = Execution(
-        engine, body, worker.config.spec, worker.jobs, worker.figures, worker.stall
-    )
+    execution = Execution(engine, body, worker.config.spec, worker.jobs, worker.figures)
     name = messages.JOB_ID_HEADER.encode()
     return Stream(execution.run, ((name, body.job_id.encode("latin-1", "replace")),))
 

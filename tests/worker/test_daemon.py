@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import trio
 
-from rbee.errors import ChildExitedError, MachineError, NotFoundError, PeerError, UnavailableError
+from rbee.errors import (
+    ChildExitedError,
+    MachineError,
+    NotFoundError,
+    PeerError,
+    UnavailableError,
+    leaves,
+)
 from rbee.web.client import open_client, open_events
 from rbee.web.router import App, Response
 from rbee.web.server import open_listener, serve_http
@@ -27,24 +34,19 @@ def engine_pids():
     return [p for p in pids if b"echo-engine" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
-async def wait_health(client, state):
-    while True:
-        try:
-            if (await client.get("/health")).json()["state"] == state:
-                return
-        except OSError:
-            pass
-
-
 async def test_while_loading_it_answers_503_with_its_state(tmp_path, monkeypatch):
-    urls = []
-    monkeypatch.setattr(daemon.log, "info", lambda text, *args: urls.extend(args[1:2]))
+    urls, listening = [], trio.Event()
+
+    def note(text, *args):
+        urls.extend(args[1:2])
+        listening.set()
+
+    monkeypatch.setattr(daemon.log, "info", note)
     config = make_config(tmp_path, load="60")
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, config)
-            while not urls:
-                await trio.sleep(0)
+            await listening.wait()
             async with open_client(urls[0], TOKEN) as client:
                 ready = await client.get("/v1/ready")
                 assert ready.status_code == 503
@@ -87,7 +89,7 @@ async def test_cancelling_ends_it_within_its_grace_and_frees_the_engine(open_wor
     assert engine_pids() == []
 
 
-async def test_the_engines_death_ends_streams_and_worker_within_a_second(tmp_path):
+async def test_the_engines_death_ends_streams_and_worker_within_a_second(tmp_path, error_records):
     with trio.fail_after(10), pytest.RaisesGroup(ChildExitedError, flatten_subgroups=True) as info:
         async with trio.open_nursery() as nursery:
             url = await nursery.start(serve, make_config(tmp_path))
@@ -103,20 +105,24 @@ async def test_the_engines_death_ends_streams_and_worker_within_a_second(tmp_pat
                     assert trio.current_time() - killed < 1
     assert [name for name, _ in events].count("error") == 1
     assert json.loads(events[-1][1])["code"] == "engine_died"
-    (error,) = info.value.exceptions
+    (error,) = leaves(info.value)
     assert error.code == "engine_died"
     assert "SIGKILL" in str(error)
+    error_records.clear()
 
 
 @pytest.mark.parametrize(
     ("fail", "error"), [("load", MachineError), ("canary", (ChildExitedError, PeerError))]
 )
-async def test_a_worker_that_cannot_generate_never_becomes_ready(tmp_path, fail, error):
+async def test_a_worker_that_cannot_generate_never_becomes_ready(
+    tmp_path, fail, error, error_records
+):
     with trio.fail_after(10):
         with pytest.raises(BaseExceptionGroup) as info:
             await serve(make_config(tmp_path, fail=fail))
         assert info.group_contains(error)
     assert engine_pids() == []
+    error_records.clear()
 
 
 def hive_app(answers, got):
@@ -179,7 +185,6 @@ async def test_the_engines_own_app_gets_every_other_route_and_ends_with_the_work
             http = partial(serve_http, make_app(worker), grace=0.1)
             url = await nursery.start(http, open_listener("127.0.0.1", 0, exact=True))
             async with open_client(url, TOKEN) as client:
-                assert "their_figure 1\nrbee" not in (await client.get("/metrics")).text[:10]
                 assert (await client.get("/metrics")).text.startswith("their_figure 1\n")
                 async with client.stream("POST", "/v1/chat/completions") as response:
                     assert await anext(response.aiter_raw()) == b"begun"
