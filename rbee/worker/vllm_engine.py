@@ -36,7 +36,10 @@ from rbee.worker.limits import answer_budget
 
 log = logging.getLogger(__name__)
 
-CLOSE = 1.5  # seconds that EngineCore gets to end by itself
+CLOSE = {
+    "cpu": 0.0,
+    "cuda": 2.0,
+}  # seconds for EngineCore to end by itself; a CPU one leaves nothing
 NOTICE = 0.2  # seconds between looks at the engine's health
 LONG_TEXT = 20_000  # characters above which tokenising leaves the main thread
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
@@ -118,7 +121,7 @@ class VllmEngineKind:
             def report(text: str) -> None:
                 aio.token.run_sync_soon(progress, text)
 
-            loader = Loader(argv, report, vllm_plan.threads(machine))
+            loader = Loader(argv, report, vllm_plan.threads(machine), CLOSE[spec.backend])
             try:
                 loaded = await aio.call(loader.load)
             except BaseException:
@@ -129,7 +132,7 @@ class VllmEngineKind:
                 yield engine
             finally:
                 # Cleanup: bounded by vLLM's own limit, then by ours.
-                with trio.move_on_after(CLOSE + 1, shield=True):
+                with trio.move_on_after(CLOSE[spec.backend] + 1, shield=True):
                     await aio.call(loader.close)
 
 
@@ -172,6 +175,7 @@ class Loader:
     argv: list[str]
     report: Progress
     threads: int
+    closing: float
     _llm: Any = None
 
     async def load(self) -> Loaded:
@@ -191,16 +195,22 @@ class Loader:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         self._llm = self._start(modules, config, options)
         self.report("building the API")
-        tasks = await self._llm.get_supported_tasks()
-        app = modules.build_app(args, tasks, self._llm.model_config)
-        await modules.init_app_state(self._llm, app.state, args, tasks)
-        app.state.server = SimpleNamespace(should_exit=False)  # its error handler ends a server
+        app = await self._build_app(modules, args)
         tokenizer = copy.deepcopy(self._llm.get_tokenizer())  # used in another thread
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         return Loaded(self._llm, app, tokenizer, longest)
 
+    async def _build_app(self, modules: Any, args: Any) -> Any:
+        level = logging.getLogger().level
+        tasks = await self._llm.get_supported_tasks()
+        app = modules.build_app(args, tasks, self._llm.model_config)
+        await modules.init_app_state(self._llm, app.state, args, tasks)
+        app.state.server = SimpleNamespace(should_exit=False)  # its error handler ends a server
+        logging.getLogger().setLevel(level)  # one of its extensions silences the whole process
+        return app
+
     async def close(self) -> None:
-        self._llm.shutdown(timeout=CLOSE)
+        self._llm.shutdown(timeout=self.closing)
 
     def _parse(self, modules: Any) -> Any:
         parser = modules.make_arg_parser(modules.FlexibleArgumentParser())
