@@ -156,9 +156,13 @@ async def open_guarded(
     with writing(log_file.parent), log_file.open("ab") as stderr:
         # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
         popen = subprocess.Popen(
-            GUARD, stdin=subprocess.PIPE, stdout=subprocess.PIPE if piped else stderr, stderr=stderr,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+            GUARD,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if piped else stderr,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
+        )
     process = _own(popen)
     try:
         await _send_start(process, line)
