@@ -210,7 +210,10 @@ class Loader:
         return app
 
     async def close(self) -> None:
+        processes = engine_processes(self._llm)
         self._llm.shutdown(timeout=self.closing)
+        for process in processes:  # the killed ones are not reaped yet
+            process.join(1)
 
     def _parse(self, modules: Any) -> Any:
         parser = modules.make_arg_parser(modules.FlexibleArgumentParser())
@@ -407,16 +410,18 @@ class VllmEngine:
 
     async def wait_dead(self) -> str:
         while True:
-            for process in self._processes():
+            for process in engine_processes(self._llm):
                 if process.exitcode is not None:
                     return f"the engine process {process.pid} ended with {_how(process.exitcode)}"
             if self._llm.errored:
                 return "the engine reports that it is broken; its log says why"
             await trio.sleep(NOTICE)
 
-    def _processes(self) -> list[Any]:
-        manager = getattr(self._llm.engine_core.resources, "engine_manager", None)
-        return list(getattr(manager, "processes", ()))
+
+def engine_processes(llm: Any) -> list[Any]:
+    """Return vLLM's handles of the processes that hold the model."""
+    manager = getattr(llm.engine_core.resources, "engine_manager", None)
+    return list(getattr(manager, "processes", ()))
 
 
 def _how(exitcode: int) -> str:

@@ -74,6 +74,7 @@ async def test_a_client_that_leaves_cancels_the_app(how):
 
     async def app(scope, receive, send):
         try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
             await asyncio.sleep(60)
         finally:
             token.run_sync_soon(cancelled.set)
@@ -81,9 +82,22 @@ async def test_a_client_that_leaves_cancels_the_app(how):
     token = trio.lowlevel.current_trio_token()
     with trio.fail_after(5):
         async with open_aio() as aio:
-            gone = [{"type": "http.disconnect"}] if how == "disconnect" else []
-            with trio.move_on_after(0.1):
-                await call(AioApp(aio, app), *gone)
+            async with trio.open_nursery() as nursery:
+                begun = trio.Event()
+
+                async def receive():
+                    await begun.wait()
+                    if how == "cancel":
+                        await trio.sleep_forever()
+                    return {"type": "http.disconnect"}
+
+                async def send(message):
+                    begun.set()
+
+                nursery.start_soon(AioApp(aio, app), {"type": "http"}, receive, send)
+                await begun.wait()
+                if how == "cancel":
+                    nursery.cancel_scope.cancel()
             await cancelled.wait()
 
 
