@@ -21,11 +21,11 @@ import attrs
 import trio
 
 from rbee.errors import BadInputError, MachineError, PeerError
+from rbee.guard import close_all_but, die_with_parent
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.limits import answer_budget
-from rbee.worker.pdeath import die_with_parent
 
 DEFAULT_COUNT = 16
 KINDS = {"rate": float, "latency": float, "load": float, "context": int, "fail": str}
@@ -119,13 +119,10 @@ def _be_engine(parent: int, hold: int, life: int) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        die_with_parent(parent)
+        die_with_parent(signal.SIGKILL, parent)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        low, high = sorted((hold, life))
-        os.closerange(3, low)
-        os.closerange(low + 1, high)
-        os.closerange(high + 1, 1 << 20)
+        close_all_but([hold, life])
         setproctitle.setproctitle("echo-engine")
         os.read(hold, 1)
     finally:
