@@ -3,7 +3,7 @@
 Same protocol, same HTTP, same process tree and death rules as vLLM: it has a real child process
 as its "engine process", and when that dies the engine is dead. Imports no torch.
 
-``spec.engine_args``: ``rate`` (tokens a second and request), ``latency`` (seconds to the first),
+``spec.engine_args``, or the model's name as in ``echo?rate=20&load=3``: ``rate`` (tokens a second and request), ``latency`` (seconds to the first),
 ``load`` (seconds of loading), ``context`` (words), ``fail``: ``load``, ``canary`` or ``after=N``
 (the engine process is killed when a request wants its N+1st token).
 """
@@ -16,6 +16,7 @@ import signal
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from urllib.parse import parse_qsl
 
 import attrs
 import trio
@@ -48,11 +49,16 @@ class EchoOptions:
         return int(self.fail.partition("=")[2]) if self.fail.startswith("after=") else None
 
 
+def model_options(model: str) -> dict[str, str]:
+    """Return the options in a model's name, as in ``echo?rate=20&load=3``."""
+    return dict(parse_qsl(model.partition("?")[2]))
+
+
 def echo_options(spec: WorkerSpec) -> EchoOptions:
     given: dict[str, object] = {}
     if spec.max_model_len is not None:
         given["context"] = spec.max_model_len
-    for key, text in spec.engine_args.items():
+    for key, text in {**model_options(spec.model), **spec.engine_args}.items():
         if key not in KINDS:
             raise BadInputError(f"the echo engine has no {key!r}; it takes {', '.join(KINDS)}")
         try:
