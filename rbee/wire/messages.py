@@ -82,6 +82,19 @@ class RunFile:
     owner: str
 
 
+@attrs.frozen
+class HiveInfo:
+    """One hive as its queen sees it; ``GET /v2/hives`` lists them."""
+
+    node: str
+    hive_id: str
+    url: str
+    state: str
+    owner: str
+    pid: int
+    version: str
+
+
 # workers --------------------------------------------------------------------------------------
 @attrs.frozen
 class StartWorker:
