@@ -1,0 +1,137 @@
+"""``$RBEE_HOME/config.toml`` as frozen values.
+
+The file has three tables of its own, ``[aliases]``, ``[queen]`` and ``[hive]``; everything else in
+it are flags of `rbee-keeper`, checked there: at the top for every command, in a table named after
+a command (``[infer]``) for that one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from rbee.errors import UsageError
+from rbee.model import HIVE_PORT, QUEEN_PORT
+
+OWN_TABLES = ("aliases", "queen", "hive")
+
+
+class ConfigError(UsageError):
+    """``config.toml`` is wrong; the message names the file and the key."""
+
+    code = "config"
+
+
+@attrs.frozen
+class QueenConfig:
+    """``[queen]``: what a queen takes where its command line says nothing."""
+
+    host: str = "127.0.0.1"
+    port: int = QUEEN_PORT
+    lease: float = 10.0
+    keep_alive: float = 300.0
+
+
+@attrs.frozen
+class HiveConfig:
+    """``[hive]``: what a hive takes where its command line says nothing."""
+
+    host: str = "127.0.0.1"
+    port: int = HIVE_PORT
+    lease: float = 10.0
+
+
+@attrs.frozen
+class Config:
+    """One ``config.toml``.
+
+    Attributes:
+        aliases: a model's short name → its sources, tried in order.
+        flags: what is not one of the three tables, as parsed.
+        source: the file's path, for errors.
+    """
+
+    aliases: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
+    queen: QueenConfig = attrs.field(factory=QueenConfig)
+    hive: HiveConfig = attrs.field(factory=HiveConfig)
+    flags: dict[str, Any] = attrs.field(factory=dict)
+    source: str = ""
+
+
+def load_config(path: Path) -> Config:
+    """Read ``config.toml``; a missing file is an empty one.
+
+    Raises:
+        ConfigError: it cannot be read, is not TOML, or holds an unknown key or a wrong type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Config(source=str(path))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read {path}: {exc}", hint=f"ls -l {path}") from exc
+    return _structure(_parse(text, path), path)
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path} is not TOML: {exc}", hint=f"${{EDITOR:-vi}} {path}") from exc
+
+
+def _structure(data: dict[str, Any], path: Path) -> Config:
+    return Config(
+        aliases=_aliases(data.get("aliases", {}), path),
+        queen=_table(data.get("queen", {}), "queen", QueenConfig, path),
+        hive=_table(data.get("hive", {}), "hive", HiveConfig, path),
+        flags={key: value for key, value in data.items() if key not in OWN_TABLES},
+        source=str(path),
+    )
+
+
+def _table(data: Any, name: str, kind: type[Any], path: Path) -> Any:
+    if not isinstance(data, dict):
+        raise wrong(path, name, f"must be a table [{name}]")
+    known = [field.name for field in attrs.fields(kind)]
+    values = {key.replace("-", "_"): value for key, value in data.items()}
+    for key in values:
+        if key not in known:
+            raise wrong(path, f"{name}.{key}", f"is unknown; [{name}] takes {', '.join(known)}")
+    if not values:
+        return kind()
+    from rbee.errors import BadInputError
+    from rbee.wire.codec import structure
+
+    try:
+        return structure(values, kind)
+    except BadInputError as exc:
+        raise ConfigError(
+            f"{path}: [{name}]: {exc.message}", hint=f"${{EDITOR:-vi}} {path}"
+        ) from exc
+
+
+def _aliases(data: Any, path: Path) -> dict[str, tuple[str, ...]]:
+    if not isinstance(data, dict):
+        raise wrong(path, "aliases", "must be a table [aliases]")
+    return {name: _sources(name, value, path) for name, value in data.items()}
+
+
+def _sources(name: str, value: Any, path: Path) -> tuple[str, ...]:
+    sources = [value] if isinstance(value, str) else value
+    if (
+        isinstance(sources, list)
+        and sources
+        and all(isinstance(source, str) and source for source in sources)
+    ):
+        return tuple(sources)
+    raise wrong(path, f"aliases.{name}", 'must be a model name or a list of them ("pypi:…")')
+
+
+def wrong(path: Path | str, key: str, what: str) -> ConfigError:
+    """Return the error for one key of the file."""
+    return ConfigError(f"{path}: key {key!r} {what}", hint=f"${{EDITOR:-vi}} {path}")
