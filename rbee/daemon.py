@@ -1,0 +1,187 @@
+"""The root of our daemons: signals, lifeline, logging, hello, and one way to end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import attrs
+import setproctitle
+import trio
+
+from rbee import guard
+from rbee.errors import RbeeError, leaves
+from rbee.home import write_atomic
+from rbee.scopes import StopReason, cancel_on_signal, open_service
+from rbee.wire import codec
+from rbee.wire.messages import DaemonStart, Hello, RunFile
+
+log = logging.getLogger(__name__)
+
+
+@attrs.define(eq=False)
+class Root:
+    """What a daemon's main is given: its scope, its owner, and why it ends."""
+
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    start: DaemonStart | None = None
+    stopped_by: StopReason = attrs.field(factory=StopReason)
+    said_hello: bool = False
+    owner_gone: bool = False
+    last_resort: float = 9.0
+
+    @property
+    def owned(self) -> bool:
+        return self.start is not None
+
+    def stop(self, why: str) -> None:
+        """Begin the end; safe to call again."""
+        log.info("stopping: %s", why)
+        self.scope.cancel(reason=why)
+
+    def say_hello(self, hello: Hello) -> None:
+        """Tell the owner that the next request would succeed; our output ends here."""
+        log.info("%s %s listens at %s", hello.component, hello.id, hello.url)
+        if self.owned and not self.said_hello:
+            self.said_hello = True
+            write_line(f"hello {codec.dumps(hello).decode()}")
+
+
+def write_line(line: str) -> None:
+    """Write the one line for the owner and send all further output to the log."""
+    os.write(1, line.encode() + b"\n")
+    os.dup2(2, 1)
+
+
+def run_daemon(title: str, main: Callable[[Root], Awaitable[None]], *, owned: bool) -> int:
+    """Run a daemon's main until it ends or is told to; return the exit code.
+
+    Owned: the lifeline is stdin; its end, ``stop`` or a signal cancel the root. Otherwise stdin
+    is not read.
+    """
+    setproctitle.setproctitle(title)
+    configure_logging(title)
+    root = Root()
+    try:
+        rest = b""
+        if owned:
+            given, rest = guard.read_start(0, 30)
+            root.start = codec.structure(given, DaemonStart)
+        trio.run(_run, root, main, rest)
+    except BaseException as exc:
+        return _report(root, exc)
+    return 0
+
+
+async def _run(root: Root, main: Callable[[Root], Awaitable[None]], rest: bytes) -> None:
+    # The watcher outlives the cleanup: a second SIGTERM must not meet the default handler.
+    async with open_service(cancel_on_signal, root.scope, root.stopped_by):
+        with root.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_exit_at_last, root.last_resort)
+                if root.owned:
+                    nursery.start_soon(_watch_lifeline, root, rest)
+                await main(root)
+                nursery.cancel_scope.cancel(reason="daemon finished")
+
+
+async def _watch_lifeline(root: Root, rest: bytes) -> None:
+    """Cancel the root when the owner says stop, goes away, or talks nonsense."""
+    lines = guard.Lines()
+    data = rest
+    os.set_blocking(0, False)
+    while True:
+        for line in lines.feed(data):
+            if line == "stop":
+                return root.stop("the owner said stop")
+            if not line.startswith("beat "):
+                return root.stop(f"unknown line {line[:40]!r} on the lifeline")
+        await trio.lowlevel.wait_readable(0)
+        data = os.read(0, 65536)
+        if not data:
+            root.owner_gone = True
+            return root.stop("the owner is gone")
+
+
+async def _exit_at_last(limit: float) -> None:
+    """Leave with os._exit if the cleanup hangs longer than any budget allows."""
+    try:
+        await trio.sleep_forever()
+    finally:
+        timer = threading.Timer(limit, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+
+def _report(root: Root, exc: BaseException) -> int:
+    error = next((leaf for leaf in leaves(exc) if isinstance(leaf, RbeeError)), None)
+    if error is None:
+        log.error("ended by a bug", exc_info=exc)
+        error = RbeeError(f"{type(exc).__name__}: {exc}")
+    elif root.owned:
+        log.error("%s", error)
+    if root.owned and not root.said_hello:
+        detail = {"code": error.code, "message": error.message, "hint": error.hint}
+        write_line(f"error {json.dumps(detail)}")
+    elif not root.owned:
+        print_error(error)
+    return error.exit_code
+
+
+def print_error(error: RbeeError) -> None:
+    """Say on stderr what failed and what to do next."""
+    sys.stderr.write(f"error: {error.message}\n")
+    if error.hint:
+        sys.stderr.write(f"  hint: {error.hint}\n")
+
+
+def configure_logging(title: str) -> None:
+    """Log to stderr, which is a file for every owned process."""
+    level = os.environ.get("RBEE_LOG_LEVEL", "INFO").upper()
+    text = f"%(asctime)s {title}[%(process)d] %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=level, format=text, stream=sys.stderr, force=True)
+    for noisy in ("httpx", "httpcore", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def ensure_nonce() -> str:
+    """Return the mark that our children's first environment carries, made if there is none."""
+    if "RBEE_NONCE" not in os.environ:
+        os.environ["RBEE_NONCE"] = secrets.token_hex(8)
+    os.environ["SPT_NOENV"] = "1"
+    return os.environ["RBEE_NONCE"]
+
+
+def claim(directory: Path) -> None:
+    """Note in a run directory that this process uses it, so that no sweep takes it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    pid = os.getpid()
+    write_atomic(directory / "owner", f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
+
+
+def write_run_file(path: Path, hello: Hello, owner: str) -> None:
+    """Tell where this daemon is to be found; call it under the daemon's lock."""
+    pid = os.getpid()
+    record = RunFile(
+        component=hello.component, id=hello.id, url=hello.url, pid=pid,
+        start_time=guard.start_time(pid), boot_id=guard.boot_id(), version=hello.version,
+        owner=owner,
+    )  # fmt: skip
+    write_atomic(path, codec.dumps(record).decode())
+
+
+def read_run_file(path: Path) -> RunFile | None:
+    """Return the run file if its daemon lives on this machine, else None."""
+    try:
+        record = codec.loads(path.read_bytes(), RunFile)
+    except (OSError, RbeeError):
+        return None
+    if record.boot_id != guard.boot_id() or not record.start_time:
+        return None
+    return record if guard.start_time(record.pid) == record.start_time else None

@@ -1,0 +1,579 @@
+"""Keep one command's whole process tree, and end it when its owner, its lease or itself ends.
+
+This file runs by itself on a bare node (standard library only, Linux):
+
+    python3 -I -S guard.py < lifeline
+
+The lifeline is stdin, a line protocol: first ``start {json}`` (see `Plan`), then ``beat N`` at
+least once per lease, ``stop`` or end of file to end. An unknown or overlong line ends it as well.
+The command gets a pipe from the guard as its own stdin, on which the plan's ``first`` line and the
+beats are passed on: guards nest, and a guarded guard needs no second protocol.
+
+The guard is a child subreaper, so whatever the tree forks, re-sessions or orphans stays below it.
+At the end: TERM to the command, a grace, then STOP and KILL to every descendant until none is
+left, then the run directory is removed. A process is only signalled through a pidfd whose start
+time was compared, never by a bare pid. The guard never blocks: a full pipe loses a beat, and it
+logs to a file.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import signal
+import time
+
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+MAX_LINE = 64 * 1024
+LOG_CAP = 16 << 20
+RECORD_EVERY = 1.0
+SHM_EVERY = 5.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+# identity of processes ------------------------------------------------------------------------
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _stat(pid: int) -> list[bytes]:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+
+
+def start_time(pid: int) -> int:
+    """Return the process's start in clock ticks since boot; 0 if it is gone or a zombie."""
+    try:
+        fields = _stat(pid)
+    except OSError:
+        return 0
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def descendants(root: int) -> dict[int, int]:
+    """Return {pid: start time} of everything below ``root`` that is not a zombie."""
+    parents: dict[int, list[tuple[int, int, bool]]] = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            fields = _stat(int(entry))
+        except OSError:
+            continue
+        item = (int(entry), int(fields[19]), fields[0] not in (b"Z", b"X"))
+        parents.setdefault(int(fields[1]), []).append(item)
+    found, todo = {}, [root]
+    while todo:
+        for pid, start, alive in parents.get(todo.pop(), ()):
+            todo.append(pid)  # a zombie may still be shown as a parent while it is reaped
+            if alive:
+                found[pid] = start
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """Return the pids of ``pid``'s children; cheap, and empty if it is gone."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found += map(int, file.read().split())
+    except OSError:
+        pass
+    return found
+
+
+def send_signal(pid: int, start: int, number: int) -> bool:
+    """Signal exactly the process that started at ``start``; False if it is not there any more."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        # Compared after the pidfd was opened: a pid used again has another start time.
+        if start_time(pid) != start:
+            return False
+        signal.pidfd_send_signal(pidfd, number)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)
+
+
+def die_with_parent(number: int, parent: int) -> None:
+    """Arm PR_SET_PDEATHSIG; exit if the parent we were told of is already gone."""
+    libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def become_subreaper() -> None:
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def set_title(title: str) -> None:
+    """Set the name that ps shows, both the short and the long one, without any package."""
+    libc.prctl(PR_SET_NAME, title.encode(), 0, 0, 0)
+    try:
+        fields = _stat(os.getpid())
+        begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end
+    except (OSError, ValueError, IndexError):
+        return
+    if end - begin > len(title):
+        ctypes.memset(begin, 0, end - begin)
+        ctypes.memmove(begin, title.encode(), len(title))
+
+
+def close_all_but(keep: list[int]) -> None:
+    """Close every file descriptor above 2 except ``keep``: fork knows no close-on-exec."""
+    low = 3
+    for fd in sorted(fd for fd in keep if fd > 2):
+        os.closerange(low, fd)
+        low = fd + 1
+    os.closerange(low, os.sysconf("SC_OPEN_MAX"))
+
+
+# what leaves traces ---------------------------------------------------------------------------
+def shared_memory_of(pid: int) -> set[str]:
+    """Return the /dev/shm files that a process has mapped: a killed one cannot unlink them."""
+    found = set()
+    try:
+        with open(f"/proc/{pid}/maps") as file:
+            for line in file:
+                at = line.find("/dev/shm/")
+                if at >= 0 and not line.endswith(" (deleted)\n"):
+                    found.add(line[at:].rstrip("\n"))
+    except OSError:
+        pass
+    return found
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory of ours and all in it; what is already gone is fine."""
+    try:
+        entries = list(os.scandir(path))
+    except NotADirectoryError:
+        _unlink(path)
+        return
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(entry.path)
+        else:
+            _unlink(entry.path)
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+def remove_run_file(path: str, pid: int) -> None:
+    """Remove the run file that process ``pid`` left, unless another daemon has taken its place.
+
+    A living daemon holds the lock beside its run file, so the check cannot race with a new one.
+    """
+    try:
+        lock = os.open(
+            path.rpartition(".")[0] + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(path) as file:
+            if json.load(file).get("pid") == pid:
+                os.unlink(path)
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(lock)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+# the guard ------------------------------------------------------------------------------------
+class Plan:
+    """What a guard is told in its ``start`` line.
+
+    argv, env: the command and what its environment has beyond the guard's own.
+    first: the line to send to the command at once, "" for none.
+    lease: seconds without a beat that end the tree; 0 = none. clock: boottime for owners on
+        another machine (a lease goes on while this one sleeps), monotonic for local ones.
+    grace: seconds between TERM and KILL.
+    record: directory for ``guard-<pid>.json``, the journal entry of this tree.
+    remove: paths removed when nothing is left. run_file: removed if it is the command's.
+    log: file for the guard's and the command's stderr, "" to keep what the guard has.
+    parent: arm PR_SET_PDEATHSIG (TERM) towards this pid, 0 = no.
+    adopt_grace: seconds that an orphan adopted while the command runs may live; 0 = till the end.
+    name: what log lines call this guard.
+    """
+
+    def __init__(self, given: dict) -> None:  # type: ignore[type-arg]
+        self.argv: list[str] = list(given.get("argv", ()))
+        self.env: dict[str, str] = dict(given.get("env", {}))
+        self.first: str = given.get("first", "")
+        self.lease = float(given.get("lease", 0))
+        self.clock: str = given.get("clock", "monotonic")
+        self.grace = float(given.get("grace", 5))
+        self.record: str = given.get("record", "")
+        self.remove: list[str] = list(given.get("remove", ()))
+        self.run_file: str = given.get("run_file", "")
+        self.log: str = given.get("log", "")
+        self.parent = int(given.get("parent", 0))
+        self.adopt_grace = float(given.get("adopt_grace", 0))
+        self.name: str = given.get("name", "guard")
+
+    def now(self) -> float:
+        boottime = self.clock == "boottime"
+        return time.clock_gettime(time.CLOCK_BOOTTIME if boottime else time.CLOCK_MONOTONIC)
+
+
+class Lines:
+    """Split what arrives on the lifeline into lines."""
+
+    def __init__(self) -> None:
+        self.rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        if len(self.rest) > MAX_LINE:
+            lines.append(b"overlong")
+            self.rest = b""
+        return [line.decode("utf-8", "replace") for line in lines]
+
+
+class Guard:
+    """One guarded tree: `run` returns when nothing of it is left."""
+
+    def __init__(self, plan: Plan, lifeline: int) -> None:
+        self.plan = plan
+        self.lifeline = lifeline
+        self.child = 0
+        self.child_start = 0
+        self.child_in = -1  # write end of the command's lifeline
+        self.status: int | None = None
+        self.why = ""
+        self.kill_at = 0.0
+        self.last_beat = plan.now()
+        self.lines = Lines()
+        self.shm: set[str] = set()
+        self.adopted: dict[int, float] = {}
+        self.recorded = ""
+        self.record_path = ""
+
+    # life ------------------------------------------------------------------------------------
+    def run(self, spawn) -> int:  # type: ignore[no-untyped-def]
+        """Start the command with ``spawn(stdin_fd) -> pid``, keep it, return its exit code."""
+        wakeup = self._catch_signals()
+        become_subreaper()
+        if self.plan.parent:
+            die_with_parent(signal.SIGTERM, self.plan.parent)
+        reader, self.child_in = os.pipe()
+        os.set_blocking(self.child_in, False)
+        self.child = spawn(reader)
+        os.close(reader)
+        self.child_start = start_time(self.child)
+        self._write_record()
+        if self.plan.first:
+            self._pass_on(self.plan.first)
+        self._watch(wakeup)
+        self._finish()
+        return self.status if self.status is not None else 137
+
+    def _catch_signals(self) -> int:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (*STOP_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        return reader
+
+    def _watch(self, wakeup: int) -> None:
+        poll = select.poll()
+        poll.register(wakeup, select.POLLIN)
+        poll.register(self.lifeline, select.POLLIN)
+        watching, next_record, next_shm = True, 0.0, 0.0
+        self._reap()  # it may have died before the handler was there
+        while self.status is None:
+            ready = dict(poll.poll(int(self._timeout() * 1000) + 1))
+            if wakeup in ready:
+                self._on_signals(os.read(wakeup, 4096))
+            if self.lifeline in ready:
+                self._on_lifeline()
+            self._check_lease()
+            if self.why and watching:
+                poll.unregister(self.lifeline)
+                watching = False
+                self._ask_to_end()
+            now = self.plan.now()
+            if self.kill_at and now >= self.kill_at:
+                self._log("grace is over, killing")
+                return
+            if now >= next_record:
+                next_record = now + RECORD_EVERY
+                self._adopt(now)
+                self._write_record()
+                self._cap_log()
+            if now >= next_shm:
+                next_shm = now + SHM_EVERY
+                self._note_shared_memory(self._tree())
+
+    def _timeout(self) -> float:
+        now, limit = self.plan.now(), RECORD_EVERY
+        if self.kill_at:
+            limit = min(limit, self.kill_at - now)
+        elif self.plan.lease and not self.why:
+            limit = min(limit, self.last_beat + self.plan.lease - now)
+        return max(limit, 0)
+
+    def _on_signals(self, numbers: bytes) -> None:
+        self._reap()
+        for number in numbers:
+            if number in STOP_SIGNALS and not self.why:
+                self.why = signal.Signals(number).name
+
+    def _on_lifeline(self) -> None:
+        try:
+            data = os.read(self.lifeline, 65536)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            data = b""
+            self._log(f"lifeline: {exc}")
+        if not data:
+            self.why = self.why or "lifeline closed"
+        self.take(self.lines.feed(data))
+
+    def take(self, lines: list[str]) -> None:
+        for line in lines:
+            if line.startswith("beat "):
+                self.last_beat = self.plan.now()
+                self._pass_on(line)
+            elif line == "stop":
+                self.why = self.why or "asked to"
+            else:
+                self.why = self.why or f"unknown line {line[:40]!r}"
+
+    def _check_lease(self) -> None:
+        lease = self.plan.lease
+        if lease and not self.why and self.plan.now() - self.last_beat >= lease:
+            self.why = f"lease over ({lease:g} s without a beat)"
+
+    # the end ---------------------------------------------------------------------------------
+    def _ask_to_end(self) -> None:
+        self._log(f"stopping: {self.why}")
+        self.kill_at = self.plan.now() + self.plan.grace
+        self._pass_on("stop")
+        os.close(self.child_in)
+        self.child_in = -1
+        send_signal(self.child, self.child_start, signal.SIGTERM)
+
+    def _finish(self) -> None:
+        killed = self._kill_all(descendants(os.getpid()))
+        self._log(f"command ended with {self.status}, {killed} more killed, why: {self.why or '-'}")
+        for path in self.shm:
+            _unlink(path)
+        for path in self.plan.remove:
+            remove_tree(path)
+        if self.plan.run_file:
+            remove_run_file(self.plan.run_file, self.child)
+        if self.record_path:
+            _unlink(self.record_path)
+
+    def _kill_all(self, found: dict[int, int]) -> int:
+        """STOP and KILL until there are none; STOP first, so that no forking tree outruns us."""
+        killed: set[int] = set()
+        pause = 0.001
+        while found:
+            self._note_shared_memory(found)
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid, start in found.items():
+                    send_signal(pid, start, number)
+            killed |= found.keys()
+            self._reap()
+            time.sleep(pause)
+            pause = min(pause * 2, 0.25)  # a process in state D does not go at once
+            self._reap()
+            found = descendants(os.getpid())
+        self._reap()
+        return len(killed)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            self.adopted.pop(pid, None)
+            if pid == self.child:
+                code = os.waitstatus_to_exitcode(status)
+                self.status = code if code >= 0 else 128 - code
+
+    def _adopt(self, now: float) -> None:
+        """End orphans whose own guard was killed; a guard among them may finish its cleaning."""
+        if not self.plan.adopt_grace:
+            return
+        for pid in children(os.getpid()):
+            if (
+                pid != self.child
+                and now - self.adopted.setdefault(pid, now) > self.plan.adopt_grace
+            ):
+                start = start_time(pid)
+                below = descendants(pid)
+                self._note_shared_memory({pid: start, **below})
+                for victim, began in ((pid, start), *below.items()):
+                    send_signal(victim, began, signal.SIGKILL)
+
+    # records ---------------------------------------------------------------------------------
+    def _tree(self) -> dict[int, int]:
+        found, todo = {}, [os.getpid()]
+        while todo:
+            for pid in children(todo.pop()):
+                if start := start_time(pid):
+                    found[pid] = start
+                    todo.append(pid)
+        return found
+
+    def _note_shared_memory(self, tree: dict[int, int]) -> None:
+        for pid in tree:
+            self.shm |= shared_memory_of(pid)
+
+    def _write_record(self) -> None:
+        if not self.plan.record:
+            return
+        me = os.getpid()
+        record = {
+            "boot_id": boot_id(),
+            "nonce": os.environ.get("RBEE_NONCE", ""),
+            "guard": {"pid": me, "start": start_time(me)},
+            "child": {"pid": self.child, "start": self.child_start},
+            "descendants": [{"pid": p, "start": s} for p, s in sorted(self._tree().items())],
+            "shm": sorted(self.shm),
+        }
+        text = json.dumps(record)
+        if text != self.recorded:
+            self.record_path = f"{self.plan.record}/guard-{me}.json"
+            self._replace(self.record_path, text)
+            self.recorded = text
+
+    def _replace(self, path: str, text: str) -> None:
+        try:
+            fd = os.open(path + "~", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.write(fd, text.encode())
+            os.close(fd)
+            os.rename(path + "~", path)
+        except OSError as exc:  # a full disk must not end the tree
+            self._log(f"cannot write {path}: {exc}")
+
+    def _cap_log(self) -> None:
+        """Keep the log under its cap: its content moves to ``.1``, writers append on."""
+        if not self.plan.log:
+            return
+        try:
+            if os.fstat(2).st_size > LOG_CAP:
+                with open(self.plan.log, "rb") as old, open(self.plan.log + ".1", "wb") as new:
+                    while data := old.read(1 << 20):
+                        new.write(data)
+                os.ftruncate(2, 0)
+        except OSError:
+            pass
+
+    def _pass_on(self, line: str) -> None:
+        if self.child_in >= 0:
+            try:
+                os.write(self.child_in, line.encode() + b"\n")
+            except OSError:  # full (a frozen command) or closed: a beat less, never a block
+                pass
+
+    def _log(self, text: str) -> None:
+        try:
+            os.write(2, f"{self.plan.name}[{os.getpid()}] {text}\n".encode())
+        except OSError:
+            pass
+
+
+# the program ----------------------------------------------------------------------------------
+def read_start(lifeline: int, limit: float) -> tuple[dict, bytes]:  # type: ignore[type-arg]
+    """Read the ``start`` line within ``limit`` seconds; return its object and what follows it."""
+    data, until = b"", time.monotonic() + limit
+    while b"\n" not in data:
+        left = until - time.monotonic()
+        if left <= 0 or not select.select([lifeline], [], [], left)[0]:
+            raise TimeoutError("no start line")
+        more = os.read(lifeline, 65536)
+        if not more or len(data) > 1 << 20:
+            raise ValueError("no start line")
+        data += more
+    line, _, rest = data.partition(b"\n")
+    if not line.startswith(b"start {"):
+        raise ValueError("the first line is not a start line")
+    return json.loads(line[6:]), rest
+
+
+def append_log(path: str) -> None:
+    """Make stderr append to ``path``."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def spawn(plan: Plan, stdin: int) -> int:
+    """Start the plan's command in a session of its own; only 0, 1 and 2 are inherited."""
+    env = {**os.environ, **plan.env}
+    default = [signal.SIGPIPE, signal.SIGXFSZ, *STOP_SIGNALS, signal.SIGCHLD]
+    return os.posix_spawn(
+        plan.argv[0],
+        plan.argv,
+        env,
+        file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)],
+        setsid=True,
+        setsigmask=[],
+        setsigdef=default,
+    )
+
+
+def main() -> int:
+    set_title("rbee-guard")
+    try:
+        given, rest = read_start(0, 30)
+        plan = Plan(given)
+        if plan.log:
+            append_log(plan.log)
+    except (OSError, ValueError) as exc:
+        os.write(2, f"rbee-guard: {exc}\n".encode())
+        return 2
+    guard = Guard(plan, 0)
+
+    def start(stdin: int) -> int:
+        pid = spawn(plan, stdin)
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 1)  # the owner sees the end of the command's output, not ours
+        os.close(null)
+        return pid
+
+    try:
+        guard.take(guard.lines.feed(rest))
+        return guard.run(start)
+    except OSError as exc:
+        detail = {"code": "machine", "message": f"cannot start {plan.argv[0]}: {exc.strerror}"}
+        os.write(1, f"error {json.dumps(detail)}\n".encode())
+        return 127
+
+
+if __name__ == "__main__":
+    os._exit(main())

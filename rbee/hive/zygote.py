@@ -1,0 +1,234 @@
+"""The zygote: imports an engine once, then forks guarded workers.
+
+It runs as ``python -m rbee.hive.zygote ENGINE FD PARENT`` below a hive, has one thread and no
+event loop, and speaks JSON messages on a SOCK_SEQPACKET socket, with file descriptors beside:
+
+    hive → zygote   {"fork": {plan of the guard}, "config": {WorkerConfig}} + lifeline, log
+    zygote → hive   {"ready": seconds, "threads": n} · {"forked": worker id, "pid": n} + pidfd
+                    {"error": worker id, "message": text} · {"exited": pid, "status": n}
+
+Each fork makes a guard (a child subreaper with the worker as its only command); the zygote is the
+outer subreaper: what a killed guard leaves is its own to kill.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import setproctitle
+
+from rbee import guard
+from rbee.worker.engine import engine_kind
+
+log = logging.getLogger("rbee.hive.zygote")
+
+MAX_MESSAGE = 1 << 18
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([json.dumps(message).encode()], ancillary)
+
+
+def unpack(data: bytes, ancillary: Any) -> tuple[dict[str, Any], list[int]]:
+    """Make a message and its file descriptors from what recvmsg returned."""
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    return json.loads(data), list(fds)
+
+
+class Zygote:
+    """One engine, imported; forks until its hive is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.guards: set[int] = set()
+
+    def run(self) -> None:
+        wakeup = self._catch_sigchld()
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        poll.register(wakeup, select.POLLIN)
+        while True:
+            ready = dict(poll.poll())
+            if wakeup in ready:
+                os.read(wakeup, 4096)
+                self._reap()
+            if self.sock.fileno() in ready and not self._serve_one():
+                return
+
+    def _catch_sigchld(self) -> int:
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        os.set_blocking(writer, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        return reader
+
+    def _serve_one(self) -> bool:
+        space = socket.CMSG_LEN(4 * array.array("i").itemsize)
+        data, ancillary, _, _ = self.sock.recvmsg(MAX_MESSAGE, space)
+        if not data:
+            return False
+        message, fds = unpack(data, ancillary)
+        try:
+            self._fork(message, *fds)
+        except (OSError, RuntimeError) as exc:
+            send(self.sock, {"error": message["config"]["spec"]["id"], "message": str(exc)})
+        finally:
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def _fork(self, message: dict[str, Any], lifeline: int, log_fd: int) -> None:
+        refuse_unsafe_fork()
+        me = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            become_guard(message, lifeline, log_fd, me)
+        self.guards.add(pid)
+        pidfd = os.pidfd_open(pid)
+        send(self.sock, {"forked": message["config"]["spec"]["id"], "pid": pid}, (pidfd,))
+        os.close(pidfd)
+
+    def _reap(self) -> None:
+        gone = False
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if not pid:
+                break
+            if pid in self.guards:
+                gone = True
+                self.guards.discard(pid)
+                code = os.waitstatus_to_exitcode(status)
+                self._tell({"exited": pid, "status": code if code >= 0 else 128 - code})
+        if gone:
+            self._kill_orphans()
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        try:
+            send(self.sock, message)
+        except OSError as exc:
+            log.warning("hive is gone: %s", exc)
+
+    def _kill_orphans(self) -> None:
+        """End what a killed guard left: our children that are not guards, and all below them."""
+        for pid in guard.children(os.getpid()):
+            if pid in self.guards:
+                continue
+            below = {pid: guard.start_time(pid), **guard.descendants(pid)}
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for victim, start in below.items():
+                    guard.send_signal(victim, start, number)
+
+
+def refuse_unsafe_fork() -> None:
+    """Forking with threads or a CUDA context gives children that hang: refuse, the hive execs."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise RuntimeError(f"the zygote has {threads} threads")
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        raise RuntimeError("the zygote has a CUDA context")
+
+
+def become_guard(message: dict[str, Any], lifeline: int, log_fd: int, parent: int) -> None:
+    """In the forked child: be the guard of one worker, never return."""
+    code = 1
+    try:
+        os.dup2(log_fd, 1)
+        os.dup2(log_fd, 2)
+        guard.close_all_but([lifeline])
+        os.setsid()
+        guard.libc.prctl(guard.PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+        setproctitle.setproctitle("rbee-guard")
+        plan = guard.Plan({**message["fork"], "parent": parent})
+        code = guard.Guard(plan, lifeline).run(lambda stdin: fork_worker(message["config"], stdin))
+    except BaseException:
+        logging.exception("guard failed")
+    finally:
+        os._exit(code)
+
+
+def fork_worker(config: dict[str, Any], stdin: int) -> int:
+    """Fork the worker itself below its guard."""
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        guard.die_with_parent(signal.SIGKILL, parent)
+        signal.set_wakeup_fd(-1)
+        for number in (*guard.STOP_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        null = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null, 0)
+        guard.close_all_but([stdin])
+        os.setsid()
+        _spare_others_from_oom()
+        code = run_worker(config, stdin)
+    except BaseException:
+        logging.exception("worker failed")
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # no interpreter teardown: with torch loaded it takes seconds
+
+
+def run_worker(config: dict[str, Any], lifeline: int) -> int:
+    from rbee.model import WorkerConfig
+    from rbee.wire import codec
+    from rbee.worker import daemon
+
+    return daemon.run_worker(codec.structure(config, WorkerConfig), lifeline=lifeline)
+
+
+def _spare_others_from_oom() -> None:
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
+    except OSError:
+        pass
+
+
+def main() -> int:
+    engine, fd, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    guard.die_with_parent(signal.SIGKILL, parent)
+    guard.become_subreaper()
+    setproctitle.setproctitle("rbee-zygote")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    _spare_others_from_oom()
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the hive ends us, with the socket
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    began = time.monotonic()
+    engine_kind(engine).preload()
+    gc.collect()
+    gc.freeze()
+    threads = len(os.listdir("/proc/self/task"))
+    send(sock, {"ready": time.monotonic() - began, "threads": threads})
+    Zygote(sock).run()
+    return 0
+
+
+if __name__ == "__main__":
+    os._exit(main())

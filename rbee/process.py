@@ -1,0 +1,324 @@
+"""Owned children: a daemon behind its guards, as a scope. Nothing is started bare.
+
+Leaving `open_daemon` is the orderly end: a ``stop`` line, the lifeline closed, the guards' grace,
+then SIGKILL by pidfd, then the journal's sweep for what a killed guard could not clean. It returns
+when nothing is left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import attrs
+import trio
+
+from rbee import guard
+from rbee.errors import ChildExitedError, PeerError, from_wire
+from rbee.home import writing
+from rbee.sweep import sweep
+from rbee.wire import codec
+from rbee.wire.messages import DaemonStart, Hello
+
+log = logging.getLogger(__name__)
+
+BEAT = 2.0
+GUARD = (sys.executable, "-I", "-S", guard.__file__)
+LOG_TAIL = 2000
+
+
+@attrs.define(eq=False)
+class Lifeline:
+    """The owner's end of a child's stdin: beats as long as we live, ``stop``, end of file."""
+
+    fd: int
+
+    def write(self, line: str) -> None:
+        """Write a line or lose it: a frozen child must not block its owner."""
+        if self.fd >= 0:
+            try:
+                os.write(self.fd, line.encode() + b"\n")
+            except OSError as exc:
+                log.debug("lifeline: %s", exc)
+
+    async def keep_beating(self, every: float = BEAT) -> None:
+        number = 0
+        while True:
+            number += 1
+            self.write(f"beat {number}")
+            await trio.sleep(every)
+
+    def end(self) -> None:
+        self.write("stop")
+        self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+@attrs.define(eq=False)
+class Process:
+    """A child process by pidfd; ``pid`` is its guard's if it has one."""
+
+    pid: int
+    pidfd: int
+    lifeline: Lifeline
+    _popen: subprocess.Popen[bytes] | None = None
+    status: int | None = None
+
+    async def wait(self) -> int:
+        """Return the exit code (128 + n for a signal) once the process has ended."""
+        if self.status is None:
+            await trio.lowlevel.wait_readable(self.pidfd)
+            code = 0 if self._popen is None else self._popen.wait()
+            self.status = code if code >= 0 else 128 - code
+        return self.status
+
+    async def stop(self, grace: float) -> bool:
+        """Ask, wait ``grace`` seconds, kill; return whether asking was enough."""
+        self.lifeline.end()
+        with trio.move_on_after(grace) as scope:
+            await self.wait()
+        if scope.cancelled_caught:
+            log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
+            self.kill()
+            await self.wait()
+        return not scope.cancelled_caught
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.lifeline.close()
+        os.close(self.pidfd)
+
+
+@attrs.define(eq=False)
+class Daemon:
+    """An owned daemon that said hello."""
+
+    process: Process
+    hello: Hello
+    log: Path
+
+    async def wait(self) -> int:
+        return await self.process.wait()
+
+    def ended(self, status: int) -> ChildExitedError:
+        """Make the error for an end that nobody asked for."""
+        return child_exited(self.hello.component, status, self.log)
+
+
+@asynccontextmanager
+async def open_guarded(
+    argv: Sequence[str],
+    *,
+    first: str = "",
+    graces: Sequence[float],
+    log_file: Path,
+    run_dir: Path | None = None,
+    lease: float = 0.0,
+    env: Mapping[str, str] | None = None,
+    run_file: Path | None = None,
+    adopt_grace: float = 0.0,
+    die_with_us: bool = False,
+    stdout: int = subprocess.DEVNULL,
+) -> AsyncGenerator[tuple[Process, IO[bytes] | None], None]:
+    """Run ``argv`` below one guard per grace (outermost first) while the body runs.
+
+    Args:
+        first: the line sent to the command on its stdin.
+        graces: seconds between TERM and KILL of each guard, outermost first.
+        run_dir: journal directory of this child, removed by its guards at the end.
+        lease: seconds without our beat after which the outermost guard ends it (each inner one
+            allows a second more); 0 = none.
+        die_with_us: the guard also ends when the thread that called us ends.
+
+    Yields the outermost guard's process and, with ``stdout=PIPE``, the command's output.
+    """
+    environment = {**os.environ, "SPT_NOENV": "1", **(env or {})}
+    line = _guard_lines(
+        argv, first=first, graces=graces, log_file=log_file, run_dir=run_dir, lease=lease,
+        run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
+    )  # fmt: skip
+    with writing(log_file.parent), log_file.open("ab") as stderr:
+        # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
+        popen = subprocess.Popen(
+            GUARD, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+    process = _own(popen)
+    try:
+        await _send_start(process, line)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(process.lifeline.keep_beating)
+            try:
+                yield process, popen.stdout
+            finally:
+                nursery.cancel_scope.cancel(reason="the body ended")
+    finally:
+        # Bounded cleanup: the guard inside kills at its own grace, `stop` kills the guard after.
+        with trio.CancelScope(shield=True):
+            await process.stop(graces[0] + 0.5)
+            if run_dir is not None:
+                await sweep(run_dir)
+        if popen.stdout is not None:
+            popen.stdout.close()
+        process.close()
+
+
+def _own(popen: subprocess.Popen[bytes]) -> Process:
+    assert popen.stdin is not None
+    lifeline = Lifeline(os.dup(popen.stdin.fileno()))
+    os.set_blocking(lifeline.fd, False)
+    popen.stdin.close()
+    return Process(popen.pid, os.pidfd_open(popen.pid), lifeline, popen)
+
+
+async def _send_start(process: Process, line: str) -> None:
+    data = memoryview(line.encode() + b"\n")
+    while data:
+        try:
+            data = data[os.write(process.lifeline.fd, data) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(process.lifeline.fd)
+        except BrokenPipeError:
+            return  # it ended already; whoever waits for it sees how
+
+
+def _guard_lines(
+    argv: Sequence[str],
+    *,
+    first: str,
+    graces: Sequence[float],
+    log_file: Path,
+    run_dir: Path | None,
+    lease: float,
+    run_file: Path | None,
+    adopt_grace: float,
+    parent: int,
+) -> str:
+    """Nest one plan per guard, the innermost around the command itself."""
+    names = ["guard"] if len(graces) == 1 else [f"guard-{chr(97 + i)}" for i in range(len(graces))]
+    command, line = list(argv), first
+    for depth in reversed(range(len(graces))):
+        innermost = depth == len(graces) - 1
+        plan: dict[str, Any] = {
+            "name": names[depth],
+            "argv": command,
+            "first": line,
+            "lease": lease + depth if lease else 0,
+            "grace": graces[depth],
+            "log": str(log_file),
+            "parent": parent if depth == 0 else 0,
+            "adopt_grace": adopt_grace if innermost else 0,
+        }
+        if run_dir is not None:
+            plan |= {"record": str(run_dir), "remove": [str(run_dir)]}
+        if run_file is not None and innermost:
+            plan["run_file"] = str(run_file)
+        command, line = list(GUARD), f"start {json.dumps(plan)}"
+    return line
+
+
+@asynccontextmanager
+async def open_daemon(
+    argv: Sequence[str],
+    start: DaemonStart,
+    *,
+    graces: Sequence[float],
+    log_file: Path,
+    env: Mapping[str, str] | None = None,
+    run_file: Path | None = None,
+    adopt_grace: float = 0.0,
+) -> AsyncGenerator[Daemon, None]:
+    """Own a queen or a hive while the body runs; it has said hello before the body starts.
+
+    Raises:
+        RbeeError: the daemon said why it cannot start.
+        ChildExitedError: it ended without a word; the message holds its log's tail.
+    """
+    run_dir = Path(start.run_dir)
+    with writing(run_dir):
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    async with open_guarded(
+        argv, first=f"start {codec.dumps(start).decode()}", graces=graces, log_file=log_file,
+        run_dir=run_dir, lease=start.lease, env=env, run_file=run_file, adopt_grace=adopt_grace,
+        stdout=subprocess.PIPE,
+    ) as (process, output):  # fmt: skip
+        assert output is not None
+        hello = await _read_hello(process, output, log_file)
+        yield Daemon(process, hello, log_file)
+
+
+async def _read_hello(process: Process, output: IO[bytes], log_file: Path) -> Hello:
+    data = b""
+    os.set_blocking(output.fileno(), False)
+    while b"\n" not in data:
+        await trio.lowlevel.wait_readable(output.fileno())
+        more = os.read(output.fileno(), 65536)
+        if not more:
+            raise child_exited("daemon", await process.wait(), log_file)
+        data += more
+    kind, _, text = data.partition(b"\n")[0].decode("utf-8", "replace").partition(" ")
+    if kind == "hello":
+        return codec.loads(text, Hello)
+    if kind == "error":
+        detail = json.loads(text)
+        raise from_wire(
+            detail.get("code", ""), detail.get("message", text), hint=detail.get("hint", ""),
+            details=detail.get("details"),
+        )  # fmt: skip
+    raise PeerError(f"expected hello from the daemon, got {text[:80]!r}")
+
+
+def child_exited(what: str, status: int, log_file: Path) -> ChildExitedError:
+    """Describe an end that nobody asked for, with the log's tail."""
+    how = f"signal {signal.Signals(status - 128).name}" if 128 < status < 160 else f"code {status}"
+    return ChildExitedError(
+        f"{what} ended unasked with {how}", hint=f"tail -n 50 {log_file}", log=log_tail(log_file)
+    )
+
+
+def log_tail(path: Path, size: int = LOG_TAIL) -> str:
+    """Return the last whole lines of a log, at most ``size`` bytes; "" if there is none."""
+    try:
+        with path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - size))
+            text = file.read(size).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return text if end <= size else text.partition("\n")[2]
+
+
+async def run_program(argv: Sequence[str], *, log_file: Path, grace: float = 2.0) -> int:
+    """Run one guarded program to its end and return its exit code; cancelling ends it."""
+    try:
+        async with open_guarded(argv, graces=[grace], log_file=log_file, die_with_us=True) as (
+            process,
+            _,
+        ):
+            return await process.wait()
+    except BaseExceptionGroup as group:
+        raise _only(group) from None
+
+
+def _only(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    return group.exceptions[0] if len(group.exceptions) == 1 else group
+
+
+def own_environment(home: Path, nonce: str) -> dict[str, str]:
+    """Return what must be in the first environment of every process of ours."""
+    return {"RBEE_HOME": str(home), "RBEE_NONCE": nonce, "SPT_NOENV": "1"}
