@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import secrets
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
@@ -16,8 +18,8 @@ import setproctitle
 import trio
 
 from rbee import guard
-from rbee.errors import RbeeError, leaves
-from rbee.home import write_atomic
+from rbee.errors import ConflictError, RbeeError, leaves
+from rbee.home import write_atomic, writing
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 from rbee.wire import codec
 from rbee.wire.messages import DaemonStart, Hello, RunFile
@@ -158,20 +160,13 @@ def ensure_nonce() -> str:
     return os.environ["RBEE_NONCE"]
 
 
-def claim(directory: Path) -> None:
-    """Note in a run directory that this process uses it, so that no sweep takes it."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pid = os.getpid()
-    write_atomic(directory / "owner", f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
-
-
-def write_run_file(path: Path, hello: Hello, owner: str) -> None:
+def write_run_file(path: Path, hello: Hello, owner: str, token_file: Path) -> None:
     """Tell where this daemon is to be found; call it under the daemon's lock."""
     pid = os.getpid()
     record = RunFile(
         component=hello.component, id=hello.id, url=hello.url, pid=pid,
         start_time=guard.start_time(pid), boot_id=guard.boot_id(), version=hello.version,
-        owner=owner,
+        owner=owner, token_file=str(token_file),
     )  # fmt: skip
     write_atomic(path, codec.dumps(record).decode())
 
@@ -185,3 +180,27 @@ def read_run_file(path: Path) -> RunFile | None:
     if record.boot_id != guard.boot_id() or not record.start_time:
         return None
     return record if guard.start_time(record.pid) == record.start_time else None
+
+
+@contextmanager
+def locked(run_file: Path, what: str) -> Iterator[None]:
+    """Hold the lock beside a daemon's run file; the kernel frees it when we die.
+
+    Raises:
+        ConflictError: another one of this home runs.
+    """
+    with writing(run_file.parent):
+        fd = os.open(run_file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as exc:
+        running = read_run_file(run_file)
+        where = f" at {running.url} (pid {running.pid})" if running else ""
+        raise ConflictError(
+            f"a {what} of this home runs already{where}",
+            code=f"{what}_running",
+            hint="rbee-keeper status",
+        ) from exc
+    finally:
+        os.close(fd)

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +24,7 @@ import trio
 from rbee import guard
 from rbee.errors import ChildExitedError, PeerError, from_wire
 from rbee.home import writing
-from rbee.sweep import sweep
+from rbee.sweep import claim, sweep
 from rbee.wire import codec
 from rbee.wire.messages import DaemonStart, Hello
 
@@ -73,15 +73,14 @@ class Process:
     pid: int
     pidfd: int
     lifeline: Lifeline
-    _popen: subprocess.Popen[bytes] | None = None
+    _reap: Callable[[], Awaitable[int]]
     status: int | None = None
 
     async def wait(self) -> int:
         """Return the exit code (128 + n for a signal) once the process has ended."""
         if self.status is None:
             await trio.lowlevel.wait_readable(self.pidfd)
-            code = 0 if self._popen is None else self._popen.wait()
-            self.status = code if code >= 0 else 128 - code
+            self.status = await self._reap()
         return self.status
 
     async def stop(self, grace: float) -> bool:
@@ -183,7 +182,12 @@ def _own(popen: subprocess.Popen[bytes]) -> Process:
     lifeline = Lifeline(os.dup(popen.stdin.fileno()))
     os.set_blocking(lifeline.fd, False)
     popen.stdin.close()
-    return Process(popen.pid, os.pidfd_open(popen.pid), lifeline, popen)
+
+    async def reap() -> int:
+        code = popen.wait()  # it has ended: no waiting
+        return code if code >= 0 else 128 - code
+
+    return Process(popen.pid, os.pidfd_open(popen.pid), lifeline, reap)
 
 
 async def _send_start(process: Process, line: str) -> None:
@@ -251,7 +255,7 @@ async def open_daemon(
     """
     run_dir = Path(start.run_dir)
     with writing(run_dir):
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        claim(run_dir)
     async with open_guarded(
         argv, first=f"start {codec.dumps(start).decode()}", graces=graces, log_file=log_file,
         run_dir=run_dir, lease=start.lease, env=env, run_file=run_file, adopt_grace=adopt_grace,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ import trio
 from rbee import guard
 
 log = logging.getLogger(__name__)
+
+UNFINISHED = 60.0  # seconds that a claim may take
 
 
 @attrs.frozen
@@ -110,10 +114,22 @@ def _all(record: Record) -> tuple[Identity, ...]:
     return (record.guard, *record.members)
 
 
+def claim(directory: Path) -> None:
+    """Make a run directory that this process uses, so that no sweep takes it for abandoned."""
+    directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}")
+    temporary.mkdir(mode=0o700)
+    pid = os.getpid()
+    (temporary / "owner").write_text(f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
+    temporary.rename(directory)  # nobody sees it without its owner
+
+
 async def sweep_abandoned(run: Path) -> int:
     """Sweep every run directory below ``run`` whose guards are all dead: a power loss's."""
     total = 0
     for directory in sorted(path for path in run.iterdir() if path.is_dir()):
+        if directory.name.startswith(".") and time.time() - directory.stat().st_mtime < UNFINISHED:
+            continue
         if abandoned(directory) and not _in_use(directory):
             total += await sweep(directory)
     return total

@@ -23,6 +23,8 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import setproctitle
@@ -128,13 +130,22 @@ class Zygote:
 
     def _kill_orphans(self) -> None:
         """End what a killed guard left: our children that are not guards, and all below them."""
-        for pid in guard.children(os.getpid()):
-            if pid in self.guards:
-                continue
-            below = {pid: guard.start_time(pid), **guard.descendants(pid)}
-            for number in (signal.SIGSTOP, signal.SIGKILL):
-                for victim, start in below.items():
-                    guard.send_signal(victim, start, number)
+        until = time.monotonic() + 1.0
+        while orphans := [p for p in guard.children(os.getpid()) if p not in self.guards]:
+            for pid in orphans:
+                below = {pid: guard.start_time(pid), **guard.descendants(pid)}
+                for number in (signal.SIGSTOP, signal.SIGKILL):
+                    for victim, start in below.items():
+                        guard.send_signal(victim, start, number)
+            if time.monotonic() > until:
+                return  # stuck in the kernel: the hive's guards go on
+            time.sleep(0.002)
+            self._wait_for(orphans)
+
+    def _wait_for(self, pids: list[int]) -> None:
+        for pid in pids:
+            with suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
 
 def refuse_unsafe_fork() -> None:
@@ -202,11 +213,8 @@ def run_worker(config: dict[str, Any], lifeline: int) -> int:
 
 
 def _spare_others_from_oom() -> None:
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("500")
-    except OSError:
-        pass
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 def main() -> int:

@@ -80,6 +80,20 @@ class RunFile:
     boot_id: str
     version: str
     owner: str
+    token_file: str
+
+
+@attrs.frozen
+class HiveInfo:
+    """One hive as its queen sees it; ``GET /v2/hives`` lists them."""
+
+    node: str
+    hive_id: str
+    url: str
+    state: str
+    owner: str
+    pid: int
+    version: str
 
 
 @attrs.frozen
@@ -130,6 +144,39 @@ class WorkerInfo:
     node: str = "localhost"
     pid: int = 0
     error: ErrorDetail | None = None
+
+
+@attrs.frozen
+class WorkerNarration:
+    """What is being done for a worker that is not ready yet, for people who wait for it."""
+
+    worker_id: str
+    actor: str
+    action: str
+    text: str
+
+
+@attrs.frozen
+class OwnerLease:
+    """``PUT /v1/owners/{queen_id}`` on an operator's hive: a queen lives, and where it is.
+
+    Renewed every 2 s; after ``lease`` seconds without, the hive stops that queen's workers.
+    """
+
+    url: str
+    token: str
+    lease: float = 10.0
+
+
+@attrs.frozen
+class Device:
+    """One device that a worker can run on; memory in bytes."""
+
+    backend: str
+    index: int
+    name: str
+    memory_total: int
+    memory_free: int
 
 
 @attrs.frozen

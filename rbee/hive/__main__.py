@@ -1,0 +1,96 @@
+"""``rbee-hive``: the pool manager of one node."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+
+from rbee import __version__
+from rbee.model import HIVE_PORT, WORKER_PORT
+
+app = cyclopts.App(
+    name="rbee-hive", version=__version__, help="The pool manager: workers and models of one node."
+)
+
+
+@app.command(name="daemon")
+def run_daemon(
+    *,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    worker_port: int = WORKER_PORT,
+    node: str = "localhost",
+    home: Path | None = None,
+    token_file: Path | None = None,
+    owned: Annotated[bool, cyclopts.Parameter(negative="")] = False,
+) -> int:
+    """Run a hive until it is told to stop.
+
+    Parameters
+    ----------
+    host:
+        Address to listen on.
+    port:
+        Port to listen on; 0 takes any free one. An operator's hive fails if it is taken.
+    worker_port:
+        First port tried for workers.
+    node:
+        Name of this node.
+    home:
+        Directory for models, logs and the token.
+    token_file:
+        File with the token that callers must send.
+    owned:
+        End with the owner, whose lifeline is stdin.
+    """
+    from rbee import daemon
+    from rbee.hive.daemon import run
+    from rbee.hive.workers import HiveSetup
+    from rbee.home import open_home, read_token
+    from rbee.model import new_id
+
+    async def main(root: daemon.Root) -> None:
+        place = open_home(home)
+        hive_id = new_id("hive")
+        start = root.start
+        setup = HiveSetup(
+            id=hive_id,
+            home=place,
+            run_dir=Path(start.run_dir) if start else place.run / hive_id,
+            token=start.token if start else _token(token_file) or read_token(place),
+            owner=start.owner if start else "operator",
+            node=node,
+            host=host,
+            port=HIVE_PORT if port is None else port,
+            exact_port=not owned,
+            worker_port=worker_port,
+            queen_url=start.queen_url if start else "",
+        )
+        await run(setup, root)
+
+    return daemon.run_daemon("rbee-hive", main, owned=owned)
+
+
+def _token(path: Path | None) -> str:
+    return path.read_text().strip() if path else ""
+
+
+@app.command
+def detect(*, home: Path | None = None) -> None:
+    """Print what this machine has: devices, memory, disk, engines, and what the guarantee needs."""
+    from rbee.hive.detect import detect as look
+    from rbee.home import find_home
+
+    sys.stdout.write(json.dumps(look(find_home(home).root), indent=2) + "\n")
+
+
+def main() -> None:
+    sys.exit(app(result_action="return_value") or 0)
+
+
+if __name__ == "__main__":
+    main()

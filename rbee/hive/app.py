@@ -1,0 +1,116 @@
+"""The hive's HTTP routes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+
+from rbee import __version__
+from rbee.errors import NotFoundError
+from rbee.hive.detect import devices
+from rbee.hive.owners import Owners
+from rbee.hive.workers import HiveSetup, Workers
+from rbee.process import log_tail
+from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.wire import messages, sse
+from rbee.wire.messages import Health, OwnerLease, StartWorker, WorkerReady
+
+LOG_BYTES = 64 * 1024
+
+
+def make_app(
+    setup: HiveSetup, workers: Workers, owners: Owners, stop: Callable[[str], None]
+) -> App:
+    """Wire one hive's routes; ``stop`` begins the end of the daemon."""
+    app = App(token=setup.token, hosts=(setup.host,))
+
+    async def health(request: Request) -> Response:
+        return json_response(
+            Health("hive", setup.id, __version__, setup.owner, str(setup.home.root), os.getpid())
+        )
+
+    async def list_workers(request: Request) -> Response | Stream:
+        if request.accepts_events():
+            return Stream(_news(workers))
+        return json_response(workers.infos())
+
+    async def start_worker(request: Request) -> Response:
+        return json_response(workers.start(await request.read(StartWorker)), 202)
+
+    async def stop_worker(request: Request) -> Response:
+        await workers.stop(request.params["worker"])
+        return Response(status=204)
+
+    async def worker_ready(request: Request) -> Response:
+        workers.ready(await request.read(WorkerReady))
+        return Response(status=204)
+
+    async def renew_owner(request: Request) -> Response:
+        owners.renew(request.params["queen"], await request.read(OwnerLease))
+        return Response(status=204)
+
+    async def end_owner(request: Request) -> Response:
+        owners.end(request.params["queen"])
+        return Response(status=204)
+
+    async def list_devices(request: Request) -> Response:
+        return json_response(devices())
+
+    async def show_log(request: Request) -> Response:
+        return _log_of(setup, request.params["worker"])
+
+    async def shutdown(request: Request) -> Response:
+        stop("shutdown asked for over HTTP")
+        return Response(status=202)
+
+    async def metrics(request: Request) -> Response:
+        return _metrics(workers)
+
+    app.add("GET", messages.HEALTH, health, is_open=True)
+    app.add("GET", messages.HIVE_WORKERS, list_workers)
+    app.add("POST", messages.HIVE_WORKERS, start_worker)
+    app.add("POST", messages.HIVE_WORKER_READY, worker_ready)
+    app.add("DELETE", messages.HIVE_WORKERS + "/{worker}", stop_worker)
+    app.add("PUT", messages.HIVE_OWNERS + "/{queen}", renew_owner)
+    app.add("DELETE", messages.HIVE_OWNERS + "/{queen}", end_owner)
+    app.add("GET", messages.HIVE_DEVICES, list_devices)
+    app.add("GET", messages.HIVE_LOGS + "/{worker}", show_log)
+    app.add("POST", messages.SHUTDOWN, shutdown)
+    app.add("GET", messages.METRICS, metrics)
+    return app
+
+
+def _news(workers: Workers) -> Callable[[Emit], Awaitable[None]]:
+    """Make the stream of a hive's news: all its workers now, then every change."""
+
+    async def run(emit: Emit) -> None:
+        with workers.news.subscribe() as news:
+            await emit(b": hive news\n\n")
+            for info in workers.infos():
+                await emit(sse.encode(info))
+            async for item in news:
+                await emit(sse.encode(item))
+
+    return run
+
+
+def _log_of(setup: HiveSetup, worker: str) -> Response:
+    path = setup.home.log_file(worker)
+    if not worker.startswith("worker-") or "/" in worker or not path.exists():
+        raise NotFoundError(
+            f"no log of worker {worker!r} on {setup.node}", hint="rbee-keeper worker list"
+        )
+    return Response(log_tail(path, LOG_BYTES).encode(), content_type=b"text/plain; charset=utf-8")
+
+
+def _metrics(workers: Workers) -> Response:
+    counts: dict[str, int] = {}
+    for info in workers.infos():
+        counts[info.state] = counts.get(info.state, 0) + 1
+    lines = [
+        "# HELP rbee_hive_workers Workers of this hive by state.",
+        "# TYPE rbee_hive_workers gauge",
+    ]
+    lines += [f'rbee_hive_workers{{state="{state}"}} {n}' for state, n in sorted(counts.items())]
+    text = "\n".join(lines) + "\n"
+    return Response(text.encode(), content_type=b"text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,128 @@
+"""The hive: the pool manager of one node."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import attrs
+import httpx
+import trio
+
+from rbee import __version__, daemon
+from rbee.errors import RbeeError
+from rbee.guard import remove_tree
+from rbee.hive.app import make_app
+from rbee.hive.launch import fork_or_exec
+from rbee.hive.models import provisioner
+from rbee.hive.owners import Owners
+from rbee.hive.workers import HiveSetup, Workers
+from rbee.hive.zygotes import Zygotes
+from rbee.process import own_environment
+from rbee.scopes import open_service
+from rbee.sweep import claim, sweep_abandoned
+from rbee.web.client import call, open_client
+from rbee.web.server import open_listener, serve_http, url_of
+from rbee.wire import messages
+from rbee.wire.messages import Hello, WorkerInfo, WorkerReady
+
+log = logging.getLogger(__name__)
+
+
+async def serve(
+    setup: HiveSetup,
+    *,
+    stop: Callable[[str], None],
+    task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a hive until cancelled; ``task_status`` receives what it says to its owner.
+
+    Raises:
+        ConflictError: its port is taken and must not be another one.
+    """
+    nonce = daemon.ensure_nonce()
+    listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
+    await sweep_abandoned(setup.home.run)
+    zygotes = Zygotes(setup.home.log_file, own_environment(setup.home.root, nonce))
+    workers = Workers(setup, fork_or_exec(zygotes.get), provisioner(setup))
+    workers.url = url_of(listener)
+    owners = Owners(workers.stop_owned_by)
+    serving = partial(serve_http, make_app(setup, workers, owners, stop), listener, grace=0.5)
+    # Zygotes outlive the workers' orderly end, and HTTP their last news and answers.
+    async with (
+        zygotes.open(),
+        open_service(serving) as url,
+        workers.open(),
+        owners.open(),
+        trio.open_nursery() as nursery,
+    ):
+        workers.on_ready = ReadyCallbacks(setup, owners, nursery).send
+        task_status.started(
+            Hello("hive", setup.id, __version__, os.getpid(), url, {"node": setup.node})
+        )
+        await trio.sleep_forever()
+
+
+@attrs.define(eq=False)
+class ReadyCallbacks:
+    """Passes a worker's ready callback on to the queen that asked for it."""
+
+    _setup: HiveSetup
+    _owners: Owners
+    _nursery: trio.Nursery
+
+    def send(self, info: WorkerInfo) -> None:
+        owner = self._owners.get(info.owner)
+        if owner is not None:
+            self._nursery.start_soon(_post_ready, owner.lease.url, owner.lease.token, info)
+        elif self._setup.queen_url:
+            self._nursery.start_soon(_post_ready, self._setup.queen_url, self._setup.token, info)
+
+
+async def _post_ready(url: str, token: str, info: WorkerInfo) -> None:
+    message = WorkerReady(info.worker_id, info.url, info.model, info.backend, info.device)
+    async with open_client(url, token) as client:
+        try:
+            await _call(client, messages.QUEEN_WORKER_READY, message)
+        except RbeeError as exc:  # the hive's news tells the queen as well
+            log.warning("ready callback of %s to the queen failed: %s", info.worker_id, exc)
+
+
+async def _call(client: httpx.AsyncClient, path: str, message: object) -> None:
+    await call(client, "POST", path, type(None), message, what="queen")
+
+
+@asynccontextmanager
+async def announced(setup: HiveSetup, hello: Hello) -> AsyncGenerator[None, None]:
+    """Let an operator's hive be found while the body runs.
+
+    Raises:
+        ConflictError: another operator's hive of this home runs.
+    """
+    path = setup.home.hive_file
+    with daemon.locked(path, "hive"):
+        daemon.write_run_file(path, hello, setup.owner, setup.home.token_file)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def run(setup: HiveSetup, root: daemon.Root) -> None:
+    """Be a hive daemon: serve, say hello, be findable, until the root is cancelled."""
+    if not root.owned:
+        claim(setup.run_dir)
+    try:
+        async with trio.open_nursery() as nursery:
+            hello = await nursery.start(partial(serve, setup, stop=root.stop))
+            root.say_hello(hello)
+            if root.owned:
+                await trio.sleep_forever()
+            async with announced(setup, hello):
+                await trio.sleep_forever()
+    finally:
+        if not root.owned:
+            remove_tree(str(setup.run_dir))

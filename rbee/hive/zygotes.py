@@ -1,0 +1,237 @@
+"""The hive's side of its zygotes: one per engine, started when first needed."""
+
+from __future__ import annotations
+
+import array
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from rbee.errors import ChildExitedError, MachineError
+from rbee.hive import zygote as protocol
+from rbee.process import Lifeline, Process
+from rbee.wire import codec
+
+log = logging.getLogger(__name__)
+
+END = 2.0  # seconds for a zygote without workers to go by itself
+
+
+class CannotForkError(MachineError):
+    """The zygote must not fork (threads, a CUDA context); an exec still works."""
+
+    code = "cannot_fork"
+
+
+@attrs.define(eq=False)
+class Zygote:
+    """One living zygote; `fork` waits until it has imported its engine."""
+
+    engine: str
+    _sock: trio.socket.SocketType
+    ready: trio.Event = attrs.field(factory=trio.Event)
+    gone: bool = False
+    _forks: dict[str, _Fork] = attrs.field(factory=dict)
+    _exits: dict[int, _Exit] = attrs.field(factory=dict)
+
+    async def fork(self, plan: Mapping[str, Any], config: Any, log_fd: int) -> Process:
+        """Fork a guarded worker; its process is the guard.
+
+        Raises:
+            CannotForkError: exec it instead.
+            ChildExitedError: the zygote died.
+        """
+        await self.ready.wait()
+        reader, writer = os.pipe()
+        fork = self._forks[config.spec.id] = _Fork()
+        try:
+            await self._send({"fork": dict(plan), "config": codec.to_dict(config)}, reader, log_fd)
+            await fork.done.wait()
+            return self._process(fork, writer)
+        except BaseException:
+            os.close(writer)  # its guard, if there is one, ends by this
+            raise
+        finally:
+            os.close(reader)
+            del self._forks[config.spec.id]
+
+    def _process(self, fork: _Fork, writer: int) -> Process:
+        if self.gone and not fork.pid:
+            raise ChildExitedError(f"the zygote of engine {self.engine} died")
+        if fork.error:
+            raise CannotForkError(fork.error)
+        os.set_blocking(writer, False)
+        known = self._exits.setdefault(fork.pid, _Exit())
+
+        async def reap() -> int:
+            with trio.move_on_after(1):  # the zygote reports it; a dead zygote does not
+                await known.done.wait()
+            del self._exits[fork.pid]
+            return known.status
+
+        return Process(fork.pid, fork.pidfd, Lifeline(writer), reap)
+
+    async def _send(self, message: dict[str, Any], *fds: int) -> None:
+        if self.gone:
+            raise ChildExitedError(f"the zygote of engine {self.engine} died")
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        try:
+            await self._sock.sendmsg([json.dumps(message).encode()], ancillary)
+        except OSError as exc:
+            raise ChildExitedError(f"the zygote of engine {self.engine} died") from exc
+
+    async def _listen(self) -> None:
+        """Take messages until the zygote's end of the socket closes."""
+        space = socket.CMSG_LEN(4 * array.array("i").itemsize)
+        while True:
+            try:
+                data, ancillary, _, _ = await self._sock.recvmsg(protocol.MAX_MESSAGE, space)
+            except OSError:
+                return
+            if not data:
+                return
+            self._take(*protocol.unpack(data, ancillary))
+
+    def _take(self, message: dict[str, Any], fds: list[int]) -> None:
+        if "ready" in message:
+            log.info("zygote %s imported in %.1f s", self.engine, message["ready"])
+            if message["threads"] != 1:
+                log.warning("zygote %s has %d threads", self.engine, message["threads"])
+            self.ready.set()
+        elif "forked" in message:
+            fork = self._forks.get(message["forked"])
+            if fork is None:  # cancelled meanwhile; its lifeline is closed
+                os.close(fds[0])
+                return
+            fork.pid, fork.pidfd = message["pid"], fds[0]
+            fork.done.set()
+        elif "error" in message and message["error"] in self._forks:
+            fork = self._forks[message["error"]]
+            fork.error = message["message"]
+            fork.done.set()
+        elif "exited" in message:
+            known = self._exits.setdefault(message["exited"], _Exit())
+            known.status = message["status"]
+            known.done.set()
+
+    def _end(self) -> None:
+        self.gone = True
+        self.ready.set()
+        for fork in self._forks.values():
+            fork.done.set()
+
+
+@attrs.define(eq=False)
+class _Fork:
+    done: trio.Event = attrs.field(factory=trio.Event)
+    pid: int = 0
+    pidfd: int = -1
+    error: str = ""
+
+
+@attrs.define(eq=False)
+class _Exit:
+    done: trio.Event = attrs.field(factory=trio.Event)
+    status: int = 137
+
+
+async def run_zygote(
+    engine: str,
+    *,
+    log_file: Path,
+    env: Mapping[str, str],
+    task_status: trio.TaskStatus[Zygote] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Own one zygote until it ends; started at once, before it has imported anything.
+
+    Cancelling ends it and, through their guards, the workers it forked.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = {**os.environ, **env, "OMP_NUM_THREADS": "1", "SPT_NOENV": "1"}
+    argv = [
+        sys.executable,
+        "-m",
+        "rbee.hive.zygote",
+        engine,
+        str(theirs.fileno()),
+        str(os.getpid()),
+    ]
+    with log_file.open("ab") as output:
+        child = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            pass_fds=[theirs.fileno()], start_new_session=True,
+        )  # fmt: skip
+    theirs.close()
+    pidfd = os.pidfd_open(child.pid)
+    sock = trio.socket.from_stdlib_socket(ours)
+    zygote = Zygote(engine, sock)
+    try:
+        task_status.started(zygote)
+        await zygote._listen()
+    finally:
+        zygote._end()
+        sock.close()  # its lifeline
+        with trio.CancelScope(shield=True):
+            with trio.move_on_after(END):
+                await trio.lowlevel.wait_readable(pidfd)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(pidfd)
+        log.info("zygote %s ended with %d", engine, child.wait())
+        os.close(pidfd)
+
+
+class Zygotes:
+    """A hive's zygotes by engine, each started when it is first needed."""
+
+    def __init__(self, log_file: Callable[[str], Path], env: Mapping[str, str]) -> None:
+        self._log_file = log_file
+        self._env = env
+        self._zygotes: dict[str, Zygote] = {}
+        self._scopes: set[trio.CancelScope] = set()
+        self._lock = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Hold the zygotes; they end only after the body, even when all is cancelled at once."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield
+            finally:
+                for scope in list(self._scopes):
+                    scope.cancel(reason="hive stops")
+
+    async def get(self, engine: str) -> Zygote:
+        """Return the engine's living zygote, started if there is none."""
+        assert self._nursery is not None
+        async with self._lock:
+            zygote = self._zygotes.get(engine)
+            if zygote is None or zygote.gone:
+                zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
+            return zygote
+
+    async def _run(self, engine: str, *, task_status: trio.TaskStatus[Zygote]) -> None:
+        # Shielded until `open` ends, which is bounded: workers stop within their grace.
+        with trio.CancelScope(shield=True) as scope:
+            self._scopes.add(scope)
+            try:
+                await run_zygote(
+                    engine,
+                    log_file=self._log_file(f"zygote-{engine}"),
+                    env=self._env,
+                    task_status=task_status,
+                )
+            finally:
+                self._scopes.discard(scope)

@@ -1,0 +1,78 @@
+"""Is there room? Asked before something is fetched, written or loaded, not found out half-way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rbee.errors import InsufficientError
+
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+# an engine's own memory beside weights and cache: the interpreter, torch, activations
+OVERHEAD = 800 * 2**20
+MEMINFO = Path("/proc/meminfo")
+
+
+def check_disk(path: Path, required: int, *, what: str = "the model") -> None:
+    """Raise `InsufficientError` unless the file system of ``path`` has ``required`` bytes free."""
+    available = free_disk(path)
+    if available < required:
+        raise InsufficientError(
+            f"not enough disk for {what}: needed {human(required)}, "
+            f"free {human(available)} at {path}",
+            code="insufficient_disk",
+            hint="rbee-keeper model list   # then rbee-keeper model rm MODEL",
+            required=required,
+            available=available,
+        )
+
+
+def check_memory(required: int, *, what: str = "the model", available: int | None = None) -> None:
+    """Raise `InsufficientError` unless ``required`` bytes of memory are to be had.
+
+    ``available`` defaults to what the kernel can give without swapping; where it does not tell,
+    nothing is refused.
+    """
+    if available is None:
+        available = available_memory()
+    if available is not None and available < required:
+        raise InsufficientError(
+            f"not enough memory for {what}: needed {human(required)}, available {human(available)}",
+            code="insufficient_memory",
+            hint="rbee-keeper worker list   # then rbee-keeper worker stop WORKER",
+            required=required,
+            available=available,
+        )
+
+
+def needed_memory(parameters: int, dtype: str, kv_cache_bytes: int = 0) -> int:
+    """Return what a worker needs: weights in the target dtype, KV cache, a fixed overhead."""
+    return parameters * ITEM_SIZES.get(dtype, 4) + kv_cache_bytes + OVERHEAD
+
+
+def free_disk(path: Path) -> int:
+    """Return the bytes that an ordinary user may still write at ``path``, existing or not."""
+    there = next(place for place in (path, *path.parents) if place.exists())
+    found = os.statvfs(there)
+    return found.f_bavail * found.f_frsize
+
+
+def available_memory(meminfo: Path = MEMINFO) -> int | None:
+    """Return MemAvailable in bytes; None where the kernel does not tell."""
+    try:
+        lines = meminfo.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def human(size: float) -> str:
+    """Write a number of bytes for people: ``1.3 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,143 @@
+"""Files that appear whole or not at all: a lock per target, a staging directory, one rename.
+
+Both live below the models directory itself, not in the run directory: what must not happen twice
+is a write there, and a home may be shared by several machines.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import trio
+
+from rbee.errors import ConflictError
+from rbee.home import writing
+
+POLL = 0.1
+CLEANUP = 5.0
+
+
+@asynccontextmanager
+async def open_lock(
+    models: Path, name: str, *, waiting: Callable[[], None] = lambda: None
+) -> AsyncGenerator[None, None]:
+    """Hold the lock of one target against other tasks and processes.
+
+    ``waiting`` is called once if somebody else has it. It is gone with the process that held it.
+    """
+    path = _lock_file(models, name)
+    fd = _try_lock(path)
+    if fd is None:
+        waiting()
+    while fd is None:
+        # a blocking flock in a thread could be neither cancelled nor abandoned safely
+        await trio.sleep(POLL)
+        fd = _try_lock(path)
+    try:
+        yield
+    finally:
+        _unlock(path, fd)
+
+
+@contextmanager
+def lock_now(models: Path, name: str) -> Iterator[None]:
+    """Hold the lock of one target, or raise `ConflictError` if somebody else does."""
+    path = _lock_file(models, name)
+    fd = _try_lock(path)
+    if fd is None:
+        raise ConflictError(
+            f"{name} is being fetched by another rbee", code="model_busy", hint="rbee-keeper ps"
+        )
+    try:
+        yield
+    finally:
+        _unlock(path, fd)
+
+
+@asynccontextmanager
+async def open_staging(models: Path, name: str) -> AsyncGenerator[Path, None]:
+    """Make a fresh directory on the file system of ``models``; with the body it is gone.
+
+    The caller holds the lock of ``name``: what a killed predecessor left is removed as well.
+    """
+    area = models / ".staging"
+    with writing(models):
+        await trio.to_thread.run_sync(_remove_all, area, name)
+        staging = area / f"{name}.{secrets.token_hex(4)}"
+        staging.mkdir(parents=True, mode=0o700)
+    try:
+        yield staging
+    finally:
+        # removing gigabytes takes a moment, and must happen on cancellation above all
+        with trio.move_on_after(CLEANUP, shield=True):
+            await trio.to_thread.run_sync(discard, staging, abandon_on_cancel=True)
+
+
+async def publish(staged: Path, target: Path) -> None:
+    """Put a finished directory in its place; an unusable older one makes room."""
+    with writing(target.parent):
+        await trio.to_thread.run_sync(_sync_files, staged)
+        _swap_in(staged, target)
+
+
+def discard(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    with suppress(OSError):
+        directory.parent.rmdir()  # the staging area, when nobody else uses it
+
+
+def _swap_in(staged: Path, target: Path) -> None:
+    if target.exists():
+        target.rename(staged.with_name(f"old-{secrets.token_hex(4)}"))
+    staged.rename(target)
+
+
+def _sync_files(directory: Path) -> None:
+    """A power loss after the rename must not leave whole names on empty files."""
+    for path in (*(entry for entry in directory.rglob("*") if entry.is_file()), directory):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _remove_all(area: Path, name: str) -> None:
+    for left in area.glob(f"{name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _lock_file(models: Path, name: str) -> Path:
+    path = models / ".locks" / name
+    with writing(models):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def _try_lock(path: Path) -> int | None:
+    with writing(path.parent):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # its last holder may have removed the file that was locked here
+        if os.path.samestat(os.fstat(fd), path.stat()):
+            return fd
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(fd)
+        raise
+    os.close(fd)
+    return None
+
+
+def _unlock(path: Path, fd: int) -> None:
+    with suppress(OSError):
+        path.unlink()
+    os.close(fd)

@@ -1,0 +1,135 @@
+"""The queen's HTTP routes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import attrs
+
+from rbee import __version__
+from rbee.errors import NotFoundError
+from rbee.model import LOCALHOST, WorkerId, WorkerState
+from rbee.queen.hives import Hives, QueenSetup
+from rbee.queen.jobs import Job, Jobs
+from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.wire import messages
+from rbee.wire.messages import Health, StartWorker, TaskRequest, WorkerReady
+
+
+def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], None]) -> App:
+    """Wire one queen's routes; ``stop`` begins the end of the daemon."""
+    app = App(token=setup.token, hosts=(setup.host,))
+
+    async def health(request: Request) -> Response:
+        return json_response(
+            Health("queen", setup.id, __version__, setup.owner, str(setup.home.root), os.getpid())
+        )
+
+    async def start_task(request: Request) -> Stream:
+        job = jobs.start(await request.read(TaskRequest))
+        return _stream(job)
+
+    async def cancel_task(request: Request) -> Response:
+        try:
+            jobs.get(request.params["job"]).cancel("DELETE")
+        except NotFoundError:  # idempotent: it has ended, or never was
+            return Response(status=204)
+        return Response(status=204)
+
+    async def list_nodes(request: Request) -> Response:
+        return json_response([{"name": node} for node in hives.nodes()])
+
+    async def list_hives(request: Request) -> Response:
+        return json_response(hives.infos())
+
+    async def list_workers(request: Request) -> Response:
+        return json_response(list(hives.workers))
+
+    async def start_worker(request: Request) -> Response:
+        body = await request.read(StartWorker)
+        hive = await hives.get(body.node or LOCALHOST, lambda narration: None)
+        info = await hive.start_worker(attrs.evolve(body, owner=setup.id))
+        hives.take_info(info)
+        return json_response(info, 202)
+
+    async def stop_worker(request: Request) -> Response:
+        worker = _worker(hives, request.params["worker"])
+        hive = hives.running(worker.node)
+        if hive is not None:
+            await hive.stop_worker(worker.worker_id)
+        return Response(status=204)
+
+    async def list_models(request: Request) -> Response:
+        from rbee.models.provision import list_models as catalog
+
+        return json_response(catalog(setup.home))
+
+    async def worker_ready(request: Request) -> Response:
+        message = await request.read(WorkerReady)
+        info = _worker(hives, message.worker_id)
+        state = WorkerState.READY.value
+        hives.take_info(attrs.evolve(info, state=state, url=message.url, model=message.model_ref))
+        return Response(status=204)
+
+    async def shutdown(request: Request) -> Response:
+        stop("shutdown asked for over HTTP")
+        return Response(status=202)
+
+    async def metrics(request: Request) -> Response:
+        return _metrics(hives, jobs)
+
+    app.add("GET", messages.HEALTH, health, is_open=True)
+    app.add("POST", messages.TASKS, start_task)
+    app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
+    app.add("GET", messages.QUEEN_NODES, list_nodes)
+    app.add("GET", messages.QUEEN_HIVES, list_hives)
+    app.add("GET", messages.QUEEN_WORKERS, list_workers)
+    app.add("POST", messages.QUEEN_WORKERS, start_worker)
+    app.add("DELETE", messages.QUEEN_WORKERS + "/{worker}", stop_worker)
+    app.add("GET", messages.QUEEN_MODELS, list_models)
+    app.add("POST", messages.QUEEN_WORKER_READY, worker_ready)
+    app.add("POST", messages.SHUTDOWN, shutdown)
+    app.add("GET", messages.METRICS, metrics)
+    return app
+
+
+def _stream(job: Job) -> Stream:
+    """Send a job's events; the job belongs to this connection and ends with it."""
+
+    async def run(emit: Emit) -> None:
+        try:
+            async for chunk in job.chunks:
+                await emit(chunk)
+            if job.last:
+                await emit(job.last)
+        finally:
+            job.cancel("its reader is gone")
+            job.chunks.close()
+
+    return Stream(run, ((messages.JOB_ID_HEADER.encode(), job.id.encode()),))
+
+
+def _worker(hives: Hives, worker_id: str) -> messages.WorkerInfo:
+    info = hives.workers.get(WorkerId(worker_id))
+    if info is None:
+        raise NotFoundError(
+            f"no worker {worker_id!r}", code="unknown_worker", hint="rbee-keeper worker list"
+        )
+    return info
+
+
+def _metrics(hives: Hives, jobs: Jobs) -> Response:
+    counts: dict[str, int] = {}
+    for info in hives.workers:
+        counts[info.state] = counts.get(info.state, 0) + 1
+    lines = [
+        "# HELP rbee_queen_jobs Jobs that have not ended.",
+        "# TYPE rbee_queen_jobs gauge",
+        f"rbee_queen_jobs {len(jobs)}",
+        "# HELP rbee_queen_workers Workers by state.",
+        "# TYPE rbee_queen_workers gauge",
+        *(f'rbee_queen_workers{{state="{state}"}} {n}' for state, n in sorted(counts.items())),
+    ]
+    text = "\n".join(lines) + "\n"
+    return Response(text.encode(), content_type=b"text/plain; version=0.0.4; charset=utf-8")

@@ -1,0 +1,90 @@
+"""The queen: the orchestrator. Cancelling `serve` is the cascading shutdown."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from rbee import __version__, daemon
+from rbee.errors import OwnerGoneError, RbeeError, UnavailableError
+from rbee.guard import remove_tree
+from rbee.home import write_atomic
+from rbee.queen.app import make_app
+from rbee.queen.hives import Hives, QueenSetup
+from rbee.queen.jobs import Jobs
+from rbee.scopes import open_service
+from rbee.sweep import claim, sweep_abandoned
+from rbee.web.server import open_listener, serve_http, url_of
+from rbee.wire.messages import Hello
+
+
+def stopping() -> RbeeError:
+    return UnavailableError("the queen is stopping", code="queen_stopping")
+
+
+async def serve(
+    setup: QueenSetup,
+    *,
+    stop: Callable[[str], None],
+    ending: Callable[[], RbeeError] = stopping,
+    task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a queen until cancelled; ``task_status`` receives what it says to its owner.
+
+    Raises:
+        ConflictError: its port is taken and must not be another one.
+    """
+    listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
+    await sweep_abandoned(setup.home.run)
+    hives = Hives(setup)
+    hives.url = url_of(listener)
+    jobs = Jobs(hives, ending)
+    serving = partial(serve_http, make_app(setup, hives, jobs, stop), listener, grace=0.5)
+    # HTTP outlives the jobs: each open stream still gets its terminal event.
+    async with open_service(serving) as url, hives.open(), jobs.open():
+        task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
+        await trio.sleep_forever()
+
+
+async def run(setup: QueenSetup, root: daemon.Root) -> None:
+    """Be a queen daemon: one per home, findable, until the root is cancelled."""
+    with daemon.locked(setup.home.queen_file, "queen"), _run_dir(setup, root) as token_file:
+        async with trio.open_nursery() as nursery:
+            jobs: list[Jobs] = []
+            hello = await nursery.start(partial(serve, setup, stop=root.stop, on_jobs=jobs.append))
+            daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
+            root.say_hello(hello)
+            try:
+                await trio.sleep_forever()
+            finally:
+                setup.home.queen_file.unlink(missing_ok=True)
+
+
+def _ending(root: daemon.Root) -> RbeeError:
+    """Say why the streams of a queen that stops end."""
+    if root.owned:
+        return OwnerGoneError(
+            "the queen ended with the rbee-keeper command that owned it",
+            hint="rbee-keeper queen start",
+        )
+    return stopping()
+
+
+@contextmanager
+def _run_dir(setup: QueenSetup, root: daemon.Root) -> Iterator[Path]:
+    """Yield the file that holds our token; an owned queen's lies in its own directory."""
+    if root.owned:
+        token_file = setup.run_dir / "token"
+        write_atomic(token_file, setup.token)
+        yield token_file
+        return
+    claim(setup.run_dir)
+    try:
+        yield setup.home.token_file
+    finally:
+        remove_tree(str(setup.run_dir))

@@ -1,0 +1,287 @@
+"""The queen's hives: found or owned, one lifetime each, and what they tell of their workers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import attrs
+import httpx
+import trio
+
+from rbee.broadcast import Broadcast
+from rbee.daemon import read_run_file
+from rbee.errors import NotFoundError, PeerError, RbeeError, UnavailableError, leaves
+from rbee.home import Home, read_token
+from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
+from rbee.process import open_daemon, own_environment
+from rbee.registry import Registry
+from rbee.web.client import call, open_client, open_events
+from rbee.wire import codec, messages
+from rbee.wire.messages import (
+    DaemonStart,
+    Health,
+    HiveInfo,
+    Narration,
+    OwnerLease,
+    RunFile,
+    StartWorker,
+    WorkerInfo,
+    WorkerNarration,
+)
+
+log = logging.getLogger(__name__)
+
+RENEW = 2.0
+KEPT_FAILURES = 100
+Narrate = Callable[[Narration], None]
+OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
+
+
+@attrs.frozen
+class QueenSetup:
+    """What one queen is; ``lease`` is what its hives and their guards allow it, in seconds."""
+
+    id: str
+    home: Home
+    run_dir: Path
+    token: str
+    nonce: str
+    owner: str = "operator"
+    host: str = "127.0.0.1"
+    port: int = 0
+    exact_port: bool = False
+    hive_port: int = 9200
+    lease: float = 10.0
+    grace: Grace = attrs.field(factory=Grace)
+
+
+@attrs.define(eq=False)
+class Hive:
+    """A hive that answers; usable until `gone`."""
+
+    info: HiveInfo
+    owned: bool
+    token: str
+    client: httpx.AsyncClient
+    starting: trio.Lock = attrs.field(factory=trio.Lock)
+    gone: bool = False
+
+    async def start_worker(self, request: StartWorker) -> WorkerInfo:
+        return await call(
+            self.client, "POST", messages.HIVE_WORKERS, WorkerInfo, request, what=self.name
+        )
+
+    async def stop_worker(self, worker_id: str) -> None:
+        path = f"{messages.HIVE_WORKERS}/{worker_id}"
+        await call(self.client, "DELETE", path, type(None), what=self.name)
+
+    @property
+    def name(self) -> str:
+        return f"hive on {self.info.node}"
+
+
+class Hives:
+    """All hives of one queen and the workers it asked them for."""
+
+    def __init__(self, setup: QueenSetup) -> None:
+        self._setup = setup
+        self._hives: dict[str, Hive] = {}
+        self._locks: dict[str, trio.Lock] = {}
+        self._nursery: trio.Nursery | None = None
+        self.queen_id = setup.id
+        self.url = ""
+        self.workers: Registry[WorkerId, WorkerInfo] = Registry()
+        self.failures: OrderedDict[str, WorkerInfo] = OrderedDict()
+        self.narrations: Broadcast[WorkerNarration] = Broadcast()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Hold the hives; leaving ends those that are owned, side by side."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel(reason="queen stops")
+
+    def infos(self) -> list[HiveInfo]:
+        return [hive.info for hive in self._hives.values()]
+
+    def nodes(self) -> list[str]:
+        return [LOCALHOST]
+
+    def running(self, node: str) -> Hive | None:
+        return self._hives.get(node)
+
+    async def get(self, node: str, narrate: Narrate) -> Hive:
+        """Return the node's hive, found or started.
+
+        Raises:
+            NotFoundError: there is no such node.
+            RbeeError: its hive cannot be started.
+        """
+        if node not in self.nodes():
+            raise NotFoundError(
+                f"no node {node!r}; known: {', '.join(self.nodes())}",
+                code="unknown_node",
+                hint="rbee-keeper infer --node localhost …",
+            )
+        assert self._nursery is not None
+        async with self._locks.setdefault(node, trio.Lock()):
+            hive = self._hives.get(node)
+            if hive is None or hive.gone:
+                hive = await self._nursery.start(partial(self._keep, node, narrate))
+            return hive
+
+    # one hive's life -------------------------------------------------------------------------
+    async def _keep(
+        self, node: str, narrate: Narrate, *, task_status: trio.TaskStatus[Hive]
+    ) -> None:
+        """Survive a hive's end: it is told to whoever waits for its workers."""
+        status = _Started(task_status)
+        try:
+            await self._run(node, narrate, status)
+        except* RbeeError as group:
+            error = next(leaves(group))
+            if not status.done:
+                raise error from None
+            log.warning("hive on %s is gone: %s", node, error)
+            self._lose(node, error)
+        else:
+            self._lose(node, PeerError(f"the hive on {node} ended"))
+
+    async def _run(self, node: str, narrate: Narrate, status: _Started) -> None:
+        found = read_run_file(self._setup.home.hive_file)
+        if found is not None:
+            await self._use(node, found, status)
+        else:
+            await self._own(node, narrate, status)
+
+    async def _use(self, node: str, found: RunFile, status: _Started) -> None:
+        """Use an operator's hive for as long as it runs; it stays when we go."""
+        token = read_token(self._setup.home)
+        async with open_client(found.url, token) as client:
+            health = await call(client, "GET", messages.HEALTH, Health, what="the operator's hive")
+            info = HiveInfo(
+                node, health.id, found.url, health.state, health.owner, health.pid, health.version
+            )
+            hive = Hive(info, False, token, client)
+            await self._renew(hive)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_lease, hive)
+                try:
+                    await self._follow(hive, status)
+                finally:
+                    nursery.cancel_scope.cancel(reason="hive is not used any more")
+                    with trio.move_on_after(1, shield=True):  # else the lease ends it
+                        await self._say_goodbye(hive)
+
+    async def _own(self, node: str, narrate: Narrate, status: _Started) -> None:
+        """Start a hive of our own, which ends with this scope, and use it."""
+        narrate(Narration("queen", "start", f"hive on {node}"))
+        setup = self._setup
+        start = DaemonStart(
+            owner=setup.id, token=setup.token, run_dir=str(setup.run_dir / new_id("hive")),
+            queen_url=self.url, queen_id=setup.id, lease=setup.lease,
+        )  # fmt: skip
+        argv = [
+            sys.executable, "-m", "rbee.hive", "daemon", "--owned", "--node", node,
+            "--home", str(setup.home.root), "--port", str(setup.hive_port),
+        ]  # fmt: skip
+        async with open_daemon(
+            argv, start, graces=[setup.grace.guard_a, setup.grace.guard_b],
+            log_file=setup.home.log_file(f"hive-{node}"),
+            env=own_environment(setup.home.root, setup.nonce),
+            adopt_grace=setup.grace.worker_guard + 1,
+        ) as daemon:  # fmt: skip
+            hello = daemon.hello
+            info = HiveInfo(node, hello.id, hello.url, "ready", setup.id, hello.pid, hello.version)
+            async with open_client(hello.url, setup.token) as client:
+                hive = Hive(info, True, setup.token, client)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._follow_until_gone, hive, status)
+                    ended = await daemon.wait()
+                    raise daemon.ended(ended)
+
+    async def _follow_until_gone(self, hive: Hive, status: _Started) -> None:
+        try:
+            await self._follow(hive, status)
+        except PeerError as exc:
+            log.info("%s: %s", hive.name, exc)  # its end tells more
+
+    async def _follow(self, hive: Hive, status: _Started) -> None:
+        """Take a hive's news until it ends; the hive is usable once its snapshot is here."""
+        async with open_events(hive.client, "GET", messages.HIVE_WORKERS, what=hive.name) as events:
+            self._hives[hive.info.node] = hive
+            status.started(hive)
+            async for name, data in events:
+                self._take(name, data)
+        raise UnavailableError(f"{hive.name} ended its news")
+
+    def _take(self, name: str, data: str) -> None:
+        if name == "workernarration":
+            self.narrations.send(codec.loads(data, WorkerNarration))
+        elif name == "workerinfo":
+            self.take_info(codec.loads(data, WorkerInfo))
+
+    def take_info(self, info: WorkerInfo) -> None:
+        """Note a worker's newest state; only the workers we asked for are ours."""
+        if info.owner != self._setup.id:
+            return
+        worker_id = WorkerId(info.worker_id)
+        if info.state not in OVER:
+            self.workers.set(worker_id, info)
+            return
+        self._remember(info)
+        self.workers.remove(worker_id)
+
+    def _remember(self, info: WorkerInfo) -> None:
+        self.failures[info.worker_id] = info
+        while len(self.failures) > KEPT_FAILURES:
+            self.failures.popitem(last=False)
+
+    def _lose(self, node: str, error: BaseException) -> None:
+        """Forget a hive and its workers; whoever waits for one of them is told."""
+        hive = self._hives.pop(node, None)
+        if hive is not None:
+            hive.gone = True
+        detail = messages.ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}")
+        for info in self.workers:
+            if info.node == node:
+                self.take_info(attrs.evolve(info, state=WorkerState.FAILED.value, error=detail))
+
+    # an operator's hive ----------------------------------------------------------------------
+    async def _keep_lease(self, hive: Hive) -> None:
+        while True:
+            await trio.sleep(RENEW)
+            await self._renew(hive)
+
+    async def _renew(self, hive: Hive) -> None:
+        lease = OwnerLease(self.url, self._setup.token, self._setup.lease)
+        path = f"{messages.HIVE_OWNERS}/{self._setup.id}"
+        await call(hive.client, "PUT", path, type(None), lease, what=hive.name)
+
+    async def _say_goodbye(self, hive: Hive) -> None:
+        path = f"{messages.HIVE_OWNERS}/{self._setup.id}"
+        try:
+            await call(hive.client, "DELETE", path, type(None), what=hive.name)
+        except RbeeError as exc:
+            log.info("goodbye to %s: %s", hive.name, exc)
+
+
+@attrs.define(eq=False)
+class _Started:
+    """A task status that remembers whether it was used."""
+
+    _status: trio.TaskStatus[Hive]
+    done: bool = False
+
+    def started(self, hive: Hive) -> None:
+        self.done = True
+        self._status.started(hive)

@@ -1,0 +1,245 @@
+"""Jobs: from a request to its one terminal event, whatever happens on the way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+
+import attrs
+import httpx
+import trio
+
+from rbee.errors import (
+    CancelledError,
+    ChildExitedError,
+    DeadlineError,
+    NotFoundError,
+    PeerError,
+    RbeeError,
+    UnavailableError,
+    from_wire,
+    leaves,
+)
+from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
+from rbee.queen.hives import Hives
+from rbee.queen.placement import choose, start_for
+from rbee.web.client import open_client, open_events
+from rbee.wire import messages, sse
+from rbee.wire.messages import (
+    Error,
+    ExecuteRequest,
+    Narration,
+    Queued,
+    TaskRequest,
+    WorkerInfo,
+)
+
+log = logging.getLogger(__name__)
+
+BUFFER = 64  # chunks between a worker and a slow reader; beyond, the worker's socket waits
+LOG_LINES = 12
+
+
+@attrs.define(eq=False)
+class Job:
+    """One request; its reader iterates ``chunks`` and then sends ``last``, if there is one."""
+
+    id: JobId
+    request: TaskRequest
+    _send: trio.MemorySendChannel[bytes]
+    chunks: trio.MemoryReceiveChannel[bytes]
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    watch: sse.TerminalWatch = attrs.field(factory=sse.TerminalWatch)
+    last: bytes = b""
+    worker_id: str = ""
+
+    async def emit(self, chunk: bytes) -> None:
+        self.watch.feed(chunk)
+        await self._send.send(chunk)
+
+    def narrate(self, narration: Narration) -> None:
+        """Tell the reader what is going on; lost if he does not keep up."""
+        try:
+            self._send.send_nowait(sse.encode(narration))
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            log.debug("job %s: narration lost", self.id)
+
+    def finish(self, error: RbeeError) -> None:
+        """Make ``error`` the terminal event, unless one went by already."""
+        if not self.watch.seen and not self.last:
+            log.info("job %s: %s: %s", self.id, error.code, error)
+            self.last = sse.encode(Error(error.code, error.message, error.hint))
+
+    def close(self) -> None:
+        self._send.close()
+
+    def cancel(self, why: str) -> None:
+        self.scope.cancel(reason=why)
+
+
+def open_job(request: TaskRequest) -> Job:
+    send, receive = trio.open_memory_channel[bytes](BUFFER)
+    return Job(JobId(new_id("job")), request, send, receive)
+
+
+class Jobs:
+    """All jobs of one queen; their tasks live in the nursery that `open` holds."""
+
+    def __init__(self, hives: Hives, ending: Callable[[], RbeeError]) -> None:
+        self._hives = hives
+        self._ending = ending
+        self._jobs: dict[JobId, Job] = {}
+        self._nursery: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel(reason="queen stops")
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def get(self, job_id: str) -> Job:
+        job = self._jobs.get(JobId(job_id))
+        if job is None:
+            raise NotFoundError(f"no job {job_id!r}", code="unknown_job")
+        return job
+
+    def start(self, request: TaskRequest) -> Job:
+        """Accept a request; the job belongs to whoever reads it."""
+        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+            raise self._ending()
+        job = open_job(request)
+        self._jobs[job.id] = job
+        self._nursery.start_soon(self._keep, job)
+        return job
+
+    async def _keep(self, job: Job) -> None:
+        """Bring a job to its end; what goes wrong in one job ends that job only."""
+        try:
+            with job.scope:
+                await self._run(job)
+            if job.scope.cancelled_caught:
+                job.finish(CancelledError("the job was cancelled"))
+        except* RbeeError as group:
+            error = next(leaves(group))
+            assert isinstance(error, RbeeError)
+            job.finish(error)
+        except* trio.BrokenResourceError:
+            log.info("job %s: its reader went away", job.id)
+        finally:
+            job.finish(self._ending())
+            job.close()
+            del self._jobs[job.id]
+
+    async def _run(self, job: Job) -> None:
+        await job.emit(sse.encode(Queued(job.id, 0)))
+        limit = job.request.deadline
+        with trio.move_on_after(float("inf") if limit is None else limit) as scope:
+            await self._place_and_relay(job)
+        if scope.cancelled_caught:
+            raise DeadlineError(f"the job did not end within its deadline of {limit:g} s")
+
+    async def _place_and_relay(self, job: Job) -> None:
+        worker = await self._place(job)
+        try:
+            await self._relay(job, worker)
+        except UnavailableError as exc:
+            if exc.code != "unreachable":
+                raise
+            # It died before it could say so, and no byte has come: place once more.
+            self._hives.workers.remove(WorkerId(worker.worker_id))
+            await self._relay(job, await self._place(job))
+
+    # placing ---------------------------------------------------------------------------------
+    async def _place(self, job: Job) -> WorkerInfo:
+        """Return a ready worker for the job, started if there is none."""
+        request = job.request
+        if request.node is None:
+            ready = choose(self._hives.workers, request)
+            if ready is not None and ready.state == WorkerState.READY.value:
+                return ready
+        hive = await self._hives.get(request.node or LOCALHOST, job.narrate)
+        async with hive.starting:  # two jobs for one model are one start
+            worker = choose(self._hives.workers, request)
+            if worker is None:
+                worker = await hive.start_worker(start_for(request, self._hives.queen_id))
+                self._hives.take_info(worker)
+                job.narrate(Narration("queen", "start", f"worker for {request.model}"))
+        return await self._until_ready(job, worker.worker_id)
+
+    async def _until_ready(self, job: Job, worker_id: str) -> WorkerInfo:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._forward_narration, job, worker_id)
+            worker = await self._hives.workers.wait_until(lambda: self._settled(worker_id))
+            nursery.cancel_scope.cancel(reason="worker settled")
+        if worker.state != WorkerState.READY.value:
+            raise _failure(worker)
+        return worker
+
+    def _settled(self, worker_id: str) -> WorkerInfo | None:
+        worker = self._hives.workers.get(WorkerId(worker_id))
+        if worker is None:
+            return self._hives.failures.get(worker_id)
+        return worker if worker.state == WorkerState.READY.value else None
+
+    async def _forward_narration(self, job: Job, worker_id: str) -> None:
+        with self._hives.narrations.subscribe() as narrations:
+            async for item in narrations:
+                if item.worker_id == worker_id:
+                    job.narrate(Narration(item.actor, item.action, item.text))
+
+    # relaying --------------------------------------------------------------------------------
+    async def _relay(self, job: Job, worker: WorkerInfo) -> None:
+        """Pass the worker's events through, byte for byte."""
+        job.worker_id = worker.worker_id
+        what = f"worker {worker.worker_id}"
+        body = _execute(job)
+        async with (
+            self._client(worker) as client,
+            open_events(client, "POST", messages.EXECUTE, body, what=what) as events,
+        ):
+            try:
+                while chunk := await events.chunk():
+                    await job.emit(chunk)
+            except PeerError as exc:
+                raise self._broken(worker) from exc
+        if not job.watch.seen:
+            raise self._broken(worker)
+
+    def _client(self, worker: WorkerInfo) -> httpx.AsyncClient:
+        hive = self._hives.running(worker.node)
+        return open_client(worker.url, hive.token if hive else "")
+
+    def _broken(self, worker: WorkerInfo) -> RbeeError:
+        return ChildExitedError(
+            f"worker {worker.worker_id} on {worker.node} ended in the middle of the answer",
+            code="worker_died",
+            hint=f"rbee-keeper logs --worker {worker.worker_id}",
+        )
+
+
+def _execute(job: Job) -> ExecuteRequest:
+    r = job.request
+    return ExecuteRequest(
+        job_id=job.id, prompt=r.prompt, messages=r.messages, raw=r.raw, max_tokens=r.max_tokens,
+        temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p,
+        repetition_penalty=r.repetition_penalty, stop=r.stop, seed=r.seed,
+    )  # fmt: skip
+
+
+def _failure(worker: WorkerInfo) -> RbeeError:
+    """Make the error of a worker that did not become ready, with the end of its log."""
+    detail = worker.error
+    if detail is None:
+        return UnavailableError(f"worker {worker.worker_id} was stopped", code="worker_stopped")
+    message = detail.message
+    lines = str(detail.details.get("log", "")).splitlines()[-LOG_LINES:]
+    if lines and detail.code == ChildExitedError.code:
+        message += "\nthe end of its log:\n  " + "\n  ".join(lines)
+    return from_wire(detail.code, message, hint=detail.hint, details=detail.details)
