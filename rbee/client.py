@@ -6,14 +6,16 @@ concurrency share it; `AsyncClient` is the one for trio.
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
 
 from rbee.errors import OwnerGoneError, PeerError, RbeeError, from_wire
-from rbee.web.client import EventStream, call, open_client, open_events
-from rbee.wire import messages, sse
+from rbee.web.exchange import Address, Exchange, open_exchange
+from rbee.wire import codec, messages, sse
 
 OPERATOR = "operator"
 KEEP_A_QUEEN = "rbee-keeper queen start   # a queen that does not end with somebody's command"
@@ -60,10 +62,12 @@ class TaskStream:
     if it breaks off at a queen that somebody's command owns: it has ended with that command.
     """
 
-    def __init__(self, stream: EventStream, owner: str = "") -> None:
-        self._stream = stream
+    def __init__(self, exchange: Exchange, owner: str = "") -> None:
+        self._exchange = exchange
         self._owner = owner
-        self._events = TaskEvents(stream.headers.get(messages.JOB_ID_HEADER, ""))
+        self._decoder = sse.Decoder()
+        self._pairs: deque[tuple[str, str]] = deque()
+        self._events = TaskEvents(exchange.headers.get(messages.JOB_ID_HEADER, ""))
 
     @property
     def job_id(self) -> str:
@@ -81,10 +85,12 @@ class TaskStream:
 
     async def _next_pair(self) -> tuple[str, str]:
         try:
-            pair = await anext(self._stream, None)
-            if pair is None:
-                raise self._events.broken_off()
-            return pair
+            while not self._pairs:
+                chunk = await self._exchange.chunk()
+                if not chunk:
+                    raise self._events.broken_off()
+                self._pairs.extend(self._decoder.feed(chunk))
+            return self._pairs.popleft()
         except PeerError as exc:
             if self._owner in ("", OPERATOR):
                 raise
@@ -104,7 +110,8 @@ class AsyncClient:
 
     def __init__(self, url: str, token: str = "") -> None:
         self.url = url.rstrip("/")
-        self._http = open_client(self.url, token)
+        self._address = Address.parse(self.url)
+        self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._what = f"queen-rbee at {self.url}"
         self._owner = ""
 
@@ -117,18 +124,37 @@ class AsyncClient:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._http.aclose()
+        """Every call closes its own connection: nothing is left to do."""
+
+    @asynccontextmanager
+    async def _open(
+        self, method: str, path: str, body: bytes = b"", **headers: str
+    ) -> AsyncGenerator[Exchange, None]:
+        if body:
+            headers["content-type"] = "application/json"
+        async with open_exchange(
+            self._address,
+            method,
+            path,
+            headers={**self._headers, **headers},
+            body=body,
+            what=self._what,
+        ) as exchange:
+            if exchange.status >= 400:
+                raise error_of(exchange.status, await exchange.body())
+            yield exchange
 
     async def _call(self, method: str, path: str, kind: Any) -> Any:
-        return await call(self._http, method, path, kind, what=self._what)
+        async with self._open(method, path) as exchange:
+            body = await exchange.body()
+        return codec.loads(body, kind) if kind is not None else None
 
     @asynccontextmanager
     async def stream(self, task: messages.TaskRequest) -> AsyncGenerator[TaskStream, None]:
         """Start a job; leaving the block before its end cancels it."""
-        async with open_events(
-            self._http, "POST", messages.TASKS, task, what=self._what
-        ) as stream:
-            yield TaskStream(stream, self._owner)
+        accept = sse.CONTENT_TYPE.decode()
+        async with self._open("POST", messages.TASKS, codec.dumps(task), accept=accept) as exchange:
+            yield TaskStream(exchange, self._owner)
 
     async def health(self) -> messages.Health:
         """Ask who it is; from then on a broken stream is told as what it means."""
@@ -156,4 +182,19 @@ class AsyncClient:
 
     async def shutdown(self) -> None:
         """Order the queen to end; it has acknowledged, not ended, when this returns."""
-        await self._call("POST", messages.SHUTDOWN, type(None))
+        await self._call("POST", messages.SHUTDOWN, None)
+
+
+def error_of(status: int, body: bytes) -> RbeeError:
+    """Rebuild the error that a queen refused with."""
+    try:
+        error = json.loads(body)["error"]
+        return from_wire(
+            str(error.get("code", "")),
+            str(error["message"]),
+            hint=str(error.get("hint", "")),
+            status=status,
+            details=error.get("details") or {},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return from_wire("", f"{status}: {body[:200].decode('utf-8', 'replace')}", status=status)

@@ -81,10 +81,15 @@ class Output:
             raise StdoutClosedError("stdout is closed") from exc
         self._line_open = not text.endswith("\n")
 
-    async def end_line(self) -> None:
-        """End the line that `data` has left open."""
+    def close_line(self) -> None:
+        """End the line that `data` has left open; also while being cancelled, so never waits."""
         if self._line_open:
-            await self.data("\n")
+            self._line_open = False
+            poll = select.poll()
+            poll.register(1, select.POLLOUT)
+            if poll.poll(0):
+                with suppress(OSError):
+                    os.write(1, b"\n")
 
     async def narrate(self, actor: str, action: str, text: str) -> None:
         """Tell on stderr what is going on; on a terminal ``progress`` overwrites itself."""
@@ -165,7 +170,9 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, facts)) + 1
     for name, value in facts.items():
-        print_data(f"{name.replace('_', ' ') + ':':{width}} {'-' if value in ('', None) else value}")
+        print_data(
+            f"{name.replace('_', ' ') + ':':{width}} {'-' if value in ('', None) else value}"
+        )
 
 
 def human_bytes(size: float) -> str:

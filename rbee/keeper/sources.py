@@ -7,7 +7,7 @@ the precedence flag, environment, file, default.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ class Environment(Env):
 class ConfigFile:
     """``$RBEE_HOME/config.toml``, of the home that flag or environment have named."""
 
-    def __init__(self, known_flags: set[str], known_commands: set[str]) -> None:
+    def __init__(
+        self, known_flags: Callable[[], set[str]], known_commands: Callable[[], set[str]]
+    ) -> None:
         self._known_flags = known_flags
         self._known_commands = known_commands
 
@@ -68,7 +70,7 @@ class ConfigFile:
         for key, value in config.flags.items():
             if not isinstance(value, dict):
                 found[self._checked(key, "", config)] = value
-            elif key not in self._known_commands:
+            elif key not in self._known_commands():
                 raise wrong(config.source, key, f"is unknown; tables: {self._tables()}")
         for table, values in config.flags.items():
             if isinstance(values, dict):
@@ -80,15 +82,15 @@ class ConfigFile:
 
     def _checked(self, key: str, table: str, config: Config) -> str:
         name = key.replace("_", "-")
-        if name in self._known_flags and name != "home":
+        if name in self._known_flags() and name != "home":
             return name
         told = f"{table}.{key}" if table else key
         if name == "home":
             raise wrong(config.source, told, "cannot be set here: the home holds this file")
-        raise wrong(config.source, told, "is unknown" + _close(name, self._known_flags))
+        raise wrong(config.source, told, "is unknown" + _close(name, self._known_flags()))
 
     def _tables(self) -> str:
-        return ", ".join(sorted(self._known_commands | set(OWN_TABLES)))
+        return ", ".join(sorted(self._known_commands() | set(OWN_TABLES)))
 
 
 def _changed(queen: QueenConfig) -> dict[str, Any]:
