@@ -55,8 +55,8 @@ async def run(setup: QueenSetup, root: daemon.Root) -> None:
     """Be a queen daemon: one per home, findable, until the root is cancelled."""
     with daemon.locked(setup.home.queen_file, "queen"), _run_dir(setup, root) as token_file:
         async with trio.open_nursery() as nursery:
-            jobs: list[Jobs] = []
-            hello = await nursery.start(partial(serve, setup, stop=root.stop, on_jobs=jobs.append))
+            ending = partial(_ending, root)
+            hello = await nursery.start(partial(serve, setup, stop=root.stop, ending=ending))
             daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
             root.say_hello(hello)
             try:

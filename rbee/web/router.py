@@ -91,7 +91,10 @@ class Response:
 
 @attrs.frozen
 class Stream:
-    """An answer that goes on: ``run(emit)`` is cancelled when the client goes away."""
+    """An answer that goes on: ``run(emit)`` is cancelled when the client goes away.
+
+    The head is sent with the first chunk: an `RbeeError` before it becomes a plain error response.
+    """
 
     run: Callable[[Emit], Awaitable[None]]
     headers: tuple[tuple[bytes, bytes], ...] = ()
@@ -113,7 +116,8 @@ def error_response(error: RbeeError) -> Response:
         correlation_id=secrets.token_hex(4),
     )
     log.info("refused [%s]: %s: %s", detail.correlation_id, error.code, error)
-    return json_response(messages.ErrorBody(detail), error.http_status)
+    headers = ((b"retry-after", b"1"),) if error.http_status in (429, 503) else ()
+    return Response(codec.dumps(messages.ErrorBody(detail)), error.http_status, headers=headers)
 
 
 class App:
@@ -239,16 +243,31 @@ async def _send_stream(answer: Stream, receive: Receive, send: Send) -> None:
         (b"x-accel-buffering", b"no"),
         *answer.headers,
     ]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    begun = False
 
     async def emit(chunk: bytes) -> None:
+        nonlocal begun
+        if not begun:
+            begun = True
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
+    refused: RbeeError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
-        await answer.run(emit)
-        await send({"type": "http.response.body", "body": b""})
+        try:
+            await answer.run(emit)
+        except RbeeError as error:
+            if begun:
+                raise
+            refused = error
+        else:
+            if not begun:
+                await emit(b"")
+            await send({"type": "http.response.body", "body": b""})
         nursery.cancel_scope.cancel(reason="stream finished")
+    if refused is not None:
+        await _send_response(error_response(refused), send)
 
 
 async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:

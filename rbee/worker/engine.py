@@ -55,15 +55,26 @@ class Generation(Protocol):
 class Engine(Protocol):
     """One loaded model."""
 
+    context: int
+    """How many tokens prompt and answer may have together."""
+
     app: ASGIApp | None
-    """The engine's own HTTP API, mounted behind the worker's routes; None if it has none."""
+    """The engine's own HTTP API, mounted behind the worker's routes, if it has one. Called under trio."""
+
+    def running(self) -> int:
+        """Return how many requests are in the engine, those of its own API included."""
+        ...
+
+    def metrics(self) -> str:
+        """Return the engine's own figures as Prometheus text, "" if it keeps none."""
+        ...
 
     def generate(self, request: ExecuteRequest) -> AbstractAsyncContextManager[Generation]:
         """Start a request.
 
         Raises:
             BadInputError: the prompt or a parameter is not acceptable (empty, too long, …).
-            PeerError: the engine died.
+            PeerError: the engine died; also raised while iterating.
         """
         ...
 
