@@ -168,9 +168,7 @@ async def _open_tls(tcp: trio.SocketStream, context: ssl.SSLContext, host: str) 
     return stream
 
 
-def _head(
-    address: Address, method: str, path: str, headers: Mapping[str, str], size: int
-) -> bytes:
+def _head(address: Address, method: str, path: str, headers: Mapping[str, str], size: int) -> bytes:
     all_headers = {"host": address.authority, "connection": "close", **headers}
     if size or method == "POST":
         all_headers["content-length"] = str(size)

@@ -96,19 +96,6 @@ class HiveInfo:
     version: str
 
 
-@attrs.frozen
-class HiveInfo:
-    """One hive as its queen sees it; ``GET /v2/hives`` lists them."""
-
-    node: str
-    hive_id: str
-    url: str
-    state: str
-    owner: str
-    pid: int
-    version: str
-
-
 # workers --------------------------------------------------------------------------------------
 @attrs.frozen
 class StartWorker:
