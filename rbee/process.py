@@ -132,7 +132,7 @@ async def open_guarded(
     run_file: Path | None = None,
     adopt_grace: float = 0.0,
     die_with_us: bool = False,
-    stdout: int = subprocess.DEVNULL,
+    piped: bool = False,
 ) -> AsyncGenerator[tuple[Process, IO[bytes] | None], None]:
     """Run ``argv`` below one guard per grace (outermost first) while the body runs.
 
@@ -144,7 +144,9 @@ async def open_guarded(
             allows a second more); 0 = none.
         die_with_us: the guard also ends when the thread that called us ends.
 
-    Yields the outermost guard's process and, with ``stdout=PIPE``, the command's output.
+        piped: yield the command's output; otherwise it goes to the log as well.
+
+    Yields the outermost guard's process and, if asked for, the command's output.
     """
     environment = {**os.environ, "SPT_NOENV": "1", **(env or {})}
     line = _guard_lines(
@@ -154,9 +156,13 @@ async def open_guarded(
     with writing(log_file.parent), log_file.open("ab") as stderr:
         # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
         popen = subprocess.Popen(
-            GUARD, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+            GUARD,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if piped else stderr,
+            stderr=stderr,
+            env=environment,
+            start_new_session=True,
+        )
     process = _own(popen)
     try:
         await _send_start(process, line)
@@ -259,7 +265,7 @@ async def open_daemon(
     async with open_guarded(
         argv, first=f"start {codec.dumps(start).decode()}", graces=graces, log_file=log_file,
         run_dir=run_dir, lease=start.lease, env=env, run_file=run_file, adopt_grace=adopt_grace,
-        stdout=subprocess.PIPE,
+        piped=True,
     ) as (process, output):  # fmt: skip
         assert output is not None
         hello = await _read_hello(process, output, log_file)

@@ -10,6 +10,7 @@ import attrs
 from rbee import __version__
 from rbee.errors import NotFoundError
 from rbee.model import LOCALHOST, WorkerId, WorkerState
+from rbee.models.catalog import list_models as catalog
 from rbee.queen.hives import Hives, QueenSetup
 from rbee.queen.jobs import Job, Jobs
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
@@ -61,8 +62,6 @@ def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], 
         return Response(status=204)
 
     async def list_models(request: Request) -> Response:
-        from rbee.models.provision import list_models as catalog
-
         return json_response(catalog(setup.home))
 
     async def worker_ready(request: Request) -> Response:
