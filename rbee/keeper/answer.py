@@ -59,7 +59,7 @@ async def _take(event: object, output: Output, answer: Answer) -> None:
         case Narration():
             await output.narrate(event.actor, event.action, event.text)
         case Queued() if event.position > 0:
-            await output.narrate("queen", "queued", f"{event.position} before this one")
+            await output.narrate("queen", "queue", f"{event.position} before this one")
         case Started():
             answer.started = event
         case End():

@@ -129,35 +129,37 @@ def logs(*, flags: LogFlags | None = None) -> int:
 @model.command(name="list")
 def model_list(*, flags: DataFlags | None = None) -> int:
     """Show the models on this machine's disk."""
-    from rbee.keeper import models
+    from rbee.keeper.models import print_models
 
-    return models.list_models(flags or DataFlags())
+    print_models(flags or DataFlags())
+    return 0
 
 
 @model.command(name="pull")
 def model_pull(model: ModelName, /, *, flags: DataFlags | None = None) -> int:
     """Fetch a model, so that its first worker need not."""
-    from rbee.keeper import models
+    from rbee.keeper.models import pull_model
     from rbee.keeper.root import run_command
 
-    return run_command(partial(models.pull_model, flags or DataFlags(), model))
+    return run_command(partial(pull_model, flags or DataFlags(), model))
 
 
 @model.command(name="show")
 def model_show(model: ModelName, /, *, flags: DataFlags | None = None) -> int:
     """Show where a model came from, its size and its files."""
-    from rbee.keeper import models
+    from rbee.keeper.models import print_model
 
-    return models.show_model(flags or DataFlags(), model)
+    print_model(flags or DataFlags(), model)
+    return 0
 
 
 @model.command(name="rm")
 def model_rm(model: ModelName, /, *, flags: DataFlags | None = None) -> int:
     """Remove a model from the disk, unless a worker uses it."""
-    from rbee.keeper import models
+    from rbee.keeper.models import drop_model
     from rbee.keeper.root import run_command
 
-    return run_command(partial(models.remove_model, flags or DataFlags(), model))
+    return run_command(partial(drop_model, flags or DataFlags(), model))
 
 
 @app.command(name="completion")

@@ -23,7 +23,7 @@ async def infer(flags: InferFlags, task: TaskRequest) -> None:
         token_file=flags.token_file or "",
     ) as queen:
         if queen.owned:
-            await output.narrate("keeper", "queen", f"no queen ran, started one at {queen.url}")
+            await output.narrate("keeper", "start", f"queen at {queen.url}, for none ran")
         await stream_answer(queen.client, task, output, answer)
         if flags.json:
             print_json(answer.facts())

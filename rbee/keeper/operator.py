@@ -14,11 +14,19 @@ import trio
 
 from rbee import guard
 from rbee.client import OPERATOR, AsyncClient
+from rbee.config import load_config
 from rbee.errors import ConflictError, PeerError, RbeeError, UnavailableError
 from rbee.home import Home, find_home, open_home, writing
 from rbee.keeper.flags import DataFlags, ListenFlags
 from rbee.keeper.output import note, print_data, print_json
-from rbee.keeper.queen import COMMAND, QueenAccess, find_run_file, open_running_queen, queen_token
+from rbee.keeper.queen import (
+    COMMAND,
+    QueenAccess,
+    find_run_file,
+    open_running_queen,
+    queen_token,
+    wait_unlocked,
+)
 from rbee.model import LOCALHOST, Grace
 from rbee.wire.messages import RunFile
 
@@ -35,7 +43,7 @@ class Standing:
     already: bool
 
 
-async def start_queen(home: Home, *, host: str, port: int) -> Standing:
+async def start_queen(home: Home, *, host: str, port: int, lease: float) -> Standing:
     """Start a queen that outlives this command; it answers when this returns.
 
     Raises:
@@ -50,7 +58,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
         begin = log.tell()
         # Not `trio.run_process`: this child is to outlive us, and nothing of it is awaited.
         popen = subprocess.Popen(
-            (*COMMAND, "--host", host, "--port", str(port)),
+            (*COMMAND, "--host", host, "--port", str(port), "--lease", str(lease)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -115,10 +123,13 @@ async def stop_queen(home: Home) -> float | None:
     Raises:
         PeerError: something of it is left although its time is over.
     """
+    begin = trio.current_time()
+    with trio.move_on_after(Grace().keeper):
+        await wait_unlocked(home)
     record = find_run_file(home)
     if record is None:
-        return None
-    begin = trio.current_time()
+        waited = trio.current_time() - begin
+        return waited if waited > 0.01 else None
     pidfds = {record.pid: os.pidfd_open(record.pid)}
     try:
         if not await _order_shutdown(home, record, pidfds):
@@ -178,7 +189,9 @@ async def _wait_gone(pidfds: dict[int, int]) -> set[int]:
 
 async def print_start(flags: ListenFlags) -> None:
     """``queen start``."""
-    standing = await start_queen(open_home(flags.home), host=flags.host, port=flags.port)
+    home = open_home(flags.home)
+    lease = load_config(home.config_file).queen.lease
+    standing = await start_queen(home, host=flags.host, port=flags.port, lease=lease)
     if standing.already:
         note(f"a queen runs already (pid {standing.pid})")
     if flags.json:

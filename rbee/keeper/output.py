@@ -94,7 +94,7 @@ class Output:
     async def narrate(self, actor: str, action: str, text: str) -> None:
         """Tell on stderr what is going on; on a terminal ``progress`` overwrites itself."""
         await self._clear_transient()
-        line = f"{actor}: {text}" if actor else text
+        line = f"{actor}: {text}" if action == "progress" else f"{actor}: {action} {text}"
         if self._colours:
             line = f"{DIM}{line}{PLAIN}"
         self._transient = action == "progress" and is_terminal(sys.stderr)

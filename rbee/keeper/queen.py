@@ -15,11 +15,12 @@ import attrs
 import trio
 
 from rbee import __version__, guard
-from rbee.client import KEEP_A_QUEEN, OPERATOR, AsyncClient
+from rbee.client import KEEP_A_QUEEN, AsyncClient
 from rbee.config import Config
 from rbee.errors import (
     ConflictError,
     MachineError,
+    OwnerGoneError,
     PeerError,
     RbeeError,
     UnavailableError,
@@ -98,11 +99,6 @@ def find_run_file(home: Home) -> RunFile | None:
     return read_run_file(home.queen_file)
 
 
-def owned_token_file(home: Home) -> Path:
-    """Where a queen that a command owns keeps its token, for the user's other commands."""
-    return home.run / "queen.token"
-
-
 def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = "") -> str:
     """Return the token for the queen at ``url``; "" if there is none to send."""
     if token_file:
@@ -113,9 +109,7 @@ def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = 
                 f"cannot read the token file {token_file}: {exc.strerror}",
                 hint=f"ls -l {token_file}",
             ) from exc
-    path = home.token_file
-    if record is not None and record.url == url and record.owner != OPERATOR:
-        path = owned_token_file(home)
+    path = Path(record.token_file) if record and record.url == url else home.token_file
     try:
         return path.read_text().strip()
     except OSError:
@@ -181,6 +175,26 @@ def _check(health: Health, home: Home | None, url: str) -> None:
             code="other_home",
             hint=f"rbee-keeper queen status --home {health.home}",
         )
+
+
+async def wait_unlocked(home: Home) -> None:
+    """Wait while a queen of this home that wrote no run file, or has removed it, still runs."""
+    lock = home.queen_file.with_suffix(".lock")
+    while not home.queen_file.exists() and _is_locked(lock):  # noqa: ASYNC110 - flock is silent
+        await trio.sleep(0.05)
+
+
+def _is_locked(path: Path) -> bool:
+    """Look without taking the lock: a queen that is just starting would find it taken."""
+    try:
+        inode = path.stat().st_ino
+        return any(
+            line.split()[5].endswith(f":{inode}")
+            for line in Path("/proc/locks").read_text().splitlines()
+            if " FLOCK " in line
+        )
+    except (OSError, IndexError):
+        return False
 
 
 # a queen of our own ---------------------------------------------------------------------------
@@ -268,9 +282,11 @@ async def _reporting_death(daemon: Daemon, lease: float) -> AsyncGenerator[None,
         nursery.start_soon(_raise_when_dead, daemon, lease)
         try:
             yield
-        except (PeerError, UnavailableError):
-            # A dead queen's stream breaks before its death is seen, and explains nothing.
-            await trio.sleep(DEATH_SHOWS_WITHIN)
+        except (PeerError, UnavailableError) as exc:
+            # A dead queen's stream breaks before its death is seen, and explains nothing. One
+            # that was told to end by somebody else says so and then stops what it owns.
+            ending = isinstance(exc, OwnerGoneError)
+            await trio.sleep(Grace().queen if ending else DEATH_SHOWS_WITHIN)
             raise
         nursery.cancel_scope.cancel(reason="done with the queen")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rbee.errors import BadInputError
@@ -51,7 +52,7 @@ def _settings(flags: AnswerFlags, model: str) -> dict[str, Any]:
     _check_sampling(flags)
     _check_placement(flags)
     return {
-        "model": model,
+        "model": _absolute(model),
         "node": flags.node,
         "max_tokens": flags.max_tokens,
         "temperature": flags.temperature,
@@ -70,6 +71,15 @@ def _settings(flags: AnswerFlags, model: str) -> dict[str, Any]:
 def _check_model(model: str) -> None:
     if not model.strip() or "\0" in model:
         raise BadInputError("the model's name is empty", hint="rbee-keeper model list")
+
+
+def _absolute(model: str) -> str:
+    """Make a path mean the same to daemons, which run elsewhere."""
+    if "/" not in model and not Path(model).exists():
+        return model
+    from rbee.models.reference import absolute
+
+    return absolute(model)
 
 
 def _check_sampling(flags: AnswerFlags) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from urllib.parse import urlsplit
 
 import attrs
@@ -132,10 +132,8 @@ async def open_exchange(
     stream = await _connect(address, what)
     try:
         exchange = Exchange(stream, what)
-        try:
+        with suppress(trio.BrokenResourceError):  # it may have refused early, and said why
             await stream.send_all(_head(address, method, path, headers, len(body)) + body)
-        except trio.BrokenResourceError:
-            pass  # it may have refused early, and said why
         await exchange.read_head()
         yield exchange
     finally:

@@ -123,12 +123,12 @@ async def open_fake(
 def note(home: Home, queen: FakeQueen, url: str, pid: int = 0) -> None:
     """Write the home's run file and token for this queen."""
     pid = pid or os.getpid()
+    token_file = home.token_file if queen.owner == "operator" else home.run / "queen.token"
     record = messages.RunFile(
         "queen", "queen-1", url, pid, guard.start_time(pid), guard.boot_id(), queen.version,
-        queen.owner,
+        queen.owner, str(token_file),
     )  # fmt: skip
     write_atomic(home.queen_file, codec.dumps(record).decode())
-    token_file = home.token_file if queen.owner == "operator" else home.run / "queen.token"
     write_atomic(token_file, TOKEN + "\n")
 
 
