@@ -464,6 +464,7 @@ class Guard:
             "child": {"pid": self.child, "start": self.child_start},
             "descendants": [{"pid": p, "start": s} for p, s in sorted(self._tree().items())],
             "shm": sorted(self.shm),
+            "run_file": self.plan.run_file,
         }
         text = json.dumps(record)
         if text != self.recorded:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rbee.config import load_config
 from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
+from rbee.models.preflight import ITEM_SIZES
 from rbee.models.provision import provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
@@ -25,7 +26,7 @@ def provisioner(setup: HiveSetup) -> Provision:
             request.model,
             setup.home,
             aliases=load_config(setup.home.config_file).aliases,
-            dtype=request.dtype or default_dtype(request.backend or "cpu"),
+            dtype=_stored_dtype(request),
             run=_run,
             narrate=narrate,
         )
@@ -35,6 +36,13 @@ def provisioner(setup: HiveSetup) -> Provision:
 
 async def _run(argv: Sequence[str], *, log: Path) -> int:
     return await run_program(argv, log_file=log)
+
+
+def _stored_dtype(request: StartWorker) -> str:
+    """Return what a GGUF is dequantised to; ``auto`` and the like leave it to us."""
+    if request.dtype in ITEM_SIZES:
+        return str(request.dtype)
+    return default_dtype(request.backend or "cpu")
 
 
 @functools.cache

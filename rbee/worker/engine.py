@@ -59,7 +59,7 @@ class Engine(Protocol):
     """How many tokens prompt and answer may have together."""
 
     app: ASGIApp | None
-    """The engine's own HTTP API, mounted behind the worker's routes, if it has one; called in trio."""
+    """The engine's own HTTP API, mounted behind the worker, called in trio."""
 
     def running(self) -> int:
         """Return how many requests are in the engine, those of its own API included."""

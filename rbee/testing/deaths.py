@@ -1,0 +1,456 @@
+"""``python -m rbee.testing.deaths``: kill everything, everywhere, in every state, and look.
+
+A cell is one process of a running cluster × one signal × one moment. Each cell starts a cluster of
+its own (``rbee-keeper run`` with its queen, guards, hive, zygote and worker), brings it into the
+state, sends the signal, and then holds it to the survivor table: what lies under the fault goes,
+the rest stays and the next ``infer`` works, and after the owner's end nothing is left, within the
+budget: no process, no listening socket, no file in the run directory, no shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from rbee.guard import children
+from rbee.home import find_home
+from rbee.process import log_tail
+from rbee.testing.processes import (
+    Identity,
+    LeakCheck,
+    LeakError,
+    Tree,
+    identify,
+    is_running,
+    title_of,
+)
+
+PROCESSES = (
+    "keeper", "queen guard", "queen", "guard A", "guard B", "hive", "zygote", "worker guard",
+    "worker", "engine",
+)  # fmt: skip
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP)
+STATES = ("starting", "loading", "idle", "streaming", "stopping")
+OWNERS = ("keeper", "queen guard", "queen")  # with one of them everything goes
+BUDGET = 10.0  # seconds from the order until nothing is left
+PART_BUDGET = 8.0  # seconds until what lay under a killed process is gone
+
+
+@attrs.frozen
+class Workload:
+    """What the cluster of a cell runs. ``loading`` must take long enough to be hit."""
+
+    engine: str
+    model: str
+    slow_model: str
+    patience: float  # seconds to wait for a state
+
+    @classmethod
+    def echo(cls) -> Workload:
+        return cls("echo", "echo?rate=25", "echo?rate=25&load=3", 30)
+
+    @classmethod
+    def vllm(cls, model_dir: Path) -> Workload:
+        return cls("vllm", str(model_dir), str(model_dir), 180)
+
+
+@attrs.frozen
+class Cell:
+    process: str
+    signal: signal.Signals
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.signal.name} {self.process} {self.state}"
+
+
+@attrs.frozen
+class Result:
+    """``seconds``: from the order to the end of everything; ``problem`` is "" if all held."""
+
+    cell: Cell
+    seconds: float
+    problem: str = ""
+
+
+class CellError(AssertionError):
+    """A cell did not hold what the survivor table says."""
+
+
+def all_cells() -> list[Cell]:
+    return [Cell(*parts) for parts in product(PROCESSES, SIGNALS, STATES)]
+
+
+def rotated_cells() -> list[Cell]:
+    """Each process × each signal once, the states taken in turn."""
+    pairs = product(enumerate(PROCESSES), enumerate(SIGNALS))
+    return [
+        Cell(process, number, STATES[(row + 2 * column) % len(STATES)])
+        for (row, process), (column, number) in pairs
+    ]
+
+
+# one cluster ----------------------------------------------------------------------------------
+class Cluster:
+    """A keeper in conversation, and everything below it."""
+
+    def __init__(self, keeper: subprocess.Popen[bytes], check: LeakCheck, tree: Tree) -> None:
+        self.keeper = keeper
+        self.check = check
+        self.tree = tree
+        self.output = b""
+        self._more = trio.Event()
+
+    def say(self, text: str) -> None:
+        assert self.keeper.stdin is not None
+        self.keeper.stdin.write(text.encode() + b"\n")
+        self.keeper.stdin.flush()
+
+    async def keep_reading(self) -> None:
+        assert self.keeper.stdout is not None
+        async with trio.lowlevel.FdStream(os.dup(self.keeper.stdout.fileno())) as stream:
+            async for data in stream:
+                self.output += data
+                self._more.set()
+                self._more = trio.Event()
+
+    async def until_output(self, size: int) -> None:
+        while len(self.output) < size:
+            await self._more.wait()
+
+    def locate(self, process: str) -> Identity | None:
+        """Find a process by its place in the tree; None while it is not there."""
+        for name, identity in self.places():
+            if name == process:
+                return identity
+        return None
+
+    def places(self) -> Iterator[tuple[str, Identity]]:
+        pid = self.keeper.pid
+        for depth, name in enumerate(PROCESSES):
+            if depth:
+                pid = next((p for p in children(pid) if self._is(name, p)), 0)
+            identity = identify(pid) if pid else None
+            if identity is None or not is_running(identity):
+                return
+            yield name, identity
+
+    def _is(self, name: str, pid: int) -> bool:
+        return name != "zygote" or "zygote" in title_of(pid)
+
+    async def until_there(self, process: str) -> Identity:
+        while (found := self.locate(process)) is None:
+            await trio.sleep(0.002)
+        return found
+
+
+@asynccontextmanager
+async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Cluster, None]:
+    """Start a conversation in a home of its own; whatever is left afterwards is killed."""
+    base = Path(tempfile.mkdtemp(prefix="rbee-d-", dir="/tmp"))
+    nonce = secrets.token_hex(8)
+    environ = {
+        **os.environ, "RBEE_HOME": str(base / "home"), "XDG_RUNTIME_DIR": str(base),
+        "RBEE_NONCE": nonce, "SPT_NOENV": "1", "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    home = find_home(base / "home", environ)
+    with Tree() as tree:
+        check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
+        model = workload.slow_model if slow else workload.model
+        keeper = subprocess.Popen(
+            keeper_argv("run", model, workload), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=(base / "keeper.log").open("wb"), env=environ, start_new_session=True,
+        )  # fmt: skip
+        cluster = Cluster(keeper, check, tree)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cluster.keep_reading)
+                nursery.start_soon(keep_noting, cluster)
+                yield cluster
+                nursery.cancel_scope.cancel()
+        finally:
+            check.kill()
+            keeper.wait()
+            for pipe in (keeper.stdin, keeper.stdout):
+                if pipe:
+                    pipe.close()
+            shutil.rmtree(base, ignore_errors=True)
+
+
+async def keep_noting(cluster: Cluster) -> None:
+    while True:
+        cluster.tree.refresh(cluster.keeper.pid)
+        await trio.sleep(0.1)
+
+
+def keeper_argv(verb: str, model: str, workload: Workload) -> list[str]:
+    argv = [sys.executable, "-m", "rbee", verb]
+    argv += ["--model", model] if verb == "infer" else [model]
+    return [*argv, "--engine", workload.engine, "--max-tokens", "400", "--temperature", "0"]
+
+
+# one cell -------------------------------------------------------------------------------------
+async def run_cell(cell: Cell, workload: Workload) -> Result:
+    """Run one cell; what did not hold is in the result, not raised."""
+    began = trio.current_time()
+    try:
+        async with open_cluster(workload, slow=cell.state == "loading") as cluster:
+            try:
+                victim = await reach(cell, cluster, workload)
+                return Result(cell, await strike(cell, victim, cluster, workload))
+            except (CellError, LeakError, trio.TooSlowError) as exc:
+                exc.add_note(explain(cluster))
+                raise
+    except BaseExceptionGroup as group:
+        matched, rest = group.split((CellError, LeakError, trio.TooSlowError))
+        if rest is not None:
+            raise
+        assert matched is not None
+        problem = "\n".join(_text(error) for error in _leaves(matched))
+        return Result(cell, trio.current_time() - began, problem)
+
+
+def explain(cluster: Cluster) -> str:
+    """Return what is there and the ends of the logs, for a cell that did not hold."""
+    home = cluster.check.home
+    assert home is not None
+    lines = [str(left) for left in cluster.check.find()]
+    for path in [home.root.parent / "keeper.log", *sorted(home.logs.glob("*.log"))]:
+        lines += [f"--- {path.name}", log_tail(path, 1500)]
+    return "\n".join(lines)
+
+
+def _text(error: BaseException) -> str:
+    return "\n".join([repr(error), *getattr(error, "__notes__", ())])
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
+async def reach(cell: Cell, cluster: Cluster, workload: Workload) -> Identity:
+    """Bring the cluster into the cell's state and return the process to strike."""
+    with trio.fail_after(workload.patience):
+        cluster.say("one two three four five")
+        if cell.state == "loading":
+            await cluster.until_there("worker")
+        elif cell.state == "streaming":
+            await cluster.until_output(12)
+        elif cell.state in ("idle", "stopping"):
+            await _until_answered(cluster)
+        victim = await cluster.until_there(cell.process)
+    if cell.state == "stopping":
+        cluster.keeper.send_signal(signal.SIGTERM)
+        await trio.sleep(0.03)
+    cluster.tree.refresh(cluster.keeper.pid)
+    return victim
+
+
+async def _until_answered(cluster: Cluster) -> None:
+    while not cluster.output.endswith(b"\n"):
+        await cluster.until_output(len(cluster.output) + 1)
+
+
+async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workload) -> float:
+    """Send the signal and hold the cluster to the survivor table; return the seconds to clean."""
+    began = trio.current_time()
+    below = _below(victim)
+    _send(victim, cell.signal)
+    if cell.state == "stopping":
+        await _all_gone(cluster, cell)
+    elif cell.signal == signal.SIGSTOP:
+        await _nothing_died(victim, below)
+        began = trio.current_time()
+        _end_owner(cell, cluster)
+        await _all_gone(cluster, cell)
+    elif cell.process in OWNERS:
+        await _all_gone(cluster, cell)
+    else:
+        await _part_gone(victim, below)
+        await _next_infer_works(cluster, workload)
+        began = trio.current_time()
+        cluster.keeper.send_signal(signal.SIGTERM)
+        await _all_gone(cluster, cell)
+    return trio.current_time() - began
+
+
+def _send(victim: Identity, number: signal.Signals) -> None:
+    if is_running(victim):  # while stopping it may have gone already
+        try:
+            os.kill(victim.pid, number)
+        except ProcessLookupError:
+            return
+
+
+def _below(victim: Identity) -> list[Identity]:
+    with Tree(victim.pid) as tree:
+        return list(tree.noted)
+
+
+async def _nothing_died(victim: Identity, below: Sequence[Identity]) -> None:
+    await trio.sleep(0.5)
+    dead = [one for one in (victim, *below) if not is_running(one)]
+    if dead:
+        raise CellError(f"a frozen process killed {len(dead)}: {dead}")
+
+
+def _end_owner(cell: Cell, cluster: Cluster) -> None:
+    """End the frozen process's owner: the keeper, or for the keeper its own end by force."""
+    cluster.keeper.send_signal(signal.SIGKILL if cell.process == "keeper" else signal.SIGTERM)
+
+
+async def _part_gone(victim: Identity, below: Sequence[Identity]) -> None:
+    """A stop signal ends the process and all below it, unless it ignores that signal."""
+    with trio.move_on_after(PART_BUDGET):
+        while any(is_running(one) for one in (victim, *below)):
+            await trio.sleep(0.02)
+        return
+    if is_running(victim) and all(is_running(one) for one in below):
+        return  # it ignores this signal, and everything lives on
+    raise CellError(f"under the fault {[o for o in below if is_running(o)]} live on")
+
+
+async def _next_infer_works(cluster: Cluster, workload: Workload) -> None:
+    """Another command against the same queen gets an answer."""
+    assert cluster.check.home is not None
+    environ = {
+        **os.environ, "RBEE_HOME": str(cluster.check.home.root),
+        "XDG_RUNTIME_DIR": str(cluster.check.home.run.parent),
+        "RBEE_NONCE": cluster.check.nonce, "SPT_NOENV": "1",
+    }  # fmt: skip
+    argv = [*keeper_argv("infer", workload.model, workload), "--prompt", "one two"]
+    argv[argv.index("400")] = "4"
+    child = subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pidfd = os.pidfd_open(child.pid)
+    try:
+        with trio.fail_after(workload.patience):
+            await trio.lowlevel.wait_readable(pidfd)
+    finally:
+        os.close(pidfd)
+        child.kill()
+        out, err = child.communicate()
+    if child.returncode != 0 or not out.strip():
+        raise CellError(f"the next infer failed ({child.returncode}): {err.decode()[-400:]}")
+
+
+async def _all_gone(cluster: Cluster, cell: Cell) -> None:
+    with trio.fail_after(BUDGET + 5):
+        while cluster.keeper.poll() is None and not _frozen(cell, cluster):
+            await trio.sleep(0.01)
+        await cluster.check.wait_clean(BUDGET)
+
+
+def _frozen(cell: Cell, cluster: Cluster) -> bool:
+    """A keeper stopped while it was stopping has no owner but us: end it."""
+    if cell.process == "keeper" and cell.signal == signal.SIGSTOP:
+        cluster.keeper.kill()
+    return False
+
+
+# all cells ------------------------------------------------------------------------------------
+async def run_cells(
+    cells: Sequence[Cell], workload: Workload, *, at_once: int = 2, report: Any = None
+) -> list[Result]:
+    """Run cells, some at a time, and return their results in order."""
+    results: dict[Cell, Result] = {}
+    limit = trio.CapacityLimiter(at_once)
+
+    async def one(cell: Cell) -> None:
+        async with limit:
+            results[cell] = await run_cell(cell, workload)
+            if report is not None:
+                report(results[cell])
+
+    async with trio.open_nursery() as nursery:
+        for cell in cells:
+            nursery.start_soon(one, cell)
+    return [results[cell] for cell in cells]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Lay the results out: a row per process and signal, a column per state."""
+    rows = [["process", "signal", *STATES]]
+    found = {result.cell: result for result in results}
+    for process, number in product(PROCESSES, SIGNALS):
+        row = [process, number.name]
+        for state in STATES:
+            result = found.get(Cell(process, number, state))
+            row.append("-" if result is None else _cell_text(result))
+        if set(row[2:]) != {"-"}:
+            rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows
+    )
+
+
+def _cell_text(result: Result) -> str:
+    return "FAILED" if result.problem else f"{result.seconds:.2f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m rbee.testing.deaths")
+    parser.add_argument("--engine", choices=["echo", "vllm"], default="echo")
+    parser.add_argument("--rotated", action="store_true", help="each process × signal once")
+    parser.add_argument("--only", default="", help="only cells whose name holds this text")
+    parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args()
+    cells = rotated_cells() if options.rotated else all_cells()
+    cells = [cell for cell in cells if options.only in str(cell)]
+    with tempfile.TemporaryDirectory(prefix="rbee-tiny-") as directory:
+        workload = _workload(options.engine, Path(directory))
+        results = trio.run(_run_and_report, cells, workload, options.at_once)
+    sys.stdout.write(table(results) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps([_as_json(result) for result in results], indent=1))
+    failed = [result for result in results if result.problem]
+    sys.stdout.write(f"{len(results) - len(failed)} of {len(results)} cells held\n")
+    return 1 if failed else 0
+
+
+def _workload(engine: str, directory: Path) -> Workload:
+    if engine == "echo":
+        return Workload.echo()
+    from rbee.testing.tiny_model import write_tiny_model
+
+    return Workload.vllm(write_tiny_model(directory / "tiny"))
+
+
+async def _run_and_report(cells: Sequence[Cell], workload: Workload, at_once: int) -> list[Result]:
+    def report(result: Result) -> None:
+        what = f"{result.seconds:6.2f} s" if not result.problem else f"FAILED: {result.problem}"
+        sys.stderr.write(f"{result.cell!s:40} {what}\n")
+
+    return await run_cells(cells, workload, at_once=at_once, report=report)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    cell = result.cell
+    return {
+        "process": cell.process, "signal": cell.signal.name, "state": cell.state,
+        "seconds": round(result.seconds, 3), "problem": result.problem,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
