@@ -20,7 +20,7 @@ from rbee.keeper.flags import (
     LogFlags,
     QueenFlags,
 )
-from rbee.keeper.sources import ConfigFile, Environment, flags_of
+from rbee.keeper.sources import ConfigFile, Environment
 
 # What a positional means is said on the spot, never inherited: `model rm` would follow RBEE_MODEL.
 Positional = Parameter(show_env_var=False)
@@ -177,25 +177,22 @@ def install_completion(*, shell: Shell | None = None) -> int:
     return 0
 
 
-def every_flag() -> set[str]:
-    """Return the names, without dashes, of all flags of all commands."""
-    found = {"home"}
-    for command in leaf_commands(app):
-        found |= {a.name.lstrip("-") for a in flags_of(command.assemble_argument_collection())}
-    return found
-
-
-def leaf_commands(root: App) -> list[App]:
-    """Return the commands that do something, groups taken apart."""
-    found: list[App] = []
-    for name in root:
+def leaf_commands(group: App, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], App]:
+    """Return the commands that do something, by the words that name them."""
+    found: dict[tuple[str, ...], App] = {}
+    for name in group:
         if not name.startswith("-"):
-            below = leaf_commands(root[name])
-            found += below or [root[name]]
+            below = leaf_commands(group[name], (*path, name))
+            found |= below or {(*path, name): group[name]}
     return found
 
 
-app.config = (Environment(), ConfigFile(every_flag, lambda: {n for n in app if n[0] != "-"}))
+def command_names() -> set[str]:
+    """Return the first words of all commands."""
+    return {path[0] for path in leaf_commands(app)}
+
+
+app.config = (Environment(), ConfigFile(command_names))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

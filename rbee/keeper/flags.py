@@ -109,3 +109,10 @@ class LogFlags(DataFlags):
     worker: Annotated[str | None, Parameter(help="The log of this worker.")] = None
     lines: Annotated[int, Parameter(help="Begin with so many last lines of each.")] = 50
     follow: Annotated[bool, Parameter(help="Go on with what comes.", negative=())] = False
+
+
+def every_flag() -> set[str]:
+    """Return the names, without dashes, of all flags of all commands."""
+    kinds = (InferFlags, ListenFlags, LogFlags)
+    fields = [field for kind in kinds for field in attrs.fields(kind)]
+    return {field.name.replace("_", "-") for field in fields}

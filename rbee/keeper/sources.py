@@ -16,6 +16,7 @@ from cyclopts.config import Env
 
 from rbee.config import OWN_TABLES, Config, QueenConfig, load_config, wrong
 from rbee.home import find_home
+from rbee.keeper.flags import every_flag
 
 PREFIX = "RBEE_"
 
@@ -48,10 +49,7 @@ class Environment(Env):
 class ConfigFile:
     """``$RBEE_HOME/config.toml``, of the home that flag or environment have named."""
 
-    def __init__(
-        self, known_flags: Callable[[], set[str]], known_commands: Callable[[], set[str]]
-    ) -> None:
-        self._known_flags = known_flags
+    def __init__(self, known_commands: Callable[[], set[str]]) -> None:
         self._known_commands = known_commands
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -82,12 +80,12 @@ class ConfigFile:
 
     def _checked(self, key: str, table: str, config: Config) -> str:
         name = key.replace("_", "-")
-        if name in self._known_flags() and name != "home":
+        if name in every_flag() and name != "home":
             return name
         told = f"{table}.{key}" if table else key
         if name == "home":
             raise wrong(config.source, told, "cannot be set here: the home holds this file")
-        raise wrong(config.source, told, "is unknown" + _close(name, self._known_flags()))
+        raise wrong(config.source, told, "is unknown" + _close(name, every_flag()))
 
     def _tables(self) -> str:
         return ", ".join(sorted(self._known_commands() | set(OWN_TABLES)))

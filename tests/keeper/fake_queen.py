@@ -17,9 +17,9 @@ import trio
 
 from rbee import __version__, guard
 from rbee.home import Home, open_home, write_atomic
-from rbee.wire import codec, messages, sse
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import open_listener, serve_http
+from rbee.wire import codec, messages, sse
 
 TOKEN = "secret"
 WORKER = messages.WorkerInfo(
