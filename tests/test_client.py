@@ -58,10 +58,11 @@ async def test_events_arrive_one_by_one() -> None:
 
 async def test_leaving_a_stream_cancels_its_job() -> None:
     queen = FakeQueen(script=[Token("a", 1), None])
-    async with open_stream(queen) as (_, stream):
-        await anext(stream)
+    async with open_fake(queen) as (_, url), AsyncClient(url, TOKEN) as client:
+        async with client.stream(TASK) as stream:
+            await anext(stream)
         with trio.fail_after(5):
-        await queen.cancelled.wait()
+            await queen.cancelled.wait()
 
 
 async def test_an_error_event_is_raised_as_its_class() -> None:

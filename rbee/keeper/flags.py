@@ -69,10 +69,13 @@ class AnswerFlags(QueenFlags):
         Parameter(
             help="End before this text (repeatable; RBEE_STOP may be a JSON list).",
             negative_iterable=(),
+            allow_leading_hyphen=True,
             env_var_split=_one_or_json,
         ),
     ] = ()
-    system: Annotated[str | None, Parameter(help="The system message.")] = None
+    system: Annotated[
+        str | None, Parameter(help="The system message.", allow_leading_hyphen=True)
+    ] = None
     backend: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="What to run on.")] = None
     device: Annotated[str | None, Parameter(help="0, or 0,1 for tensor parallel.")] = None
     engine: Annotated[str | None, Parameter(help="The engine (default: vllm).")] = None
@@ -84,7 +87,9 @@ class InferFlags(AnswerFlags):
     """Flags of ``infer``."""
 
     model: Annotated[str, Parameter(help="A directory, an alias or pypi:package.")]
-    prompt: Annotated[str, Parameter(help='The prompt; "-" reads it from stdin.')]
+    prompt: Annotated[
+        str, Parameter(help='The prompt; "-" reads it from stdin.', allow_leading_hyphen=True)
+    ]
     raw: Annotated[
         bool, Parameter(help="Send the prompt without the chat template.", negative=())
     ] = False

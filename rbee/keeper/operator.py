@@ -123,13 +123,12 @@ async def stop_queen(home: Home) -> float | None:
     Raises:
         PeerError: something of it is left although its time is over.
     """
-    begin = trio.current_time()
+    begin, waited = trio.current_time(), True
     with trio.move_on_after(Grace().keeper):
-        await wait_unlocked(home)
+        waited = await wait_unlocked(home)
     record = find_run_file(home)
     if record is None:
-        waited = trio.current_time() - begin
-        return waited if waited > 0.01 else None
+        return trio.current_time() - begin if waited else None
     pidfds = {record.pid: os.pidfd_open(record.pid)}
     try:
         if not await _order_shutdown(home, record, pidfds):

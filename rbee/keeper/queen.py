@@ -177,11 +177,13 @@ def _check(health: Health, home: Home | None, url: str) -> None:
         )
 
 
-async def wait_unlocked(home: Home) -> None:
-    """Wait while a queen of this home that wrote no run file, or has removed it, still runs."""
-    lock = home.queen_file.with_suffix(".lock")
-    while not home.queen_file.exists() and _is_locked(lock):  # noqa: ASYNC110 - flock is silent
-        await trio.sleep(0.05)
+async def wait_unlocked(home: Home) -> bool:
+    """Wait while a queen runs that wrote no run file yet, or has removed it; False if none does."""
+    lock, waited = home.queen_file.with_suffix(".lock"), False
+    while not home.queen_file.exists() and _is_locked(lock):
+        waited = True
+        await trio.sleep(0.05)  # nobody tells of a lock's end
+    return waited
 
 
 def _is_locked(path: Path) -> bool:
