@@ -3,7 +3,8 @@
 Same protocol, same HTTP, same process tree and death rules as vLLM: it has a real child process
 as its "engine process", and when that dies the engine is dead. Imports no torch.
 
-``spec.engine_args``, or the model's name as in ``echo?rate=20&load=3``: ``rate`` (tokens a second and request), ``latency`` (seconds to the first),
+``spec.engine_args``, or the model's name as in ``echo?rate=20&load=3``: ``rate`` (tokens a second
+and request), ``latency`` (seconds to the first),
 ``load`` (seconds of loading), ``context`` (words), ``fail``: ``load``, ``canary`` or ``after=N``
 (the engine process is killed when a request wants its N+1st token).
 """
