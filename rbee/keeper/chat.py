@@ -10,14 +10,24 @@ import sys
 import trio
 
 from rbee.config import load_config
+from rbee.errors import OwnerGoneError, RbeeError, leaves
 from rbee.home import open_home
 from rbee.keeper.answer import Answer, stream_answer
 from rbee.keeper.flags import AnswerFlags
-from rbee.keeper.output import Output, is_terminal, note, print_json, write
+from rbee.keeper.output import (
+    Output,
+    StdoutClosedError,
+    is_terminal,
+    note,
+    print_error,
+    print_json,
+    write,
+)
 from rbee.keeper.queen import QueenAccess, open_queen
 from rbee.keeper.task import chat_task
 from rbee.wire.messages import Message
 
+NO_QUEEN = ("unreachable", "queen_stopping", "stream_broken")
 EXITS = ("/exit", "/quit", "/bye")
 
 
@@ -54,7 +64,18 @@ class Conversation:
             if line is None or line.strip() in EXITS:
                 return
             if line.strip():
-                await self._reply(line.strip())
+                await self._survive(line.strip())
+
+    async def _survive(self, text: str) -> None:
+        """Reply, and go on talking when only this answer failed."""
+        try:
+            await self._reply(text)
+        except* RbeeError as group:
+            error = next(leaf for leaf in leaves(group) if isinstance(leaf, RbeeError))
+            if isinstance(error, StdoutClosedError | OwnerGoneError) or error.code in NO_QUEEN:
+                raise
+            self._said.pop()
+            print_error(error)
 
     async def _reply(self, text: str) -> None:
         self._said.append(Message("user", text))

@@ -288,6 +288,7 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
         _end_owner(cell, cluster)
         await _all_gone(cluster, cell)
     elif cell.process in OWNERS:
+        await _interrupt_again(cell, cluster)
         await _all_gone(cluster, cell)
     else:
         await _part_gone(victim, below)
@@ -298,6 +299,14 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
         cluster.keeper.send_signal(signal.SIGTERM)
         await _all_gone(cluster, cell)
     return trio.current_time() - began
+
+
+async def _interrupt_again(cell: Cell, cluster: Cluster) -> None:
+    """In a conversation the first SIGINT ends the answer, the second the conversation."""
+    if (cell.process, cell.signal) == ("keeper", signal.SIGINT):
+        await trio.sleep(0.3)
+        if cluster.keeper.poll() is None:
+            cluster.keeper.send_signal(signal.SIGINT)
 
 
 def survivors(process: str) -> tuple[str, ...]:
