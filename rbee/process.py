@@ -90,17 +90,18 @@ class Process:
     async def stop(self, grace: float) -> bool:
         """Ask, wait ``grace`` seconds, kill; return whether asking was enough."""
         self.lifeline.end()
+        self.signal(signal.SIGCONT)  # a frozen guard hears it as well
         with trio.move_on_after(grace) as scope:
             await self.wait()
         if scope.cancelled_caught:
             log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
-            self.kill()
+            self.signal(signal.SIGKILL)
             await self.wait()
         return not scope.cancelled_caught
 
-    def kill(self) -> None:
+    def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
         self.lifeline.close()
