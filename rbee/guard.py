@@ -478,6 +478,8 @@ class Guard:
             os.write(fd, text.encode())
             os.close(fd)
             os.rename(path + "~", path)
+        except FileNotFoundError:
+            pass  # the inner guard has removed the directory already
         except OSError as exc:  # a full disk must not end the tree
             self._log(f"cannot write {path}: {exc}")
 
