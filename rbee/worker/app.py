@@ -12,7 +12,7 @@ import attrs
 import trio
 
 from rbee import __version__
-from rbee.errors import CancelledError, NotFoundError, RbeeError, UnavailableError
+from rbee.errors import BadInputError, CancelledError, NotFoundError, RbeeError, UnavailableError
 from rbee.home import default_root
 from rbee.model import WorkerConfig, WorkerState, new_id
 from rbee.web.router import App, Receive, Request, Response, Scope, Send, Stream, json_response
@@ -111,6 +111,12 @@ async def ready(worker: Worker, request: Request) -> Response:
 
 async def execute(worker: Worker, request: Request) -> Stream:
     engine = worker.engine
+    if worker.config.spec.task != "generate":
+        raise BadInputError(
+            f"worker {worker.config.spec.id} has the task {worker.config.spec.task}, "
+            "it generates nothing",
+            hint="POST /v1/embeddings",
+        )
     body = await request.read(ExecuteRequest)
     if not body.job_id:
         body = attrs.evolve(body, job_id=new_id("job"))

@@ -253,7 +253,9 @@ class Loader:
 
 
 def _first_lines(exc: Exception) -> str:
-    """Return the telling part of an error; pydantic's spreads over several lines."""
+    """Return the telling part of an error."""
+    if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
+        return "; ".join(str(error["msg"]) for error in errors())
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
 
