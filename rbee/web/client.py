@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
@@ -76,11 +76,17 @@ async def call(
 
 @asynccontextmanager
 async def open_events(
-    client: httpx.AsyncClient, method: str, path: str, body: Any = None, *, what: str
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    what: str,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[EventStream, None]:
     """Open a stream of server-sent events; closed with the body of the ``async with``."""
     content = None if body is None else codec.dumps(body)
-    headers = {"accept": sse.CONTENT_TYPE.decode()}
+    headers = {"accept": sse.CONTENT_TYPE.decode(), **(headers or {})}
     if body is not None:
         headers["content-type"] = "application/json"
     request = client.build_request(method, path, content=content, headers=headers)
