@@ -21,7 +21,7 @@ from rbee.home import Home, read_token
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
-from rbee.web.client import call, open_client, open_events
+from rbee.web.client import call, keep_probing, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
     DaemonStart,
@@ -80,6 +80,10 @@ class Hive:
     async def stop_worker(self, worker_id: str) -> None:
         path = f"{messages.HIVE_WORKERS}/{worker_id}"
         await call(self.client, "DELETE", path, type(None), what=self.name)
+
+    def note_answering(self, answers: bool) -> None:
+        log.warning("%s %s", self.name, "answers again" if answers else "does not answer")
+        self.info = attrs.evolve(self.info, state="ready" if answers else "unresponsive")
 
     @property
     def name(self) -> str:
@@ -175,6 +179,7 @@ class Hives:
             await self._renew(hive)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_lease, hive)
+                nursery.start_soon(keep_probing, client, hive.note_answering)
                 try:
                     await self._follow(hive, status)
                 finally:
@@ -206,6 +211,7 @@ class Hives:
                 hive = Hive(info, True, setup.token, client)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._follow_until_gone, hive, status)
+                    nursery.start_soon(keep_probing, client, hive.note_answering)
                     ended = await daemon.wait()
                     raise daemon.ended(ended)
 

@@ -29,6 +29,7 @@ HIVE_DEVICES = "/v1/devices"
 HIVE_LOGS = "/v1/logs"
 
 JOB_ID_HEADER = "x-rbee-job-id"
+WORKER_ID_HEADER = "x-rbee-worker-id"  # on /execute: whom it is meant for, ports are used again
 
 
 @attrs.frozen
