@@ -464,6 +464,7 @@ class Guard:
             "child": {"pid": self.child, "start": self.child_start},
             "descendants": [{"pid": p, "start": s} for p, s in sorted(self._tree().items())],
             "shm": sorted(self.shm),
+            "run_file": self.plan.run_file,
         }
         text = json.dumps(record)
         if text != self.recorded:
@@ -477,6 +478,8 @@ class Guard:
             os.write(fd, text.encode())
             os.close(fd)
             os.rename(path + "~", path)
+        except FileNotFoundError:
+            pass  # the inner guard has removed the directory already
         except OSError as exc:  # a full disk must not end the tree
             self._log(f"cannot write {path}: {exc}")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -75,6 +76,9 @@ class Process:
     lifeline: Lifeline
     _reap: Callable[[], Awaitable[int]]
     status: int | None = None
+
+    def ended(self) -> bool:
+        return self.status is not None or bool(select.select([self.pidfd], [], [], 0)[0])
 
     async def wait(self) -> int:
         """Return the exit code (128 + n for a signal) once the process has ended."""
@@ -175,9 +179,11 @@ async def open_guarded(
     finally:
         # Bounded cleanup: the guard inside kills at its own grace, `stop` kills the guard after.
         with trio.CancelScope(shield=True):
+            guard_lived = not process.ended()
             await process.stop(graces[0] + 0.5)
             if run_dir is not None:
-                await sweep(run_dir)
+                # A command that has just lost its guard is on its way out by itself.
+                await sweep(run_dir, patience=0 if guard_lived else graces[-1])
         if popen.stdout is not None:
             popen.stdout.close()
         process.close()

@@ -46,8 +46,10 @@ class Record:
 
     path: Path
     guard: Identity
+    child: Identity
     members: tuple[Identity, ...]
     shm: tuple[str, ...]
+    run_file: str
 
 
 def records(directory: Path) -> Iterator[Record]:
@@ -67,8 +69,10 @@ def _record(path: Path, data: dict[str, Any]) -> Record:
     return Record(
         path,
         _identity(data["guard"]),
+        _identity(data["child"]),
         tuple(_identity(member) for member in members),
         tuple(shm for shm in data["shm"] if shm.startswith("/dev/shm/")),
+        str(data.get("run_file", "")),
     )
 
 
@@ -81,37 +85,59 @@ def abandoned(directory: Path) -> bool:
     return not any(record.guard.alive() for record in records(directory))
 
 
-async def sweep(directory: Path, *, within: float = 2.0) -> int:
-    """End what the journal below ``directory`` names, remove it; return how many were ended.
+async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) -> int:
+    """End what the journal below ``directory`` names, remove it; return how many were killed.
 
     Call it for directories of your own children or for `abandoned` ones only.
+
+    Args:
+        patience: seconds that the living may take to end by themselves; whoever has lost his
+            guard is just doing so.
+        within: seconds to go on killing; a process stuck in the kernel may outlast it.
     """
-    if not directory.exists():
-        return 0
-    ended: set[Identity] = set()
-    shm: set[str] = set()
+    journal = Journal(directory)
+    with trio.move_on_after(patience):
+        while journal.living():
+            await trio.sleep(0.02)
+    killed: set[Identity] = set()
     with trio.move_on_after(within):
-        while True:
-            found = list(records(directory))
-            shm.update(path for record in found for path in record.shm)
-            alive = {one for record in found for one in _all(record) if one.alive()}
-            if not alive:
-                break
+        while alive := journal.living():
             for number in (signal.SIGSTOP, signal.SIGKILL):
                 for one in alive:
                     one.signal(number)
-            ended |= alive
+            killed |= alive
             await trio.sleep(0.02)
-    for path in shm:
-        Path(path).unlink(missing_ok=True)
-    guard.remove_tree(str(directory))
-    if ended:
-        log.warning("swept %d processes that %s had left", len(ended), directory.name)
-    return len(ended)
+    journal.remove()
+    if killed:
+        log.warning("swept %d processes that %s had left", len(killed), directory.name)
+    return len(killed)
 
 
-def _all(record: Record) -> tuple[Identity, ...]:
-    return (record.guard, *record.members)
+class Journal:
+    """All that was ever read of the journal below a run directory; its files come and go."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._members: set[Identity] = set()
+        self._shm: set[str] = set()
+        self._run_files: set[tuple[str, int]] = set()
+
+    def living(self) -> set[Identity]:
+        """Read again and return every member that lives."""
+        for record in records(self._directory):
+            self._members.update((record.guard, *record.members))
+            self._shm.update(record.shm)
+            if record.run_file:
+                self._run_files.add((record.run_file, record.child.pid))
+        return {one for one in self._members if one.alive()}
+
+    def remove(self) -> None:
+        """Remove what the members left on disk; call it when none is alive."""
+        for path in self._shm:
+            Path(path).unlink(missing_ok=True)
+        for path, pid in self._run_files:
+            guard.remove_run_file(path, pid)
+        guard.remove_tree(str(self._directory))
 
 
 def claim(directory: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from rbee.config import load_config
 from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
-from rbee.models.provision import provision
+from rbee.models.preflight import ITEM_SIZES
+from rbee.models.provision import check_model_memory, provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
 from rbee.worker.engine import engine_kind
+
+KV_CACHE = 256 << 20  # bytes, where the request names no size
 
 
 def provisioner(setup: HiveSetup) -> Provision:
@@ -21,20 +24,30 @@ def provisioner(setup: HiveSetup) -> Provision:
         kind = engine_kind(request.engine)
         if not kind.needs_model:
             return None
-        return await provision(
+        model = await provision(
             request.model,
             setup.home,
             aliases=load_config(setup.home.config_file).aliases,
-            dtype=request.dtype or default_dtype(request.backend or "cpu"),
+            dtype=_stored_dtype(request),
             run=_run,
             narrate=narrate,
         )
+        if (request.backend or "cpu") == "cpu":
+            check_model_memory(model, _stored_dtype(request), request.kv_cache_bytes or KV_CACHE)
+        return model
 
     return bring
 
 
 async def _run(argv: Sequence[str], *, log: Path) -> int:
     return await run_program(argv, log_file=log)
+
+
+def _stored_dtype(request: StartWorker) -> str:
+    """Return what a GGUF is dequantised to; ``auto`` and the like leave it to us."""
+    if request.dtype in ITEM_SIZES:
+        return str(request.dtype)
+    return default_dtype(request.backend or "cpu")
 
 
 @functools.cache

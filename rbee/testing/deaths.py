@@ -29,6 +29,7 @@ import trio
 
 from rbee.guard import children
 from rbee.home import find_home
+from rbee.process import log_tail
 from rbee.testing.processes import (
     Identity,
     LeakCheck,
@@ -209,15 +210,33 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
     began = trio.current_time()
     try:
         async with open_cluster(workload, slow=cell.state == "loading") as cluster:
-            victim = await reach(cell, cluster, workload)
-            return Result(cell, await strike(cell, victim, cluster, workload))
+            try:
+                victim = await reach(cell, cluster, workload)
+                return Result(cell, await strike(cell, victim, cluster, workload))
+            except (CellError, LeakError, trio.TooSlowError) as exc:
+                exc.add_note(explain(cluster))
+                raise
     except BaseExceptionGroup as group:
         matched, rest = group.split((CellError, LeakError, trio.TooSlowError))
         if rest is not None:
             raise
         assert matched is not None
-        problem = "; ".join(repr(error) for error in _leaves(matched))
+        problem = "\n".join(_text(error) for error in _leaves(matched))
         return Result(cell, trio.current_time() - began, problem)
+
+
+def explain(cluster: Cluster) -> str:
+    """Return what is there and the ends of the logs, for a cell that did not hold."""
+    home = cluster.check.home
+    assert home is not None
+    lines = [str(left) for left in cluster.check.find()]
+    for path in [home.root.parent / "keeper.log", *sorted(home.logs.glob("*.log"))]:
+        lines += [f"--- {path.name}", log_tail(path, 1500)]
+    return "\n".join(lines)
+
+
+def _text(error: BaseException) -> str:
+    return "\n".join([repr(error), *getattr(error, "__notes__", ())])
 
 
 def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:

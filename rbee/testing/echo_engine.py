@@ -3,7 +3,8 @@
 Same protocol, same HTTP, same process tree and death rules as vLLM: it has a real child process
 as its "engine process", and when that dies the engine is dead. Imports no torch.
 
-``spec.engine_args``: ``rate`` (tokens a second and request), ``latency`` (seconds to the first),
+``spec.engine_args``, or the model's name as in ``echo?rate=20&load=3``: ``rate`` (tokens a second
+and request), ``latency`` (seconds to the first),
 ``load`` (seconds of loading), ``context`` (words), ``fail``: ``load``, ``canary`` or ``after=N``
 (the engine process is killed when a request wants its N+1st token).
 """
@@ -16,16 +17,17 @@ import signal
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from urllib.parse import parse_qsl
 
 import attrs
 import trio
 
 from rbee.errors import BadInputError, MachineError, PeerError
+from rbee.guard import close_all_but, die_with_parent
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.limits import answer_budget
-from rbee.worker.pdeath import die_with_parent
 
 DEFAULT_COUNT = 16
 KINDS = {"rate": float, "latency": float, "load": float, "context": int, "fail": str}
@@ -48,11 +50,16 @@ class EchoOptions:
         return int(self.fail.partition("=")[2]) if self.fail.startswith("after=") else None
 
 
+def model_options(model: str) -> dict[str, str]:
+    """Return the options in a model's name, as in ``echo?rate=20&load=3``."""
+    return dict(parse_qsl(model.partition("?")[2]))
+
+
 def echo_options(spec: WorkerSpec) -> EchoOptions:
     given: dict[str, object] = {}
     if spec.max_model_len is not None:
         given["context"] = spec.max_model_len
-    for key, text in spec.engine_args.items():
+    for key, text in {**model_options(spec.model), **spec.engine_args}.items():
         if key not in KINDS:
             raise BadInputError(f"the echo engine has no {key!r}; it takes {', '.join(KINDS)}")
         try:
@@ -119,13 +126,10 @@ def _be_engine(parent: int, hold: int, life: int) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        die_with_parent(parent)
+        die_with_parent(signal.SIGKILL, parent)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        low, high = sorted((hold, life))
-        os.closerange(3, low)
-        os.closerange(low + 1, high)
-        os.closerange(high + 1, 1 << 20)
+        close_all_but([hold, life])
         setproctitle.setproctitle("echo-engine")
         os.read(hold, 1)
     finally:

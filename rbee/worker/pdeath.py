@@ -10,26 +10,17 @@ Only our own programs call `protect_forks`; `register` does nothing outside of t
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import stat
 import sys
 
-PR_SET_PDEATHSIG = 1
+from rbee.guard import die_with_parent
 
 _parent = 0
 _null = -1
 _private: tuple[int, ...] = ()
-
-
-def die_with_parent(parent: int) -> None:
-    """Have this process killed when the thread that forked it ends; end now if it is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def protect_forks(*private: int) -> None:
@@ -51,7 +42,7 @@ def _before_fork() -> None:
 
 
 def _after_fork() -> None:
-    die_with_parent(_parent)
+    die_with_parent(signal.SIGKILL, _parent)
     signal.set_wakeup_fd(-1)  # it is the parent's
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
@@ -83,4 +74,4 @@ def register() -> None:
     parent = multiprocessing.parent_process()
     if parent is None or parent.pid is None or not os.environ.get("RBEE_NONCE"):
         return
-    die_with_parent(parent.pid)
+    die_with_parent(signal.SIGKILL, parent.pid)

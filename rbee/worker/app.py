@@ -1,0 +1,166 @@
+"""The worker's routes; everything else is the engine's own API."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from functools import partial
+from typing import Any
+
+import attrs
+import trio
+
+from rbee import __version__
+from rbee.errors import CancelledError, NotFoundError, RbeeError, UnavailableError
+from rbee.home import default_root
+from rbee.model import WorkerConfig, WorkerState, new_id
+from rbee.web.router import App, Receive, Request, Response, Scope, Send, Stream, json_response
+from rbee.wire import messages
+from rbee.wire.messages import ExecuteRequest, Health, ReadyState
+from rbee.worker.engine import Engine
+from rbee.worker.execute import Execution
+from rbee.worker.jobs import Jobs
+from rbee.worker.limits import check_request
+from rbee.worker.metrics import CONTENT_TYPE, Figures
+
+log = logging.getLogger(__name__)
+
+
+@attrs.define(eq=False)
+class Worker:
+    """What this process is doing: the one thing its routes and its lifetime share."""
+
+    config: WorkerConfig
+    state: WorkerState = WorkerState.LOADING
+    progress: str = "starting"
+    jobs: Jobs = attrs.field(factory=Jobs)
+    figures: Figures = attrs.field(factory=Figures)
+    stop_asked: trio.Event = attrs.field(factory=trio.Event)
+    _engine: Engine | None = None
+
+    def report(self, progress: str) -> None:
+        self.progress = progress
+
+    def begin(self, engine: Engine) -> None:
+        """Take work from now on."""
+        self._engine = engine
+        self.state, self.progress = WorkerState.READY, ""
+
+    def end(self, state: WorkerState, error: RbeeError) -> None:
+        """Take no more work; every job ends with ``error``."""
+        self.state, self.progress = state, error.message
+        self.jobs.end_all(error)
+
+    def ask_to_stop(self) -> None:
+        if self.state is not WorkerState.FAILED:
+            self.state, self.progress = WorkerState.STOPPING, "asked to stop"
+        self.stop_asked.set()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, if this worker takes work."""
+        if self.state is WorkerState.READY and self._engine is not None:
+            return self._engine
+        code = "starting" if self.state is WorkerState.LOADING else f"worker_{self.state.value}"
+        raise UnavailableError(
+            f"worker {self.config.spec.id} takes no work: it is {self.state.value}"
+            + (f" ({self.progress})" if self.progress else ""),
+            code=code,
+        )
+
+    def engine_figures(self) -> tuple[int, str]:
+        if self._engine is None:
+            return 0, ""
+        return self._engine.running(), self._engine.metrics()
+
+
+def make_app(worker: Worker) -> App:
+    hosts = {worker.config.host, socket.gethostname().lower()}
+    app = App(token=worker.config.token, hosts=hosts, fallback=partial(call_engine_app, worker))
+    app.add("GET", messages.HEALTH, partial(health, worker), is_open=True)
+    app.add("GET", messages.READY, partial(ready, worker))
+    app.add("POST", messages.EXECUTE, partial(execute, worker))
+    app.add("DELETE", messages.EXECUTE + "/{job_id}", partial(cancel, worker))
+    app.add("POST", messages.SHUTDOWN, partial(shutdown, worker))
+    app.add("GET", messages.METRICS, partial(metrics, worker))
+    return app
+
+
+async def health(worker: Worker, request: Request) -> Response:
+    spec = worker.config.spec
+    return json_response(
+        Health(
+            component="llm-worker-rbee",
+            id=spec.id,
+            version=__version__,
+            owner=spec.owner or "operator",
+            home=str(default_root()),
+            pid=os.getpid(),
+            state=worker.state.value,
+        )
+    )
+
+
+async def ready(worker: Worker, request: Request) -> Response:
+    state = ReadyState(worker.config.spec.id, worker.state.value, worker.progress)
+    if worker.state is WorkerState.READY:
+        return json_response(state)
+    return attrs.evolve(json_response(state, 503), headers=((b"retry-after", b"1"),))
+
+
+async def execute(worker: Worker, request: Request) -> Stream:
+    engine = worker.engine
+    body = await request.read(ExecuteRequest)
+    if not body.job_id:
+        body = attrs.evolve(body, job_id=new_id("job"))
+    check_request(body)
+    execution = Execution(engine, body, worker.config.spec, worker.jobs, worker.figures)
+    name = messages.JOB_ID_HEADER.encode()
+    return Stream(execution.run, ((name, body.job_id.encode("latin-1", "replace")),))
+
+
+async def cancel(worker: Worker, request: Request) -> Response:
+    job_id = request.params["job_id"]
+    worker.jobs.end(job_id, CancelledError(f"job {job_id} was cancelled"))
+    return Response(status=204)
+
+
+async def shutdown(worker: Worker, request: Request) -> Response:
+    worker.ask_to_stop()
+    return Response(status=202)
+
+
+async def metrics(worker: Worker, request: Request) -> Response:
+    running, theirs = worker.engine_figures()
+    ours = worker.figures.text(
+        ready=worker.state is WorkerState.READY,
+        jobs_running=len(worker.jobs),
+        engine_running=running,
+    )
+    return Response((theirs + ours).encode(), content_type=CONTENT_TYPE)
+
+
+async def call_engine_app(worker: Worker, scope: Scope, receive: Receive, send: Send) -> None:
+    """Hand a request to the engine's own app; like a job, it ends when the worker does."""
+    app = worker.engine.app
+    if app is None:
+        raise NotFoundError(f"no route {scope['method']} {scope['path']}")
+    answered = False
+
+    async def note(message: Any) -> None:
+        nonlocal answered
+        answered = True
+        await send(message)
+
+    with worker.jobs.open(new_id("api")) as job:
+        try:
+            with job.scope:
+                await app(scope, receive, note)
+            if job.error is not None:
+                raise job.error
+        except Exception:
+            if not answered:
+                raise
+            # The answer ends without its last chunk, which tells the client that it was cut.
+            log.warning("%s %s was cut short", scope["method"], scope["path"], exc_info=True)

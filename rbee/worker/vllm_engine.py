@@ -1,0 +1,472 @@
+"""vLLM as an engine: ``AsyncLLM`` and vLLM's own HTTP API in one asyncio thread.
+
+The only module that imports vLLM, and only inside functions. vLLM changes ``os.environ`` of the
+process it runs in; a worker starts nothing else, so that is its own affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import importlib
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import trio
+
+from rbee.aio import Aio, Outbox, open_aio
+from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
+from rbee.model import WorkerSpec
+from rbee.wire.messages import ExecuteRequest
+from rbee.worker import vllm_plan
+from rbee.worker.bridge import AioApp
+from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
+from rbee.worker.limits import answer_budget
+
+log = logging.getLogger(__name__)
+
+CLOSE = {
+    "cpu": 0.0,
+    "cuda": 2.0,
+}  # seconds for EngineCore to end by itself; a CPU one leaves nothing
+NOTICE = 0.2  # seconds between looks at the engine's health
+LONG_TEXT = 20_000  # characters above which tokenising leaves the main thread
+OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
+
+# What a worker needs and vLLM would import late. Some names exist in some versions only.
+PRELOADED = (
+    "torch",
+    "uvloop",
+    "hypercorn.trio",
+    "rbee.worker.daemon",
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.engine.arg_utils",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.metrics.loggers",
+    "vllm.v1.worker.{backend}_worker",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.model_executor.model_loader.default_loader",
+    "vllm.model_executor.models.registry",
+    "vllm.model_executor.models.llama",
+    "vllm.tokenizers.hf",
+    "vllm.renderers.hf",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.launchers.api_server.routers",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.openai.chat_completion.serving",
+    "vllm.entrypoints.openai.completion.serving",
+    "vllm.entrypoints.openai.responses.serving",
+    "vllm.entrypoints.scale_out.factories",
+    "vllm.entrypoints.serve.sagemaker.api_router",
+    "vllm.entrypoints.mcp.tool_server",
+    "prometheus_fastapi_instrumentator",
+    "transformers.models.llama",
+    "transformers.models.auto.tokenization_auto",
+    "torch.distributed",
+)
+
+
+class VllmEngineKind:
+    name = "vllm"
+    needs_model = True
+
+    def preload(self) -> None:
+        os.environ.update(vllm_plan.offline())
+        # More would start the threads of OpenMP's pool, and only one thread can be forked.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        hide_broken_packages()
+        backend = "cpu" if vllm_plan._is_cpu_build() else "gpu"
+        for module in PRELOADED:
+            try:
+                importlib.import_module(module.format(backend=backend))
+            except ImportError as exc:
+                log.info("not preloaded: %s (%s)", module, exc)
+
+    def check(self, spec: WorkerSpec) -> None:
+        vllm_plan.check_backend(spec)
+        if spec.model_dir:
+            vllm_plan.arguments(spec, vllm_plan.this_machine())
+
+    @asynccontextmanager
+    async def open(
+        self, spec: WorkerSpec, *, run_dir: str, progress: Progress
+    ) -> AsyncGenerator[Engine, None]:
+        if not spec.model_dir:
+            raise BadInputError(
+                f"{spec.model!r} is not a directory with config.json",
+                hint="rbee-keeper model list",
+            )
+        machine = vllm_plan.this_machine()
+        argv = vllm_plan.arguments(spec, machine)
+        os.environ.update(vllm_plan.environment(spec, run_dir))
+        tempfile.tempdir = run_dir
+        async with open_aio(name="vllm") as aio:
+
+            def report(text: str) -> None:
+                aio.token.run_sync_soon(progress, text)
+
+            loader = Loader(argv, report, vllm_plan.threads(machine), CLOSE[spec.backend])
+            try:
+                loaded = await aio.call(loader.load)
+            except BaseException:
+                kill_children()
+                raise
+            engine = VllmEngine(aio, loaded)
+            try:
+                yield engine
+            finally:
+                # Cleanup: bounded by vLLM's own limit, then by ours.
+                with trio.move_on_after(CLOSE[spec.backend] + 1, shield=True):
+                    await aio.call(loader.close)
+
+
+def hide_broken_packages() -> None:
+    """Hide optional packages that cannot be imported; transformers would break on them.
+
+    An index may bring a torchvision that was built for another torch than the one installed.
+    """
+    for name in OPTIONAL:
+        if name in sys.modules or find_spec(name) is None:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as exc:
+            log.warning("%s cannot be imported and is left out: %s", name, exc)
+            for part in [key for key in sys.modules if key.startswith(f"{name}.")]:
+                del sys.modules[part]
+            sys.modules[name] = None  # type: ignore[assignment]
+
+
+def kill_children() -> None:
+    """End what vLLM had started when its start failed or was given up."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+@attrs.frozen
+class Loaded:
+    llm: Any
+    app: Any
+    tokenizer: Any
+    longest: int
+    """Characters of the longest token: more than ``context`` times that never fits."""
+
+
+@attrs.define(eq=False)
+class Loader:
+    """Runs in the asyncio thread, which ``AsyncLLM`` blocks while it loads."""
+
+    argv: list[str]
+    report: Progress
+    threads: int
+    closing: float
+    _llm: Any = None
+
+    async def load(self) -> Loaded:
+        """Start the engine and build its HTTP API.
+
+        Raises:
+            BadInputError: vLLM refuses an argument or the model's configuration.
+            MachineError: vLLM cannot be imported, or its engine process failed.
+        """
+        self.report("importing vLLM")
+        modules = _import_vllm()
+        modules.torch.set_num_threads(self.threads)
+        args = self._parse(modules)
+        config, options = self._configure(modules, args)
+        self.report("loading weights")
+        # The CPU platform sets it to `spawn` while it makes the configuration.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+        self._llm = self._start(modules, config, options)
+        self.report("building the API")
+        app = await self._build_app(modules, args)
+        tokenizer = copy.deepcopy(self._llm.get_tokenizer())  # used in another thread
+        longest = max(map(len, tokenizer.get_vocab()), default=1)
+        return Loaded(self._llm, app, tokenizer, longest)
+
+    async def _build_app(self, modules: Any, args: Any) -> Any:
+        level = logging.getLogger().level
+        tasks = await self._llm.get_supported_tasks()
+        app = modules.build_app(args, tasks, self._llm.model_config)
+        await modules.init_app_state(self._llm, app.state, args, tasks)
+        app.state.server = SimpleNamespace(should_exit=False)  # its error handler ends a server
+        logging.getLogger().setLevel(level)  # one of its extensions silences the whole process
+        return app
+
+    async def close(self) -> None:
+        processes = engine_processes(self._llm)
+        self._llm.shutdown(timeout=self.closing)
+        for process in processes:  # the killed ones are not reaped yet
+            process.join(1)
+
+    def _parse(self, modules: Any) -> Any:
+        parser = modules.make_arg_parser(modules.FlexibleArgumentParser())
+
+        def refuse(message: str) -> None:
+            raise BadInputError(
+                f"vLLM refuses an argument: {message}",
+                hint="python -m vllm.entrypoints.openai.api_server --help",
+            )
+
+        parser.error = refuse
+        return parser.parse_args(self.argv)
+
+    def _configure(self, modules: Any, args: Any) -> tuple[Any, Any]:
+        context = modules.UsageContext.OPENAI_API_SERVER
+        try:
+            options = modules.AsyncEngineArgs.from_cli_args(args)
+            return options.create_engine_config(context), options
+        except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as exc:
+            raise BadInputError(
+                f"vLLM refuses this model or configuration: {_first_lines(exc)}"
+            ) from exc
+
+    def _start(self, modules: Any, config: Any, options: Any) -> Any:
+        try:
+            return modules.AsyncLLM.from_vllm_config(
+                config,
+                usage_context=modules.UsageContext.OPENAI_API_SERVER,
+                disable_log_stats=options.disable_log_stats,
+            )
+        except Exception as exc:
+            raise MachineError(
+                f"vLLM's engine process failed while loading: {_first_lines(exc)}; "
+                "its log above says why",
+                code="engine_failed",
+            ) from exc
+
+
+def _first_lines(exc: Exception) -> str:
+    """Return the telling part of an error; pydantic's spreads over several lines."""
+    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500] or type(exc).__name__
+
+
+def _import_vllm() -> SimpleNamespace:
+    hide_broken_packages()
+    try:
+        import torch
+        from vllm import SamplingParams
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:  # since 0.32
+            from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+            from vllm.entrypoints.launchers.app import build_app
+            from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        except ImportError:
+            from vllm.entrypoints.openai.api_server import build_app, init_app_state
+            from vllm.entrypoints.openai.cli_args import make_arg_parser
+    except ImportError as exc:
+        raise MachineError(
+            f"vLLM cannot be imported: {exc}", code="engine_missing", hint="pip install 'rbee[cpu]'"
+        ) from exc
+    return SimpleNamespace(
+        torch=torch,
+        SamplingParams=SamplingParams,
+        AsyncEngineArgs=AsyncEngineArgs,
+        UsageContext=UsageContext,
+        FlexibleArgumentParser=FlexibleArgumentParser,
+        AsyncLLM=AsyncLLM,
+        init_app_state=init_app_state,
+        build_app=build_app,
+        make_arg_parser=make_arg_parser,
+    )
+
+
+class VllmGeneration:
+    """Chunks from the asyncio thread, all that have come since the last step at once."""
+
+    def __init__(self, tokens_in: int, outbox: Outbox[Chunk | RbeeError]) -> None:
+        self.tokens_in = tokens_in
+        self._outbox = outbox
+        self._error: RbeeError | None = None
+        self._finished = False
+
+    def __aiter__(self) -> AsyncIterator[list[Chunk]]:
+        return self
+
+    async def __anext__(self) -> list[Chunk]:
+        if self._finished:
+            raise StopAsyncIteration
+        chunks: list[Chunk] = []
+        for item in [] if self._error else await self._outbox.take():
+            if isinstance(item, RbeeError):
+                self._error = item
+            else:
+                chunks.append(item)
+                self._finished = item.finish is not None
+        if self._error is not None and not chunks:
+            raise self._error
+        return chunks
+
+
+class VllmEngine:
+    """A loaded model, used from trio."""
+
+    def __init__(self, aio: Aio, loaded: Loaded) -> None:
+        self.context: int = loaded.llm.model_config.max_model_len
+        self.app: ASGIApp | None = AioApp(aio, loaded.app)
+        self._aio = aio
+        self._llm = loaded.llm
+        self._tokenizer = loaded.tokenizer
+        self._longest = loaded.longest
+        self._one_at_a_time = trio.CapacityLimiter(1)
+
+    def running(self) -> int:
+        return int(self._llm.output_processor.get_num_unfinished_requests())
+
+    def metrics(self) -> str:
+        from prometheus_client import REGISTRY, generate_latest
+
+        return str(generate_latest(REGISTRY).decode())
+
+    @asynccontextmanager
+    async def generate(self, request: ExecuteRequest) -> AsyncGenerator[VllmGeneration, None]:
+        tokens = await self._tokenize(request)
+        limit = answer_budget(request.max_tokens, len(tokens), self.context)
+        params = sampling_params(request, limit)
+        outbox: Outbox[Chunk | RbeeError] = self._aio.outbox()
+        # The caller may use an id again while the engine still forgets the first one.
+        request_id = f"{request.job_id}-{secrets.token_hex(4)}"
+        task = self._aio.spawn(self._iterate, tokens, params, request_id, outbox)
+        try:
+            yield VllmGeneration(len(tokens), outbox)
+        finally:
+            await task.aclose()
+
+    async def _iterate(
+        self, tokens: list[int], params: Any, request_id: str, outbox: Outbox[Chunk | RbeeError]
+    ) -> None:
+        """Runs in the asyncio thread; cancelling it aborts the request."""
+        from vllm import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=tokens)
+        try:
+            async with aclosing(self._llm.generate(prompt, params, request_id)) as outputs:
+                async for output in outputs:
+                    await outbox.send(_chunk(output.outputs[0]))
+        except asyncio.CancelledError:
+            raise
+        except Exception as exc:
+            outbox.put(_translate(exc))
+
+    async def _tokenize(self, request: ExecuteRequest) -> list[int]:
+        text, has_specials = self._render(request)
+        if len(text) > self.context * self._longest:
+            raise BadInputError(
+                f"the prompt has {len(text)} characters; a context of {self.context} tokens "
+                f"holds at most {self.context * self._longest}",
+                hint="shorten the prompt, or start the worker with a larger --max-model-len",
+            )
+        if len(text) < LONG_TEXT:
+            return self._encode(text, not has_specials)
+        return await trio.to_thread.run_sync(
+            self._encode, text, not has_specials, limiter=self._one_at_a_time
+        )
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _render(self, request: ExecuteRequest) -> tuple[str, bool]:
+        """Return the text, and whether it carries its special tokens already."""
+        has_template = bool(getattr(self._tokenizer, "chat_template", None))
+        if request.messages is None and (request.raw or not has_template):
+            return request.prompt or "", False
+        if not has_template:
+            raise BadInputError(
+                "this model has no chat template, so it takes no messages",
+                hint="send a prompt instead of messages",
+            )
+        if request.messages is None:
+            messages = [{"role": "user", "content": request.prompt or ""}]
+        else:
+            messages = [{"role": m.role, "content": m.content} for m in request.messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as exc:  # templates raise what they like
+            raise BadInputError(f"the chat template refuses the messages: {exc}") from exc
+        return str(text), True
+
+    async def wait_dead(self) -> str:
+        while True:
+            for process in engine_processes(self._llm):
+                if process.exitcode is not None:
+                    return f"the engine process {process.pid} ended with {_how(process.exitcode)}"
+            if self._llm.errored:
+                return "the engine reports that it is broken; its log says why"
+            await trio.sleep(NOTICE)
+
+
+def engine_processes(llm: Any) -> list[Any]:
+    """Return vLLM's handles of the processes that hold the model."""
+    manager = getattr(llm.engine_core.resources, "engine_manager", None)
+    return list(getattr(manager, "processes", ()))
+
+
+def _how(exitcode: int) -> str:
+    return signal.Signals(-exitcode).name if exitcode < 0 else f"status {exitcode}"
+
+
+def _chunk(output: Any) -> Chunk:
+    finish = output.finish_reason
+    if finish not in (None, "stop", "length"):
+        raise PeerError(f"the engine ended the request: {finish}", code="engine")
+    return Chunk(output.text, len(output.token_ids), finish)
+
+
+def _translate(exc: Exception) -> RbeeError:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(exc, RbeeError):
+        return exc
+    if isinstance(exc, EngineDeadError):
+        return PeerError("the engine process has died", code="engine_died")
+    if isinstance(exc, (ValueError, TypeError)):
+        return BadInputError(f"vLLM refuses the request: {exc}")
+    log.error("generation failed", exc_info=exc)
+    cause = exc.__cause__ or exc
+    return PeerError(f"the engine failed: {type(cause).__name__}: {cause}", code="engine")
+
+
+def sampling_params(request: ExecuteRequest, max_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    given = {
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "repetition_penalty": request.repetition_penalty,
+        "seed": request.seed,
+        "stop": list(request.stop) or None,
+    }
+    try:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            output_kind=RequestOutputKind.DELTA,
+            **{key: value for key, value in given.items() if value is not None},
+        )
+    except (ValueError, TypeError) as exc:
+        raise BadInputError(f"vLLM refuses a parameter: {exc}") from exc
