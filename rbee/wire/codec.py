@@ -81,10 +81,6 @@ def dumps(message: Any) -> bytes:
 
 def structure(data: Any, kind: type[T]) -> T:
     """Make ``kind`` from parsed JSON; raise `BadInputError` naming each wrong field."""
-    if attrs.has(kind) and not isinstance(data, dict):
-        raise BadInputError(
-            f"not a valid {kind.__name__}: expected an object, got {type(data).__name__}"
-        )
     try:
         return _converter().structure(data, kind)
     except BaseValidationError as exc:
