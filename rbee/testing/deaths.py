@@ -151,7 +151,11 @@ class Cluster:
             yield name, identity
 
     def _is(self, name: str, pid: int) -> bool:
-        return name != "zygote" or "zygote" in title_of(pid)
+        """Tell a hive's and a zygote's lasting children from helpers that come and go."""
+        title = title_of(pid)
+        if name == "zygote":
+            return "zygote" in title
+        return name != "worker guard" or title == "rbee-guard"
 
     async def until_there(self, process: str) -> Identity:
         while (found := self.locate(process)) is None:
@@ -274,6 +278,7 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
     """Send the signal and hold the cluster to the survivor table; return the seconds to clean."""
     began = trio.current_time()
     below = _below(victim)
+    spared = [one for name, one in cluster.places() if name in survivors(cell.process)]
     _send(victim, cell.signal)
     if cell.state == "stopping":
         await _all_gone(cluster, cell)
@@ -283,14 +288,39 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
         _end_owner(cell, cluster)
         await _all_gone(cluster, cell)
     elif cell.process in OWNERS:
+        await _interrupt_again(cell, cluster)
         await _all_gone(cluster, cell)
     else:
         await _part_gone(victim, below)
+        _check_alive(spared)
         await _next_infer_works(cluster, workload)
+        _check_alive(spared)
         began = trio.current_time()
         cluster.keeper.send_signal(signal.SIGTERM)
         await _all_gone(cluster, cell)
     return trio.current_time() - began
+
+
+async def _interrupt_again(cell: Cell, cluster: Cluster) -> None:
+    """In a conversation the first SIGINT ends the answer, the second the conversation."""
+    if (cell.process, cell.signal) == ("keeper", signal.SIGINT):
+        await trio.sleep(0.3)
+        if cluster.keeper.poll() is None:
+            cluster.keeper.send_signal(signal.SIGINT)
+
+
+def survivors(process: str) -> tuple[str, ...]:
+    """Name what must outlive the end of a process."""
+    if process in OWNERS:
+        return ()
+    if process in ("guard A", "guard B", "hive"):
+        return OWNERS
+    return PROCESSES[: PROCESSES.index("zygote" if process == "zygote" else "worker guard")]
+
+
+def _check_alive(spared: Sequence[Identity]) -> None:
+    if dead := [one for one in spared if not is_running(one)]:
+        raise CellError(f"{len(dead)} died that must live: {dead}")
 
 
 def _send(victim: Identity, number: signal.Signals) -> None:

@@ -1,0 +1,123 @@
+"""The flags of the commands, grouped; each is also ``RBEE_<FLAG>`` and a key of config.toml."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from typing import Annotated, Any, Literal
+
+import attrs
+from cyclopts import Parameter
+
+
+def _one_or_json(_: Any, value: str) -> list[str]:
+    """Take ``RBEE_STOP`` as one string, blanks included, or as a JSON list of several."""
+    if value.startswith("["):
+        parsed = jsonlib.loads(value)
+        return [str(item) for item in parsed]
+    return [value]
+
+
+Json = Annotated[bool, Parameter(help="Print data as JSON on stdout.", negative=())]
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class HomeFlags:
+    """Flags of every command."""
+
+    home: Annotated[
+        str | None, Parameter(help="Where rbee keeps its things (default: ~/.rbee).")
+    ] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class DataFlags(HomeFlags):
+    """Flags of the commands that print data."""
+
+    json: Json = False
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class QueenFlags(DataFlags):
+    """Flags of the commands that talk to a queen."""
+
+    queen_url: Annotated[
+        str | None, Parameter(help="Use this queen instead of the one of the home.")
+    ] = None
+    token_file: Annotated[
+        str | None, Parameter(help="The token for --queen-url (default: the home's).")
+    ] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class AnswerFlags(QueenFlags):
+    """Flags of the commands that have a model answer."""
+
+    node: Annotated[str | None, Parameter(help="The node to run on.")] = None
+    max_tokens: Annotated[int | None, Parameter(help="End after so many tokens.")] = None
+    temperature: Annotated[float | None, Parameter(help="0 always takes the likeliest.")] = None
+    top_p: Annotated[float | None, Parameter(help="Nucleus sampling, above 0 up to 1.")] = None
+    top_k: Annotated[int | None, Parameter(help="Take from the k likeliest; 0 is all.")] = None
+    min_p: Annotated[float | None, Parameter(help="Least probability, from 0 to 1.")] = None
+    repetition_penalty: Annotated[float | None, Parameter(help="Above 0; 1 is none.")] = None
+    seed: Annotated[int | None, Parameter(help="Makes sampling repeatable.")] = None
+    stop: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="End before this text (repeatable; RBEE_STOP may be a JSON list).",
+            negative_iterable=(),
+            allow_leading_hyphen=True,
+            env_var_split=_one_or_json,
+        ),
+    ] = ()
+    system: Annotated[
+        str | None, Parameter(help="The system message.", allow_leading_hyphen=True)
+    ] = None
+    backend: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="What to run on.")] = None
+    device: Annotated[str | None, Parameter(help="0, or 0,1 for tensor parallel.")] = None
+    engine: Annotated[str | None, Parameter(help="The engine (default: vllm).")] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class InferFlags(AnswerFlags):
+    """Flags of ``infer``."""
+
+    model: Annotated[str, Parameter(help="A directory, an alias or pypi:package.")]
+    prompt: Annotated[
+        str, Parameter(help='The prompt; "-" reads it from stdin.', allow_leading_hyphen=True)
+    ]
+    raw: Annotated[
+        bool, Parameter(help="Send the prompt without the chat template.", negative=())
+    ] = False
+    timeout: Annotated[float | None, Parameter(help="Give up after so many seconds.")] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class ListenFlags(DataFlags):
+    """Flags of ``queen start``."""
+
+    host: Annotated[str, Parameter(help="The address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Parameter(help="The port to listen on; 0 is any free one.")] = 8080
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class LogFlags(DataFlags):
+    """Flags of ``logs``."""
+
+    node: Annotated[str | None, Parameter(help="The logs of this node.")] = None
+    worker: Annotated[str | None, Parameter(help="The log of this worker.")] = None
+    lines: Annotated[int, Parameter(help="Begin with so many last lines of each.")] = 50
+    follow: Annotated[bool, Parameter(help="Go on with what comes.", negative=())] = False
+
+
+def every_flag() -> set[str]:
+    """Return the names, without dashes, of all flags of all commands."""
+    kinds = (InferFlags, ListenFlags, LogFlags)
+    fields = [field for kind in kinds for field in attrs.fields(kind)]
+    return {field.name.replace("_", "-") for field in fields}

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+from rbee.home import Home
+from rbee.keeper import listing
+from rbee.keeper.flags import QueenFlags
+from tests.keeper.fake_queen import FakeQueen, open_fake
+
+LISTS = (listing.list_workers, listing.list_processes)
+
+
+@pytest.mark.parametrize("command", [*LISTS, listing.show_status, listing.show_queen])
+async def test_without_a_queen_lists_are_empty_and_nothing_fails(
+    home: Home, capfd: pytest.CaptureFixture[str], command: Any
+) -> None:
+    await command(QueenFlags(json=True))
+    out, err = capfd.readouterr()
+    assert err == "no queen running\n"
+    assert json.loads(out) == [] if command in LISTS else json.loads(out)
+
+
+async def test_processes_are_listed_by_component(
+    home: Home, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with open_fake(home=home):
+        await listing.list_processes(QueenFlags())
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["COMPONENT", "queen", "hive", "worker"]
+    assert str(os.getpid()) in lines[1]
+
+
+async def test_workers_are_listed_with_their_models(
+    home: Home, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with open_fake(home=home):
+        await listing.list_workers(QueenFlags(json=True))
+    (worker,) = json.loads(capfd.readouterr().out)
+    assert (worker["worker_id"], worker["model"], worker["state"]) == ("worker-1", "echo", "ready")
+
+
+async def test_the_status_sums_up(home: Home, capfd: pytest.CaptureFixture[str]) -> None:
+    home.config_file.write_text("[aliases]\nx = 'pypi:y'\n")
+    async with open_fake(home=home) as (_, url):
+        await listing.show_status(QueenFlags())
+    out = capfd.readouterr().out
+    assert f"ready at {url}" in out
+    assert "workers: 1" in out
+    assert "aliases: 1" in out
+
+
+async def test_a_queen_of_another_version_is_shown(
+    home: Home, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with open_fake(FakeQueen(version="0.0.7"), home):
+        await listing.show_queen(QueenFlags(json=True))
+    assert json.loads(capfd.readouterr().out)["version"] == "0.0.7"

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rbee.config import Config, ConfigError, HiveConfig, QueenConfig, load_config
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_missing_file_is_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    assert load_config(path) == Config(source=str(path))
+
+
+def test_its_own_tables_become_values_and_the_rest_stays_flags(tmp_path: Path) -> None:
+    config = load_config(
+        written(
+            tmp_path,
+            """
+            temperature = 0.5
+            [infer]
+            max-tokens = 7
+            [aliases]
+            one = "pypi:a"
+            two = ["pypi:a", "file:///b"]
+            [queen]
+            port = 9000
+            keep-alive = 5
+            [hive]
+            lease = 3.0
+            """,
+        )
+    )
+    assert config.aliases == {"one": ("pypi:a",), "two": ("pypi:a", "file:///b")}
+    assert config.queen == QueenConfig(port=9000, keep_alive=5.0)
+    assert config.hive == HiveConfig(lease=3.0)
+    assert config.flags == {"temperature": 0.5, "infer": {"max-tokens": 7}}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[queen]\nprot = 1", "queen.prot"),
+        ("[hive]\nport = 'x'", "expected int"),
+        ("queen = 3", "'queen'"),
+        ("aliases = 3", "'aliases'"),
+        ("[aliases]\na = 3", "aliases.a"),
+        ("[aliases]\na = []", "aliases.a"),
+        ("x = ", "is not TOML"),
+        ("x = 1\nx = 2", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_told_with_the_file_and_the_key(
+    tmp_path: Path, text: str, told: str
+) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert str(path) in caught.value.message
+    assert told in caught.value.message
+    assert caught.value.hint
+    assert caught.value.exit_code == 2
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.mkdir()
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(path)
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b"a = '\xff'")
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(path)
