@@ -36,14 +36,36 @@ class AioCancelledError(RbeeError):
     code = "aio_cancelled"
 
 
-class Outbox(Generic[T]):
-    """Items from asyncio to trio, in order; many items cost one wake-up."""
+class Bell:
+    """One wake-up of trio for all outboxes that were filled since the last one."""
 
     def __init__(self, token: trio.lowlevel.TrioToken) -> None:
         self._token = token
+        self._filled: deque[Outbox[Any]] = deque()
+        self._rung = False
+
+    def ring(self, outbox: Outbox[Any]) -> None:
+        """Have ``outbox`` wake its reader soon; callable from any thread."""
+        self._filled.append(outbox)
+        if not self._rung:
+            self._rung = True
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._rung = False
+        while self._filled:
+            self._filled.popleft()._wake()
+
+
+class Outbox(Generic[T]):
+    """Items from asyncio to trio, in order; many items cost one wake-up."""
+
+    def __init__(self, bell: Bell) -> None:
+        self._bell = bell
         self._items: deque[T] = deque()
         self._armed = False
-        self._filled = trio.Event()
+        self._awaited: trio.Event | None = None
         self._drained: tuple[asyncio.AbstractEventLoop, asyncio.Event] | None = None
 
     def put(self, item: T) -> None:
@@ -51,8 +73,7 @@ class Outbox(Generic[T]):
         self._items.append(item)
         if not self._armed:
             self._armed = True
-            with suppress(trio.RunFinishedError):
-                self._token.run_sync_soon(self._wake)
+            self._bell.ring(self)
 
     async def send(self, item: T) -> None:
         """Hand over one item; on the asyncio side, waits while the reader is far behind."""
@@ -65,11 +86,12 @@ class Outbox(Generic[T]):
 
     async def take(self) -> list[T]:
         """Wait until there is something and return all there is; one reader only."""
-        if not self._items:
-            await self._filled.wait()
+        if self._items:
+            await trio.lowlevel.checkpoint_if_cancelled()
         else:
-            await trio.lowlevel.checkpoint()
-        self._filled = trio.Event()
+            self._awaited = trio.Event()
+            await self._awaited.wait()
+            self._awaited = None
         taken = [self._items.popleft() for _ in range(len(self._items))]
         if (drained := self._drained) is not None:
             self._drained = None
@@ -79,8 +101,8 @@ class Outbox(Generic[T]):
 
     def _wake(self) -> None:
         self._armed = False
-        if self._items:
-            self._filled.set()
+        if self._items and self._awaited is not None:
+            self._awaited.set()
 
 
 class AioTask(Generic[T]):
@@ -136,6 +158,7 @@ class Aio:
 
     def __init__(self) -> None:
         self.token = trio.lowlevel.current_trio_token()
+        self._bell = Bell(self.token)
         self._up = trio.Event()
         self._down = trio.Event()
         self._failure: BaseException | None = None
@@ -170,7 +193,7 @@ class Aio:
         return True
 
     def outbox(self) -> Outbox[Any]:
-        return Outbox(self.token)
+        return Outbox(self._bell)
 
     def _tell_trio(self, fn: Callable[[], object]) -> None:
         with suppress(trio.RunFinishedError):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import attrs
 import setproctitle
@@ -134,6 +135,16 @@ def _report(root: Root, exc: BaseException) -> int:
     elif not root.owned:
         print_error(error)
     return error.exit_code
+
+
+def run_cli(app: Callable[..., object]) -> NoReturn:
+    """Run a program's command line and exit with its code."""
+    try:
+        code = app(result_action="return_value")
+    except RbeeError as exc:
+        print_error(exc)
+        code = exc.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def print_error(error: RbeeError) -> None:

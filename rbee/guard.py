@@ -405,6 +405,7 @@ class Guard:
         os.close(self.child_in)
         self.child_in = -1
         send_signal(self.child, self.child_start, signal.SIGTERM)
+        send_signal(self.child, self.child_start, signal.SIGCONT)  # a frozen one hears it as well
 
     def _finish(self) -> None:
         killed = self._kill_all()

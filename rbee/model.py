@@ -25,6 +25,7 @@ class WorkerState(enum.Enum):
     STARTED = "started"  # its process is there
     LOADING = "loading"  # its HTTP answers, the model is on its way
     READY = "ready"
+    UNRESPONSIVE = "unresponsive"  # its process is there, but it does not answer
     STOPPING = "stopping"
     STOPPED = "stopped"  # asked for, verified: no process is left
     FAILED = "failed"  # nobody asked

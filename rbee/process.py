@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BEAT = 2.0
+WAKE = 0.5
 GUARD = (sys.executable, "-I", "-S", guard.__file__)
 LOG_TAIL = 2000
 
@@ -96,17 +97,25 @@ class Process:
     async def stop(self, grace: float) -> bool:
         """Ask, wait ``grace`` seconds, kill; return whether asking was enough."""
         self.lifeline.end()
-        with trio.move_on_after(grace) as scope:
-            await self.wait()
-        if scope.cancelled_caught:
-            log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
-            self.kill()
-            await self.wait()
-        return not scope.cancelled_caught
+        with trio.move_on_after(grace):
+            await self._wait_awake()
+        if self.ended():
+            return True
+        log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
+        self.signal(signal.SIGKILL)
+        await self.wait()
+        return False
 
-    def kill(self) -> None:
+    async def _wait_awake(self) -> None:
+        """Wait for the end; one that is frozen now or later is woken to hear of it."""
+        while not self.ended():
+            self.signal(signal.SIGCONT)
+            with trio.move_on_after(WAKE):
+                await self.wait()
+
+    def signal(self, number: int) -> None:
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
         self.lifeline.close()

@@ -6,8 +6,9 @@ import time
 
 import pytest
 import trio
+import trio.testing
 
-from rbee.aio import ROOM, AioCancelledError, Outbox, open_aio
+from rbee.aio import ROOM, AioCancelledError, Bell, Outbox, open_aio
 
 
 @pytest.fixture(params=[True, False], ids=["uvloop", "asyncio"])
@@ -168,6 +169,25 @@ async def test_an_outbox_keeps_the_order_and_wakes_the_reader_once_for_many():
     assert batches < 10
 
 
+async def test_all_outboxes_share_one_wake_up(monkeypatch):
+    wakes = []
+
+    async def produce(boxes):
+        for box in boxes:
+            box.put(1)
+
+    async with open_aio() as aio:
+        boxes = [aio.outbox() for _ in range(16)]
+        monkeypatch.setattr(Bell, "_wake", lambda bell, wake=Bell._wake: wakes.append(wake(bell)))
+        with trio.fail_after(5):
+            async with trio.open_nursery() as nursery:
+                for box in boxes:
+                    nursery.start_soon(box.take)
+                await trio.testing.wait_all_tasks_blocked()
+                await aio.call(produce, boxes)
+    assert len(wakes) < len(boxes)
+
+
 async def test_a_slow_reader_holds_the_sender_back():
     async def produce(box):
         for item in range(ROOM * 4):
@@ -189,6 +209,6 @@ async def test_a_slow_reader_holds_the_sender_back():
 
 def test_putting_after_trio_has_ended_is_harmless():
     async def main():
-        return Outbox(trio.lowlevel.current_trio_token())
+        return Outbox(Bell(trio.lowlevel.current_trio_token()))
 
     trio.run(main).put("late")

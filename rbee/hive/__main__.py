@@ -12,9 +12,13 @@ import cyclopts
 from rbee import __version__
 from rbee.home import Home
 from rbee.model import HIVE_PORT, WORKER_PORT
+from rbee.sources import Environment, Table
 
 app = cyclopts.App(
-    name="rbee-hive", version=__version__, help="The pool manager: workers and models of one node."
+    config=[Environment(), Table("hive")],
+    name="rbee-hive",
+    version=__version__,
+    help="The pool manager: workers and models of one node.",
 )
 
 
@@ -92,7 +96,9 @@ def detect(*, home: Path | None = None) -> None:
 
 
 def main() -> None:
-    sys.exit(app(result_action="return_value") or 0)
+    from rbee.daemon import run_cli
+
+    run_cli(app)
 
 
 if __name__ == "__main__":

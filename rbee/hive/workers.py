@@ -25,6 +25,7 @@ from rbee.hive.launch import Launcher
 from rbee.home import Home
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.process import Process, child_exited, log_tail
+from rbee.web.client import keep_probing, open_client
 from rbee.wire.messages import (
     ErrorDetail,
     StartWorker,
@@ -233,6 +234,7 @@ class Workers:
         with trio.move_on_after(LOAD_LIMIT) as loading:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_lift_limit, worker.became_ready, loading)
+                nursery.start_soon(self._probe, worker)
                 status = await process.wait()
                 nursery.cancel_scope.cancel(reason="worker ended")
         if loading.cancelled_caught:
@@ -252,6 +254,17 @@ class Workers:
         self._change(worker, state=WorkerState.READY.value, url=message.url)
         log.info("worker %s ready at %s", worker.id, message.url)
         self.on_ready(worker.info)
+
+    async def _probe(self, worker: Worker) -> None:
+        await worker.became_ready.wait()
+
+        def tell(answers: bool) -> None:
+            state = WorkerState.READY if answers else WorkerState.UNRESPONSIVE
+            log.warning("worker %s is %s", worker.id, state.value)
+            self._change(worker, state=state.value)
+
+        async with open_client(worker.info.url, self._setup.token) as client:
+            await keep_probing(client, tell)
 
     def _fail(self, worker: Worker, error: BaseException) -> None:
         if not isinstance(error, RbeeError):

@@ -183,6 +183,7 @@ async def run_zygote(
         zygote._end()
         sock.close()  # its lifeline
         with trio.CancelScope(shield=True):
+            signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # a frozen one sees the end as well
             with trio.move_on_after(END):
                 await trio.lowlevel.wait_readable(pidfd)
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)

@@ -20,7 +20,8 @@ from rbee.keeper.flags import (
     LogFlags,
     QueenFlags,
 )
-from rbee.keeper.sources import ConfigFile, Environment
+from rbee.keeper.sources import ConfigFile
+from rbee.sources import Environment
 
 # What a positional means is said on the spot, never inherited: `model rm` would follow RBEE_MODEL.
 Positional = Parameter(show_env_var=False)

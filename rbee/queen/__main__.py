@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,13 @@ import cyclopts
 
 from rbee import __version__
 from rbee.model import HIVE_PORT, QUEEN_PORT
+from rbee.sources import Environment, Table
 
 app = cyclopts.App(
-    name="queen-rbee", version=__version__, help="The orchestrator of one inference cluster."
+    config=[Environment(), Table("queen")],
+    name="queen-rbee",
+    version=__version__,
+    help="The orchestrator of one inference cluster.",
 )
 
 
@@ -72,7 +75,9 @@ def run_daemon(
 
 
 def main() -> None:
-    sys.exit(app(result_action="return_value") or 0)
+    from rbee.daemon import run_cli
+
+    run_cli(app)
 
 
 if __name__ == "__main__":

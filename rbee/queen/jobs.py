@@ -13,10 +13,12 @@ import trio
 from rbee.errors import (
     CancelledError,
     ChildExitedError,
+    ConflictError,
     DeadlineError,
     NotFoundError,
     PeerError,
     RbeeError,
+    UnauthorizedError,
     UnavailableError,
     from_wire,
     leaves,
@@ -53,6 +55,7 @@ class Job:
     watch: sse.TerminalWatch = attrs.field(factory=sse.TerminalWatch)
     last: bytes = b""
     worker_id: str = ""
+    streaming: bool = False
 
     async def emit(self, chunk: bytes) -> None:
         self.watch.feed(chunk)
@@ -149,10 +152,11 @@ class Jobs:
         worker = await self._place(job)
         try:
             await self._relay(job, worker)
-        except UnavailableError as exc:
-            if exc.code != "unreachable":
+        except (UnavailableError, ConflictError, UnauthorizedError) as exc:
+            if job.watch.seen or job.streaming:
                 raise
-            # It died before it could say so, and no byte has come: place once more.
+            # It died before it could say so, and another may have its port: place once more.
+            log.info("job %s: worker %s is not there: %s", job.id, worker.worker_id, exc)
             self._hives.workers.remove(WorkerId(worker.worker_id))
             await self._relay(job, await self._place(job))
 
@@ -169,7 +173,7 @@ class Jobs:
             worker = choose(self._hives.workers, request)
             if worker is None:
                 worker = await hive.start_worker(start_for(request, self._hives.queen_id))
-                self._hives.take_info(worker)
+                self._hives.note_started(worker)
                 job.narrate(Narration("queen", "start", f"worker for {request.model}"))
         return await self._until_ready(job, worker.worker_id)
 
@@ -200,10 +204,14 @@ class Jobs:
         job.worker_id = worker.worker_id
         what = f"worker {worker.worker_id}"
         body = _execute(job)
+        headers = {messages.WORKER_ID_HEADER: worker.worker_id}
         async with (
             self._client(worker) as client,
-            open_events(client, "POST", messages.EXECUTE, body, what=what) as events,
+            open_events(
+                client, "POST", messages.EXECUTE, body, what=what, headers=headers
+            ) as events,
         ):
+            job.streaming = True
             try:
                 while chunk := await events.chunk():
                     await job.emit(chunk)

@@ -81,11 +81,15 @@ class Cell:
 
 @attrs.frozen
 class Result:
-    """``seconds``: from the order to the end of everything; ``problem`` is "" if all held."""
+    """``seconds``: from the order to the end of everything; ``problem`` is "" if all held.
+
+    ``titles`` are those of all processes that were there when the signal was sent.
+    """
 
     cell: Cell
     seconds: float
     problem: str = ""
+    titles: frozenset[str] = frozenset()
 
 
 class CellError(AssertionError):
@@ -216,7 +220,9 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
         async with open_cluster(workload, slow=cell.state == "loading") as cluster:
             try:
                 victim = await reach(cell, cluster, workload)
-                return Result(cell, await strike(cell, victim, cluster, workload))
+                titles = frozenset(title_of(one.pid) for one in cluster.tree.running())
+                seconds = await strike(cell, victim, cluster, workload)
+                return Result(cell, seconds, titles=titles)
             except (CellError, LeakError, trio.TooSlowError) as exc:
                 exc.add_note(explain(cluster))
                 raise

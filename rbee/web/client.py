@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import httpx
+import trio
 
 from rbee.errors import BadInputError, PeerError, RbeeError, UnavailableError, from_wire
 from rbee.wire import codec, sse
@@ -15,6 +16,7 @@ from rbee.wire import codec, sse
 T = TypeVar("T")
 
 CONNECT = 5.0
+PROBE = 5.0
 
 
 def open_client(base_url: str = "", token: str = "") -> httpx.AsyncClient:
@@ -79,11 +81,17 @@ async def call(
 
 @asynccontextmanager
 async def open_events(
-    client: httpx.AsyncClient, method: str, path: str, body: Any = None, *, what: str
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    body: Any = None,
+    *,
+    what: str,
+    headers: Mapping[str, str] | None = None,
 ) -> AsyncGenerator[EventStream, None]:
     """Open a stream of server-sent events; closed with the body of the ``async with``."""
     content = None if body is None else codec.dumps(body)
-    headers = {"accept": sse.CONTENT_TYPE.decode()}
+    headers = {"accept": sse.CONTENT_TYPE.decode(), **(headers or {})}
     if body is not None:
         headers["content-type"] = "application/json"
     request = client.build_request(method, path, content=content, headers=headers)
@@ -132,3 +140,28 @@ class EventStream:
                 raise StopAsyncIteration
             self._ready = list(self._decoder.feed(chunk))
         return self._ready.pop(0)
+
+
+async def keep_probing(
+    client: httpx.AsyncClient, tell: Callable[[bool], None], *, every: float = PROBE
+) -> None:
+    """Ask a daemon's health for ever; call ``tell`` whenever it begins or ceases to answer.
+
+    A frozen process keeps its connections, so only this shows it: within twice ``every``.
+    """
+    answered = True
+    while True:
+        await trio.sleep(every)
+        answers = await _answers(client, every)
+        if answers != answered:
+            answered = answers
+            tell(answers)
+
+
+async def _answers(client: httpx.AsyncClient, limit: float) -> bool:
+    with trio.move_on_after(limit):
+        try:
+            return (await client.get("/health")).status_code == 200
+        except httpx.HTTPError:
+            return False
+    return False

@@ -29,6 +29,7 @@ HIVE_DEVICES = "/v1/devices"
 HIVE_LOGS = "/v1/logs"
 
 JOB_ID_HEADER = "x-rbee-job-id"
+WORKER_ID_HEADER = "x-rbee-worker-id"  # on /execute: whom it is meant for, ports are used again
 
 
 @attrs.frozen
@@ -131,6 +132,13 @@ class WorkerInfo:
     node: str = "localhost"
     pid: int = 0
     error: ErrorDetail | None = None
+
+
+@attrs.frozen
+class WorkerIds:
+    """The first event of a hive's news: all its workers; one that is not in it has ended."""
+
+    worker_ids: tuple[str, ...]
 
 
 @attrs.frozen

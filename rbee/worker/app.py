@@ -12,7 +12,14 @@ import attrs
 import trio
 
 from rbee import __version__
-from rbee.errors import CancelledError, NotFoundError, RbeeError, UnavailableError
+from rbee.errors import (
+    BadInputError,
+    CancelledError,
+    ConflictError,
+    NotFoundError,
+    RbeeError,
+    UnavailableError,
+)
 from rbee.home import default_root
 from rbee.model import WorkerConfig, WorkerState, new_id
 from rbee.web.router import App, Receive, Request, Response, Scope, Send, Stream, json_response
@@ -111,6 +118,13 @@ async def ready(worker: Worker, request: Request) -> Response:
 
 async def execute(worker: Worker, request: Request) -> Stream:
     engine = worker.engine
+    if worker.config.spec.task != "generate":
+        raise BadInputError(
+            f"worker {worker.config.spec.id} has the task {worker.config.spec.task}, "
+            "it generates nothing",
+            hint="POST /v1/embeddings",
+        )
+    check_addressee(worker, request)
     body = await request.read(ExecuteRequest)
     if not body.job_id:
         body = attrs.evolve(body, job_id=new_id("job"))
@@ -118,6 +132,15 @@ async def execute(worker: Worker, request: Request) -> Stream:
     execution = Execution(engine, body, worker.config.spec, worker.jobs, worker.figures)
     name = messages.JOB_ID_HEADER.encode()
     return Stream(execution.run, ((name, body.job_id.encode("latin-1", "replace")),))
+
+
+def check_addressee(worker: Worker, request: Request) -> None:
+    """Refuse what was meant for a worker that had this port before us."""
+    meant = request.headers.get(messages.WORKER_ID_HEADER.encode(), b"").decode("latin-1")
+    if meant not in ("", worker.config.spec.id):
+        raise ConflictError(
+            f"this is worker {worker.config.spec.id}, not {meant}", code="other_worker"
+        )
 
 
 async def cancel(worker: Worker, request: Request) -> Response:

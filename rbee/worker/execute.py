@@ -12,13 +12,20 @@ from rbee.model import WorkerSpec
 from rbee.web.router import Emit
 from rbee.wire import sse
 from rbee.wire.messages import End, Error, ExecuteRequest, Started
-from rbee.worker.engine import Chunk, Engine
+from rbee.worker.engine import Chunk, Engine, Generation
 from rbee.worker.jobs import Job, Jobs
 from rbee.worker.metrics import Figures
 
 log = logging.getLogger(__name__)
 
 STALL = 60.0  # seconds without a token
+# Sending costs more than generating: with many streams each waits a little between two sends, so
+# that one carries several tokens. Never before the first, and never so long that eyes notice.
+FEW, PAUSE_PER_STREAM, LONGEST_PAUSE = 4, 0.001, 0.02
+
+
+def pause_after_send(streams: int) -> float:
+    return 0.0 if streams <= FEW else min(streams * PAUSE_PER_STREAM, LONGEST_PAUSE)
 
 
 @attrs.define(eq=False)
@@ -32,6 +39,7 @@ class Execution:
     figures: Figures
     stall: float = STALL
     _began: float = attrs.field(factory=trio.current_time)
+    _awaited: float | None = attrs.field(factory=trio.current_time)
     _first: float | None = None
     _tokens: int = 0
     _started: bool = False
@@ -70,22 +78,42 @@ class Execution:
         await emit(sse.encode(Error(error.code, error.message, error.hint)))
 
     async def _generate(self, emit: Emit) -> None:
-        # A reader that lags is not a stall: the deadline only runs while the engine is awaited.
-        with trio.CancelScope(deadline=self._began + self.stall) as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._abort_stall, nursery.cancel_scope)
             async with self.engine.generate(self.request) as generation:
                 self.figures.tokens_in += generation.tokens_in
                 self._started = True
-                spec = self.spec
-                started = Started(self.request.job_id, spec.id, spec.node, spec.model)
-                await emit(sse.encode(started))
-                async for chunks in generation:
-                    scope.deadline = float("inf")
-                    await emit(self._encode(chunks, generation.tokens_in))
-                    if self._outcome == "done":
-                        return
-                    scope.deadline = trio.current_time() + self.stall
-                raise PeerError("the engine ended the request without a reason", code="engine")
-        raise PeerError(f"no token for {self.stall:g} s, the request was aborted", code="stalled")
+                await self._stream(generation, emit)
+            nursery.cancel_scope.cancel(reason="done")
+        if self._outcome != "done":
+            raise PeerError(
+                f"no token for {self.stall:g} s, the request was aborted", code="stalled"
+            )
+
+    async def _stream(self, generation: Generation, emit: Emit) -> None:
+        spec = self.spec
+        await emit(sse.encode(Started(self.request.job_id, spec.id, spec.node, spec.model)))
+        async for chunks in generation:
+            self._awaited = None
+            await emit(self._encode(chunks, generation.tokens_in))
+            if self._outcome == "done":
+                return
+            self._awaited = trio.current_time()
+            if (pause := pause_after_send(len(self.jobs))) > 0:
+                await trio.sleep(pause)
+        raise PeerError("the engine ended the request without a reason", code="engine")
+
+    async def _abort_stall(self, scope: trio.CancelScope) -> None:
+        """Cancel when the engine was awaited too long; a reader that lags is no stall.
+
+        A deadline of the scope's own would have to be moved twice for every token.
+        """
+        while True:
+            since = trio.current_time() if self._awaited is None else self._awaited
+            left = since + self.stall - trio.current_time()
+            if left <= 0:
+                return scope.cancel(reason="stalled")
+            await trio.sleep(left)
 
     def _encode(self, chunks: list[Chunk], tokens_in: int) -> bytes:
         if self._first is None:

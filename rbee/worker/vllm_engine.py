@@ -187,6 +187,7 @@ class Loader:
         """
         self.report("importing vLLM")
         modules = _import_vllm()
+        cache_settings(modules.envs, False)  # of an engine before this one
         modules.torch.set_num_threads(self.threads)
         args = self._parse(modules)
         config, options = self._configure(modules, args)
@@ -198,6 +199,7 @@ class Loader:
         app = await self._build_app(modules, args)
         tokenizer = copy.deepcopy(self._llm.get_tokenizer())  # used in another thread
         longest = max(map(len, tokenizer.get_vocab()), default=1)
+        cache_settings(modules.envs, True)
         return Loaded(self._llm, app, tokenizer, longest)
 
     async def _build_app(self, modules: Any, args: Any) -> Any:
@@ -252,8 +254,17 @@ class Loader:
             ) from exc
 
 
+def cache_settings(envs: Any, on: bool) -> None:
+    """Have vLLM read its environment once or each time: it does so several times per token."""
+    name = "enable_envs_cache" if on else "disable_envs_cache"
+    if change := getattr(envs, name, None):
+        change()
+
+
 def _first_lines(exc: Exception) -> str:
-    """Return the telling part of an error; pydantic's spreads over several lines."""
+    """Return the telling part of an error."""
+    if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
+        return "; ".join(str(error["msg"]) for error in errors())
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
 
@@ -262,7 +273,7 @@ def _import_vllm() -> SimpleNamespace:
     hide_broken_packages()
     try:
         import torch
-        from vllm import SamplingParams
+        from vllm import SamplingParams, envs
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -281,6 +292,7 @@ def _import_vllm() -> SimpleNamespace:
         ) from exc
     return SimpleNamespace(
         torch=torch,
+        envs=envs,
         SamplingParams=SamplingParams,
         AsyncEngineArgs=AsyncEngineArgs,
         UsageContext=UsageContext,

@@ -82,15 +82,15 @@ def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
     options = (_cpu_options if spec.backend == "cpu" else _cuda_options)(spec, machine)
     options.update(_asked_options(spec))
     options.update(given)
-    return argv + [word for key, value in options.items() for word in _words(key, value)]
+    return argv + [_option(key, value) for key, value in options.items()]
 
 
-def _words(key: str, value: str) -> list[str]:
+def _option(key: str, value: str) -> str:
     if value.lower() in ("true", ""):
-        return [f"--{key}"]
+        return f"--{key}"
     if value.lower() == "false":
-        return [f"--no-{key}"]
-    return [f"--{key}", value]
+        return f"--no-{key}"
+    return f"--{key}={value}"
 
 
 def _asked_options(spec: WorkerSpec) -> dict[str, str]:

@@ -12,7 +12,7 @@ from rbee import __version__
 from rbee.home import Home
 from rbee.keeper import app as keeper
 from rbee.keeper.flags import every_flag
-from rbee.keeper.sources import env_name, flags_of
+from rbee.sources import env_name, flags_of
 
 REQUIRED = {"--model": "m", "--prompt": "p"}
 FILE, ENVIRONMENT, FLAG = 0, 1, 2

@@ -11,7 +11,7 @@ from rbee.model import WorkerId, WorkerSpec
 from rbee.wire import sse
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker.engine import Chunk
-from rbee.worker.execute import STALL, Execution
+from rbee.worker.execute import LONGEST_PAUSE, STALL, Execution, pause_after_send
 from rbee.worker.jobs import Jobs
 from rbee.worker.metrics import Figures
 
@@ -92,6 +92,12 @@ async def test_no_token_for_the_limit_is_a_stall_and_leaves_the_engine(autojump_
     assert events[-1][1]["code"] == "stalled"
     assert engine.left
     assert figures.jobs == {"failed": 1}
+
+
+def test_only_many_streams_wait_between_sends_and_never_long():
+    assert pause_after_send(1) == pause_after_send(4) == 0
+    assert 0 < pause_after_send(8) < pause_after_send(16) < LONGEST_PAUSE
+    assert pause_after_send(1000) == LONGEST_PAUSE
 
 
 async def test_a_reader_that_lags_is_no_stall(autojump_clock):

@@ -22,7 +22,8 @@ def spec(model_dir="", **given):
 
 
 def value(argv, flag):
-    return argv[argv.index(flag) + 1]
+    (found,) = [word for word in argv if word.startswith(f"{flag}=")]
+    return found.partition("=")[2]
 
 
 def test_a_cpu_without_bfloat16_computes_in_float32(tiny_model):

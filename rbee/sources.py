@@ -1,0 +1,84 @@
+"""Where flags come from beside the command line: the environment, then config.toml.
+
+cyclopts calls the sources in order; each fills only what the earlier ones have left open, which is
+the precedence flag, environment, file, default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+from cyclopts import App, Argument, ArgumentCollection, Token
+from cyclopts.config import Env
+
+from rbee.config import load_config
+from rbee.home import find_home
+
+PREFIX = "RBEE_"
+
+
+def env_name(flag: str) -> str:
+    """``--max-tokens`` → ``RBEE_MAX_TOKENS``."""
+    return PREFIX + flag.lstrip("-").upper().replace("-", "_")
+
+
+def flags_of(arguments: ArgumentCollection) -> Iterator[Argument]:
+    """Yield what has a ``--name``: a positional is said, never inherited (``model rm``).
+
+    Neither is ``--owned``: only an owner says it, on the command line.
+    """
+    return (a for a in arguments if a.name.startswith("--") and a.name != "--owned")
+
+
+class Environment(Env):
+    """``RBEE_<FLAG>``; an empty variable counts as unset."""
+
+    def __init__(self) -> None:
+        super().__init__(PREFIX, command=False)
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        for argument in flags_of(arguments):
+            name = env_name(argument.name)
+            value = os.environ.get(name)
+            if value and not argument.tokens:
+                split = argument.parameter.env_var_split
+                fill(argument, name, split(argument.hint, value), name)
+
+
+class Table:
+    """A daemon's own table of ``$RBEE_HOME/config.toml``, as `Config` has it under ``name``."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        config = load_config(find_home(home_of(arguments)).config_file)
+        table = getattr(config, self._name)
+        default = type(table)()
+        for argument in flags_of(arguments):
+            key = argument.name.lstrip("-").replace("-", "_")
+            value = getattr(table, key, None)
+            is_set = key in attrs.fields_dict(type(table)) and value != getattr(default, key)
+            if is_set and not argument.tokens:
+                fill(argument, key, tokens_of(value), config.source)
+
+
+def home_of(arguments: ArgumentCollection) -> Path | None:
+    for argument in arguments:
+        if argument.name == "--home" and argument.tokens:
+            return Path(argument.tokens[-1].value)
+    return None
+
+
+def tokens_of(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [str(item).lower() if isinstance(item, bool) else str(item) for item in values]
+
+
+def fill(argument: Argument, keyword: str, values: Iterable[str], source: str) -> None:
+    for index, value in enumerate(values):
+        argument.append(Token(keyword=keyword, value=value, source=source, index=index))

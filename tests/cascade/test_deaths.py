@@ -1,0 +1,63 @@
+"""Each process × each signal once, in rotated states; ten of them on real vLLM."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from rbee.testing.deaths import (
+    PROCESSES,
+    SIGNALS,
+    STATES,
+    Cell,
+    Workload,
+    all_cells,
+    rotated_cells,
+    run_cells,
+)
+from rbee.testing.tiny_model import write_tiny_model
+
+pytestmark = pytest.mark.slow
+
+VLLM_CELLS = [
+    Cell("keeper", signal.SIGKILL, "streaming"),
+    Cell("queen", signal.SIGKILL, "streaming"),
+    Cell("queen", signal.SIGTERM, "loading"),
+    Cell("guard A", signal.SIGKILL, "idle"),
+    Cell("hive", signal.SIGKILL, "loading"),
+    Cell("zygote", signal.SIGKILL, "streaming"),
+    Cell("worker guard", signal.SIGKILL, "streaming"),
+    Cell("worker", signal.SIGKILL, "streaming"),
+    Cell("engine", signal.SIGKILL, "idle"),
+    Cell("engine", signal.SIGSTOP, "streaming"),
+]
+
+
+def test_rotation_holds_each_process_and_signal_once_and_each_state() -> None:
+    cells = rotated_cells()
+    assert len(set(cells)) == len(PROCESSES) * len(SIGNALS)
+    assert {(cell.process, cell.state) for cell in cells} == {
+        (process, state) for process in PROCESSES for state in STATES
+    }
+    assert set(cells) < set(all_cells())
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+async def test_whatever_is_killed_nothing_is_left(process: str) -> None:
+    cells = [cell for cell in rotated_cells() if cell.process == process]
+    results = await run_cells(cells, Workload.echo())
+    assert len(results) == len(SIGNALS)
+    problems = [f"{result.cell}: {result.problem}" for result in results if result.problem]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("cell", VLLM_CELLS, ids=str)
+async def test_nothing_of_vllm_is_left(cell: Cell, tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="needs vLLM: pip install 'rbee[cpu]'")
+    workload = Workload.vllm(write_tiny_model(tmp_path / "tiny"))
+    (result,) = await run_cells([cell], workload)
+    assert not result.problem, result.problem
+    assert any("VLLM::EngineCore" in title for title in result.titles)
