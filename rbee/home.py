@@ -14,6 +14,10 @@ import attrs
 
 from rbee.errors import MachineError
 
+# Unix socket paths end at 107 bytes; vLLM's are 37 below a worker's directory, which lies in its
+# hive's, in its queen's (10 each), in the home's (14).
+MAX_RUNTIME = 24
+
 
 @attrs.frozen
 class Home:
@@ -55,6 +59,12 @@ class Home:
         return self.logs / f"{name}.log"
 
 
+def short_name(name: str) -> str:
+    """Return a directory name for an id: ``worker-3f9a1c2e`` becomes ``w3f9a1c2e``."""
+    kind, _, rest = name.partition("-")
+    return kind[:1] + rest
+
+
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("RBEE_HOME") or "~/.rbee").expanduser()
 
@@ -65,7 +75,8 @@ def find_home(root: Path | str | None = None, environ: Mapping[str, str] = os.en
     path = path.absolute()
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    if runtime and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
+    fits = 0 < len(runtime) <= MAX_RUNTIME
+    if fits and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
         return Home(path, Path(runtime) / f"rbee-{digest}")
     return Home(path, Path(f"/tmp/rbee-{os.getuid()}-{digest}"))
 

@@ -55,7 +55,7 @@ def run_daemon(
     from rbee import daemon
     from rbee.hive.daemon import run
     from rbee.hive.workers import HiveSetup
-    from rbee.home import open_home
+    from rbee.home import open_home, short_name
     from rbee.model import new_id
 
     async def main(root: daemon.Root) -> None:
@@ -65,7 +65,7 @@ def run_daemon(
         setup = HiveSetup(
             id=hive_id,
             home=place,
-            run_dir=Path(start.run_dir) if start else place.run / hive_id,
+            run_dir=Path(start.run_dir) if start else place.run / short_name(hive_id),
             token=start.token if start else _token(token_file, place),
             owner=start.owner if start else "operator",
             node=node,

@@ -17,7 +17,7 @@ import trio
 from rbee.broadcast import Broadcast
 from rbee.daemon import read_run_file
 from rbee.errors import NotFoundError, PeerError, RbeeError, UnavailableError, leaves
-from rbee.home import Home, read_token
+from rbee.home import Home, read_token, short_name
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
@@ -195,9 +195,13 @@ class Hives:
         narrate(Narration("queen", "start", f"hive on {node}"))
         setup = self._setup
         start = DaemonStart(
-            owner=setup.id, token=setup.token, run_dir=str(setup.run_dir / new_id("hive")),
-            queen_url=self.url, queen_id=setup.id, lease=setup.lease,
-        )  # fmt: skip
+            owner=setup.id,
+            token=setup.token,
+            run_dir=str(setup.run_dir / short_name(new_id("hive"))),
+            queen_url=self.url,
+            queen_id=setup.id,
+            lease=setup.lease,
+        )
         argv = [
             sys.executable, "-m", "rbee.hive", "daemon", "--owned", "--node", node,
             "--home", str(setup.home.root), "--port", str(setup.hive_port),
