@@ -17,6 +17,7 @@ from rbee.home import (
     open_home,
     read_token,
     read_token_file,
+    short_name,
     write_atomic,
 )
 
@@ -39,15 +40,20 @@ def test_the_home_is_the_argument_then_the_environment_then_the_default(tmp_path
     assert find_home("~/y", {}).root == Path("~/y").expanduser()
 
 
-def test_the_run_directory_is_short_local_and_one_per_home(tmp_path: Path) -> None:
+def test_the_run_directory_is_short_local_and_one_per_home(home: Home) -> None:
     user = os.getuid()
     one, two = find_home("/a" * 300, {}), find_home("/b", {})
     assert str(one.run).startswith(f"/tmp/rbee-{user}-")
     assert one.run != two.run
     assert len(str(one.run)) < 40
-    runtime = find_home("/b", {"XDG_RUNTIME_DIR": str(tmp_path)})
-    assert runtime.run.parent == tmp_path
-    assert find_home("/b", {"XDG_RUNTIME_DIR": str(tmp_path / "gone")}) == two
+    runtime = home.run.parent
+    assert find_home("/b", {"XDG_RUNTIME_DIR": str(runtime)}).run.parent == runtime
+    for unfit in (runtime / "gone", runtime / "too-long-for-a-socket"):
+        assert find_home("/b", {"XDG_RUNTIME_DIR": str(unfit)}) == two
+
+
+def test_the_short_name_of_an_id_keeps_what_tells_it_apart() -> None:
+    assert short_name("worker-3f9a1c2e") == "w3f9a1c2e"
 
 
 def test_a_home_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -59,15 +65,11 @@ def test_a_home_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path
     assert "RBEE_HOME=" in info.value.hint
 
 
-def test_a_run_directory_that_is_a_link_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    home = find_home(tmp_path / "home")
-    (tmp_path / "elsewhere").mkdir()
-    home.run.symlink_to(tmp_path / "elsewhere")
+def test_a_run_directory_that_is_a_link_is_refused(home: Home, tmp_path: Path) -> None:
+    home.run.rmdir()
+    home.run.symlink_to(tmp_path)
     with pytest.raises(MachineError, match="is not a directory of yours") as info:
-        open_home(tmp_path / "home")
+        open_home()
     assert info.value.code == "run_dir_not_private"
     assert info.value.hint == f"ls -ld {home.run}"
 
