@@ -201,7 +201,14 @@ os._exit(7 if told == "first\\nstop\\n" else 8)  # Python gives up its handlers 
         assert one.wait(2) == 7
 
 
-FREEZE = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+FREEZE = """
+import os, signal, time
+{}
+while True:
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+HEARS_TERM = FREEZE.format("")
+IGNORES_TERM = FREEZE.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
 
 
 def wait_until_frozen(pid: int) -> None:
@@ -209,8 +216,23 @@ def wait_until_frozen(pid: int) -> None:
 
 
 @slow
+<<<<<<< HEAD
 def test_a_frozen_command_is_woken_to_end(leaks: LeakCheck) -> None:
     with guarded(code(FREEZE), leaks, grace=10) as one:
+=======
+def test_a_frozen_command_is_woken_to_hear_of_its_end(leaks: LeakCheck) -> None:
+    with guarded(code(HEARS_TERM), leaks, grace=5) as one:
+        wait_until_frozen(one.child)
+        start = time.monotonic()
+        one.say("stop\n")
+        assert one.wait() == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 1
+
+
+@slow
+def test_a_frozen_command_is_killed_after_the_grace(leaks: LeakCheck) -> None:
+    with guarded(code(IGNORES_TERM), leaks, grace=0.5) as one:
+>>>>>>> main
         wait_until_frozen(one.child)
         one.say("stop\n")
         assert one.wait(5) == 143
@@ -248,7 +270,7 @@ ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
 
 @slow
 def test_a_full_pipe_to_a_frozen_command_does_not_block_the_guard(leaks: LeakCheck) -> None:
-    with guarded(code(FREEZE), leaks) as one:
+    with guarded(code(IGNORES_TERM), leaks) as one:
         wait_until_frozen(one.child)
         one.say("beat 1\n" * 30_000)  # three times what a pipe holds
         one.say("stop\n")

@@ -139,8 +139,8 @@ class Zygote:
     def _end(self) -> None:
         self.gone = True
         self.ready.set()
-        for fork in self._forks.values():
-            fork.done.set()
+        for waiting in (*self._forks.values(), *self._exits.values()):
+            waiting.done.set()  # nobody tells more
 
 
 @attrs.define(eq=False)

@@ -238,7 +238,7 @@ guard.become_subreaper()
 zygote = Zygote(socket.socketpair()[0])
 def start(*args):
     argv = [sys.executable, "-I", "-S", "-c", {STUBBORN!r}, *args]
-    child = subprocess.Popen(argv, stdout=subprocess.PIPE)
+    child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return int(child.stdout.readline())
 kept, orphan = start(), start("leave")
 zygote.guards.add(kept)
