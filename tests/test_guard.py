@@ -216,10 +216,6 @@ def wait_until_frozen(pid: int) -> None:
 
 
 @slow
-<<<<<<< HEAD
-def test_a_frozen_command_is_woken_to_end(leaks: LeakCheck) -> None:
-    with guarded(code(FREEZE), leaks, grace=10) as one:
-=======
 def test_a_frozen_command_is_woken_to_hear_of_its_end(leaks: LeakCheck) -> None:
     with guarded(code(HEARS_TERM), leaks, grace=5) as one:
         wait_until_frozen(one.child)
@@ -232,20 +228,11 @@ def test_a_frozen_command_is_woken_to_hear_of_its_end(leaks: LeakCheck) -> None:
 @slow
 def test_a_frozen_command_is_killed_after_the_grace(leaks: LeakCheck) -> None:
     with guarded(code(IGNORES_TERM), leaks, grace=0.5) as one:
->>>>>>> main
         wait_until_frozen(one.child)
-        one.say("stop\n")
-        assert one.wait(5) == 143
-
-
-@slow
-def test_a_command_that_will_not_end_is_killed_after_the_grace(leaks: LeakCheck) -> None:
-    with guarded(code(STUBBORN), leaks, grace=0.5) as one:
-        one.hear()
         start = time.monotonic()
         one.say("stop\n")
         assert one.wait() == 137
-        assert time.monotonic() - start >= 0.5
+        assert 0.5 <= time.monotonic() - start < 1.5
 
 
 @slow
@@ -274,7 +261,7 @@ def test_a_full_pipe_to_a_frozen_command_does_not_block_the_guard(leaks: LeakChe
         wait_until_frozen(one.child)
         one.say("beat 1\n" * 30_000)  # three times what a pipe holds
         one.say("stop\n")
-        assert one.wait() == 143
+        assert one.wait() == 137
 
 
 @slow
