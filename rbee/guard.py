@@ -54,7 +54,12 @@ def start_time(pid: int) -> int:
         fields = _stat(pid)
     except OSError:
         return 0
-    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+    return 0 if _has_ended(fields) else int(fields[19])
+
+
+def _has_ended(fields: list[bytes]) -> bool:
+    # A main thread that has ended shows as a zombie as well, while other threads run on.
+    return fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
 
 
 def descendants(*roots: int) -> dict[int, int]:
@@ -67,7 +72,7 @@ def descendants(*roots: int) -> dict[int, int]:
             fields = _stat(int(entry))
         except GONE:  # any other failure must not pass for "nothing is there"
             continue
-        item = (int(entry), int(fields[19]), fields[0] not in (b"Z", b"X"))
+        item = (int(entry), int(fields[19]), not _has_ended(fields))
         parents.setdefault(int(fields[1]), []).append(item)
     found, todo = {}, list(roots)
     while todo:

@@ -53,7 +53,7 @@ def alive(pid: int) -> bool:
     return guard.start_time(pid) > 0
 
 
-def wait_for(happened: Callable[[], Any], within: float = 5.0) -> Any:
+def wait_for(happened: Callable[[], Any], within: float = 20.0) -> Any:
     """Wait for what has no event, such as a change in /proc."""
     until = time.monotonic() + within
     while not (found := happened()):
@@ -92,7 +92,7 @@ class Guarded:
         """Read one line of pids."""
         return [int(word) for word in self.popen.stdout.readline().split()]
 
-    def wait(self, within: float = 5.0) -> int:
+    def wait(self, within: float = 20.0) -> int:
         return self.popen.wait(within)
 
 

@@ -139,8 +139,10 @@ class Zygote:
     def _end(self) -> None:
         self.gone = True
         self.ready.set()
-        for fork in self._forks.values():
-            fork.done.set()
+        waited = [fork.done for fork in self._forks.values()]
+        waited += [known.done for known in self._exits.values()]
+        for event in waited:  # nobody tells more
+            event.set()
 
 
 @attrs.define(eq=False)

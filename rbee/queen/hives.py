@@ -152,16 +152,15 @@ class Hives:
     ) -> None:
         """Survive a hive's end: it is told to whoever waits for its workers."""
         status = _Started(task_status)
+        error: BaseException = PeerError(f"the hive on {node} ended")
         try:
             await self._run(node, narrate, status)
         except* RbeeError as group:
             error = next(leaves(group))
-            if not status.done:
-                raise error from None
-            log.warning("hive on %s is gone: %s", node, error)
-            self._lose(node, error)
-        else:
-            self._lose(node, PeerError(f"the hive on {node} ended"))
+        if not status.done:
+            raise error  # bare: whoever asked for the hive handles it as any refusal
+        log.warning("hive on %s is gone: %s", node, error)
+        self._lose(node, error)
 
     async def _run(self, node: str, narrate: Narrate, status: _Started) -> None:
         found = read_run_file(self._setup.home.hive_file)

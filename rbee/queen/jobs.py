@@ -11,6 +11,7 @@ import httpx
 import trio
 
 from rbee.errors import (
+    BadInputError,
     CancelledError,
     ChildExitedError,
     ConflictError,
@@ -56,10 +57,18 @@ class Job:
     last: bytes = b""
     worker_id: str = ""
     streaming: bool = False
+    _rest: bytes = b""
 
     async def emit(self, chunk: bytes) -> None:
-        self.watch.feed(chunk)
-        await self._send.send(chunk)
+        """Pass on whole events only: half of one, of a worker that died, would swallow ``last``."""
+        data = self._rest + chunk
+        end = data.rfind(b"\n\n") + 2
+        self._rest = data[end:] if end > 1 else data
+        if len(self._rest) > sse.MAX_EVENT:
+            raise PeerError(f"an event longer than {sse.MAX_EVENT} bytes")
+        if end > 1:
+            await self._send.send(data[:end])
+            self.watch.feed(data[:end])  # now that the reader will get it
 
     def narrate(self, narration: Narration) -> None:
         """Tell the reader what is going on; lost if he does not keep up."""
@@ -114,7 +123,14 @@ class Jobs:
         return job
 
     def start(self, request: TaskRequest) -> Job:
-        """Accept a request; the job belongs to whoever reads it."""
+        """Accept a request; the job belongs to whoever reads it.
+
+        Raises:
+            BadInputError: its deadline has passed before it begins.
+            RbeeError: the queen is stopping.
+        """
+        if request.deadline is not None and request.deadline <= 0:
+            raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
         if self._nursery is None or self._nursery.cancel_scope.cancel_called:
             raise self._ending()
         job = open_job(request)

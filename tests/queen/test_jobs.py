@@ -1,0 +1,351 @@
+"""Every job gets its one terminal event, whatever its worker, its reader or the queen does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import pytest
+import trio
+import trio.lowlevel
+from trio.testing import wait_all_tasks_blocked
+
+from rbee.broadcast import Broadcast
+from rbee.errors import BadInputError, MachineError, NotFoundError, OwnerGoneError, UnavailableError
+from rbee.home import Home
+from rbee.queen.hives import Hives, QueenSetup
+from rbee.queen.jobs import BUFFER, Job, Jobs
+from rbee.registry import Registry
+from rbee.wire import sse
+from rbee.wire.messages import (
+    End,
+    ErrorDetail,
+    Queued,
+    StartWorker,
+    TaskRequest,
+    Token,
+    WorkerInfo,
+    WorkerNarration,
+)
+
+REQUEST = TaskRequest("words", prompt="hello", engine="echo")
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+TOKENS = sse.encode_token("a", 1) + sse.encode_token("\nevent: end\n", 2)
+END = sse.encode(End(1, 2, "stop", 1.0, 2.0))
+ANSWER = [TOKENS, END]
+
+Serve = Callable[[trio.SocketStream], Any]
+
+
+@attrs.define(eq=False)
+class FakeHive:
+    """Starts workers that stay as they are put."""
+
+    hives: FakeHives
+    token: str = "secret"
+    starting: trio.Lock = attrs.field(factory=trio.Lock)
+    started: list[StartWorker] = attrs.field(factory=list)
+    asked: trio.Event = attrs.field(factory=trio.Event)
+
+    async def start_worker(self, request: StartWorker) -> WorkerInfo:
+        self.started.append(request)
+        self.asked.set()
+        await trio.lowlevel.checkpoint()
+        return WorkerInfo(
+            f"worker-{len(self.started)}", request.model, "started", engine=request.engine,
+            owner=request.owner,
+        )  # fmt: skip
+
+
+@attrs.define(eq=False)
+class FakeHives:
+    """What jobs see of a queen's hives, with one hive that is always there."""
+
+    url: str = ""
+    queen_id: str = "queen-1"
+    workers: Registry[str, WorkerInfo] = attrs.field(factory=Registry)
+    failures: dict[str, WorkerInfo] = attrs.field(factory=dict)
+    narrations: Broadcast[WorkerNarration] = attrs.field(factory=Broadcast)
+    hive: FakeHive = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.hive = FakeHive(self)
+
+    async def get(self, node: str, narrate: object) -> FakeHive:
+        await trio.lowlevel.checkpoint()
+        if node != "localhost":
+            raise NotFoundError(f"no node {node!r}", code="unknown_node")
+        return self.hive
+
+    def running(self, node: str) -> FakeHive:
+        return self.hive
+
+    def note_started(self, info: WorkerInfo) -> None:
+        self.workers.set(info.worker_id, info)
+
+    def put(self, worker_id: str, state: str, url: str = "", **more: Any) -> None:
+        """Let a worker be in a state."""
+        info = WorkerInfo(
+            worker_id, "words", state, engine="echo", url=url or self.url, owner="queen-1", **more
+        )
+        if state in ("failed", "stopped"):
+            self.failures[worker_id] = info
+            self.workers.remove(worker_id)
+        else:
+            self.workers.set(worker_id, info)
+
+
+@asynccontextmanager
+async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, FakeHives], None]:
+    """Run jobs against one worker's port; ``serve`` gets each connection after its request."""
+
+    async def connection(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+        await (serve or answer)(stream)
+        await stream.aclose()
+
+    hives = FakeHives()
+    jobs = Jobs(hives, ending=lambda: OwnerGoneError("the queen ended"))
+    async with trio.open_nursery() as nursery:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, connection, listeners)
+        hives.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with jobs.open():
+            yield jobs, hives
+        nursery.cancel_scope.cancel()
+
+
+async def answer(stream: trio.SocketStream) -> None:
+    await stream.send_all(HEAD)
+    for part in ANSWER:
+        await stream.send_all(part)
+
+
+async def read(job: Job) -> list[Any]:
+    """Return a job's events as its reader gets them; there is exactly one terminal one."""
+    data = b"".join([chunk async for chunk in job.chunks]) + job.last
+    events = [sse.event_from(*pair) for pair in sse.Decoder().feed(data)]
+    names = [type(event).__name__ for event in events]
+    assert names[0] == "Queued"
+    assert [name in ("End", "Error") for name in names].count(True) == 1
+    assert names[-1] in ("End", "Error")
+    return events
+
+
+async def code_of(job: Job) -> str:
+    return (await read(job))[-1].code
+
+
+# good ends ------------------------------------------------------------------------------------
+async def test_a_ready_workers_answer_is_passed_through() -> None:
+    async with open_jobs() as (jobs, hives):
+        hives.put("worker-1", "ready")
+        job = jobs.start(REQUEST)
+        assert len(jobs) == 1
+        assert jobs.get(job.id) is job
+        assert await read(job) == [
+            Queued(job.id, 0), Token("a", 1), Token("\nevent: end\n", 2),
+            End(1, 2, "stop", 1.0, 2.0),
+        ]  # fmt: skip
+        assert hives.hive.started == []
+        assert len(jobs) == 0
+        with pytest.raises(NotFoundError):
+            jobs.get(job.id)
+
+
+async def test_a_worker_is_started_and_waited_for_and_its_narration_told() -> None:
+    async with open_jobs() as (jobs, hives):
+        job = jobs.start(REQUEST)
+        await wait_all_tasks_blocked()
+        assert [start.model for start in hives.hive.started] == ["words"]
+        hives.narrations.send(WorkerNarration("worker-1", "hive", "load", "words"))
+        hives.narrations.send(WorkerNarration("worker-2", "hive", "load", "another"))
+        hives.put("worker-1", "loading")
+        await wait_all_tasks_blocked()
+        hives.put("worker-1", "ready")
+        events = await read(job)
+        told = [(event.actor, event.text) for event in events if hasattr(event, "actor")]
+        assert told == [("queen", "worker for words"), ("hive", "words")]
+        assert type(events[-1]) is End
+
+
+async def test_two_jobs_for_one_model_start_one_worker() -> None:
+    async with open_jobs() as (jobs, hives):
+        one, two = jobs.start(REQUEST), jobs.start(REQUEST)
+        await wait_all_tasks_blocked()
+        hives.put("worker-1", "ready")
+        for job in (one, two):
+            assert type((await read(job))[-1]) is End
+        assert len(hives.hive.started) == 1
+
+
+async def test_a_worker_that_is_not_there_any_more_is_replaced_once() -> None:
+    async with open_jobs() as (jobs, hives):
+        with trio.socket.socket() as dead:
+            await dead.bind(("127.0.0.1", 0))  # bound, not listening
+            hives.put("worker-0", "ready", url=f"http://127.0.0.1:{dead.getsockname()[1]}")
+            job = jobs.start(REQUEST)
+            await hives.hive.asked.wait()
+            await wait_all_tasks_blocked()
+            hives.put("worker-1", "ready")
+            assert type((await read(job))[-1]) is End
+        assert hives.workers.get("worker-0") is None
+
+
+# bad ends -------------------------------------------------------------------------------------
+async def test_a_worker_that_fails_to_start_ends_the_job_with_its_error_and_log() -> None:
+    async with open_jobs() as (jobs, hives):
+        job = jobs.start(REQUEST)
+        await wait_all_tasks_blocked()
+        detail = ErrorDetail("child_exited", "it ended", "look", {"log": "one\ntwo\n"})
+        hives.put("worker-1", "failed", error=detail)
+        error = (await read(job))[-1]
+        assert (error.code, error.hint) == ("child_exited", "look")
+        assert error.message == "it ended\nthe end of its log:\n  one\n  two"
+
+
+async def test_a_worker_that_is_stopped_while_it_is_waited_for_ends_the_job() -> None:
+    async with open_jobs() as (jobs, hives):
+        job = jobs.start(REQUEST)
+        await wait_all_tasks_blocked()
+        hives.put("worker-1", "stopped")
+        assert await code_of(job) == "worker_stopped"
+
+
+async def test_an_unknown_node_ends_the_job() -> None:
+    async with open_jobs() as (jobs, _):
+        assert await code_of(jobs.start(attrs.evolve(REQUEST, node="mars"))) == "unknown_node"
+
+
+@pytest.mark.parametrize("cut", [0, 1, len(TOKENS) - 1, len(TOKENS), len(TOKENS) + 5, -1])
+async def test_a_worker_that_dies_anywhere_in_its_answer_ends_the_job(cut: int) -> None:
+    async def die(stream: trio.SocketStream) -> None:
+        await stream.send_all(HEAD + b"".join(ANSWER)[:cut])
+
+    async with open_jobs(die) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        events = await read(jobs.start(REQUEST))
+    assert events[-1].code == "worker_died"
+    whole = {0: 0, 1: 0, len(TOKENS) - 1: 1}.get(cut, 2)
+    assert [type(event) for event in events[1:-1]] == [Token] * whole
+
+
+async def test_a_refusal_by_the_worker_is_the_jobs_error() -> None:
+    body = json.dumps({"error": {"code": "bad_input", "message": "too long", "hint": "less"}})
+    head = f"HTTP/1.1 400 X\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        await stream.send_all((head + body).encode())
+
+    async with open_jobs(refuse) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        error = (await read(jobs.start(REQUEST)))[-1]
+    assert (error.code, error.message, error.hint) == ("bad_input", "too long", "less")
+
+
+async def silent(stream: trio.SocketStream) -> None:
+    await stream.send_all(HEAD + TOKENS)
+    await trio.sleep_forever()
+
+
+async def test_a_deadline_ends_the_job() -> None:
+    async with open_jobs(silent) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        assert await code_of(jobs.start(attrs.evolve(REQUEST, deadline=0.1))) == "deadline"
+
+
+@pytest.mark.parametrize("deadline", [0.0, -1.0])
+async def test_a_deadline_that_has_passed_is_refused(deadline: float) -> None:
+    async with open_jobs() as (jobs, _):
+        with pytest.raises(BadInputError, match="deadline must be greater than 0"):
+            jobs.start(attrs.evolve(REQUEST, deadline=deadline))
+        assert len(jobs) == 0
+
+
+async def test_a_cancelled_job_says_so() -> None:
+    async with open_jobs(silent) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        job = jobs.start(REQUEST)
+        with trio.fail_after(2):
+            await job.chunks.receive()
+            await job.chunks.receive()
+        job.cancel("DELETE")
+        chunks = [chunk async for chunk in job.chunks]
+        assert chunks == []
+        assert b'"code":"cancelled"' in job.last
+
+
+async def test_a_slow_reader_whose_job_is_cancelled_gets_a_terminal_event() -> None:
+    async def flood(stream: trio.SocketStream) -> None:
+        await stream.send_all(HEAD)
+        for number in range(BUFFER * 2):
+            await stream.send_all(sse.encode_token("x", number))
+            await trio.lowlevel.checkpoint()
+        await stream.send_all(END)
+
+    async with open_jobs(flood) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        job = jobs.start(REQUEST)
+        await wait_all_tasks_blocked(0.05)
+        job.cancel("its reader is slow")
+        await read(job)
+
+
+async def test_a_queen_that_ends_tells_every_reader_why() -> None:
+    async with open_jobs(silent) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        waiting = jobs.start(attrs.evolve(REQUEST, model="other"))
+        running = jobs.start(REQUEST)
+        await wait_all_tasks_blocked()
+    assert [await code_of(job) for job in (waiting, running)] == ["owner_gone", "owner_gone"]
+    with pytest.raises(OwnerGoneError):
+        jobs.start(REQUEST)
+
+
+async def test_a_reader_who_went_away_ends_his_job_only() -> None:
+    async with open_jobs() as (jobs, hives):
+        hives.put("worker-1", "ready")
+        gone, other = jobs.start(REQUEST), jobs.start(REQUEST)
+        gone.chunks.close()
+        assert type((await read(other))[-1]) is End
+    assert len(jobs) == 0
+
+
+# hives ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("error", [MachineError("no memory"), UnavailableError("gone")])
+async def test_a_hive_that_cannot_be_started_is_a_plain_refusal(
+    home: Home, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def fail(self: Hives, *args: object) -> None:
+        async with trio.open_nursery():
+            raise error
+
+    monkeypatch.setattr(Hives, "_run", fail)
+    hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    async with hives.open():
+        with pytest.raises(type(error), match=str(error)):
+            await hives.get("localhost", lambda narration: None)
+        with pytest.raises(NotFoundError, match="no node 'mars'; known: localhost"):
+            await hives.get("mars", lambda narration: None)
+
+
+def test_news_and_answers_may_overtake_each_other(home: Home) -> None:
+    hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    started = WorkerInfo("worker-1", "words", "started", owner="queen-1")
+    hives.take_info(attrs.evolve(started, state="failed"))
+    hives.note_started(started)
+    assert list(hives.workers) == []
+    assert hives.failures["worker-1"].state == "failed"
+    ready = attrs.evolve(started, worker_id="worker-2", state="ready")
+    hives.take_info(ready)
+    hives.note_started(attrs.evolve(ready, state="started"))
+    assert list(hives.workers) == [ready]
+
+
+def test_workers_of_other_queens_are_not_ours(home: Home) -> None:
+    hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    hives.take_info(WorkerInfo("worker-1", "words", "ready", owner="queen-2"))
+    assert list(hives.workers) == []
