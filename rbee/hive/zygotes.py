@@ -180,11 +180,13 @@ async def run_zygote(
         task_status.started(zygote)
         await zygote._listen()
     finally:
+        imported = zygote.ready.is_set()
         zygote._end()
         sock.close()  # its lifeline
         with trio.CancelScope(shield=True):
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # a frozen one sees the end as well
-            with trio.move_on_after(END):
+            # One that is still importing has forked nothing and hears nothing.
+            with trio.move_on_after(END if imported else 0):
                 await trio.lowlevel.wait_readable(pidfd)
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             await trio.lowlevel.wait_readable(pidfd)

@@ -247,6 +247,12 @@ class Hives:
         self._remember(info)
         self.workers.remove(worker_id)
 
+    def expect(self, info: WorkerInfo) -> None:
+        """Note a worker just asked for, unless its news, even of its end, was quicker."""
+        worker_id = WorkerId(info.worker_id)
+        if self.workers.get(worker_id) is None and worker_id not in self.failures:
+            self.take_info(info)
+
     def _remember(self, info: WorkerInfo) -> None:
         self.failures[info.worker_id] = info
         while len(self.failures) > KEPT_FAILURES:

@@ -173,7 +173,7 @@ class Jobs:
             worker = choose(self._hives.workers, request)
             if worker is None:
                 worker = await hive.start_worker(start_for(request, self._hives.queen_id))
-                self._hives.take_info(worker)
+                self._hives.expect(worker)
                 job.narrate(Narration("queen", "start", f"worker for {request.model}"))
         return await self._until_ready(job, worker.worker_id)
 
