@@ -225,6 +225,13 @@ class Zygotes:
                 zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
             return zygote
 
+    async def warm_up(self, engine: str, narrate: Callable[[str, str], None]) -> None:
+        """Return when the engine's zygote can fork; tell whoever has to wait for that."""
+        zygote = await self.get(engine)
+        if not zygote.ready.is_set():
+            narrate("import", f"{engine}, once; later workers start without that")
+            await zygote.ready.wait()
+
     async def _run(self, engine: str, *, task_status: trio.TaskStatus[Zygote]) -> None:
         # Shielded until `open` ends, which is bounded: workers stop within their grace.
         with trio.CancelScope(shield=True) as scope:

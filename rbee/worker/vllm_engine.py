@@ -32,7 +32,7 @@ from rbee.wire.messages import ExecuteRequest
 from rbee.worker import vllm_plan
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
-from rbee.worker.limits import answer_budget
+from rbee.worker.limits import answer_budget, shorter
 
 log = logging.getLogger(__name__)
 
@@ -387,7 +387,7 @@ class VllmEngine:
             raise BadInputError(
                 f"the prompt has {len(text)} characters; a context of {self.context} tokens "
                 f"holds at most {self.context * self._longest}",
-                hint="shorten the prompt, or start the worker with a larger --max-model-len",
+                hint=shorter(self.context),
             )
         if len(text) < LONG_TEXT:
             return self._encode(text, not has_specials)
