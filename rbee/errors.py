@@ -144,7 +144,9 @@ def from_wire(
 ) -> RbeeError:
     """Rebuild the error that a peer sent; an unknown code keeps its name on the nearest class."""
     cls = BY_CODE.get(code) or BY_STATUS.get(status, RbeeError)
-    return cls(message, hint=hint, code=code, **(details or {}))
+    error = cls(message, hint=hint, code=code)
+    error.details = dict(details or {})
+    return error
 
 
 def leaves(group: BaseException) -> Iterator[BaseException]:

@@ -30,6 +30,9 @@ LOG_CAP = 16 << 20
 RECORD_EVERY = 1.0
 SHM_EVERY = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+GONE = (FileNotFoundError, ProcessLookupError, PermissionError)  # what /proc says of such a process
+# Shared memory that engines make for themselves; any other file there is somebody's data.
+SHM_NAMES = ("psm_", "sem.", "torch_", "nccl-", "cuda.shm.", "vllm", "VLLM", "rbee")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,21 +57,21 @@ def start_time(pid: int) -> int:
     return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def descendants(root: int) -> dict[int, int]:
-    """Return {pid: start time} of everything below ``root`` that is not a zombie."""
+def descendants(*roots: int) -> dict[int, int]:
+    """Return {pid: start time} of everything below ``roots`` that is not a zombie."""
     parents: dict[int, list[tuple[int, int, bool]]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
             fields = _stat(int(entry))
-        except OSError:
+        except GONE:  # any other failure must not pass for "nothing is there"
             continue
         item = (int(entry), int(fields[19]), fields[0] not in (b"Z", b"X"))
         parents.setdefault(int(fields[1]), []).append(item)
-    found, todo = {}, [root]
+    found, todo = {}, list(roots)
     while todo:
-        for pid, start, alive in parents.get(todo.pop(), ()):
+        for pid, start, alive in parents.pop(todo.pop(), ()):
             todo.append(pid)  # a zombie may still be shown as a parent while it is reaped
             if alive:
                 found[pid] = start
@@ -89,6 +92,8 @@ def children(pid: int) -> list[int]:
 
 def send_signal(pid: int, start: int, number: int) -> bool:
     """Signal exactly the process that started at ``start``; False if it is not there any more."""
+    if start <= 0:  # it was gone when we looked
+        return False
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -143,18 +148,28 @@ def shared_memory_of(pid: int) -> set[str]:
     """Return the /dev/shm files that a process has mapped: a killed one cannot unlink them."""
     found = set()
     try:
-        with open(f"/proc/{pid}/maps") as file:
+        with open(f"/proc/{pid}/maps", errors="surrogateescape") as file:
             for line in file:
                 at = line.find("/dev/shm/")
-                if at >= 0 and not line.endswith(" (deleted)\n"):
-                    found.add(line[at:].rstrip("\n"))
+                path = line[at:].rstrip("\n")
+                if at >= 0 and is_engines_shm(path):
+                    found.add(path)
     except OSError:
         pass
     return found
 
 
+def is_engines_shm(path: str) -> bool:
+    """Tell an engine's own segment from a file, a model say, that its user keeps in memory."""
+    name = path.removeprefix("/dev/shm/")
+    return name != path and name.startswith(SHM_NAMES) and "/" not in name and " " not in name
+
+
 def remove_tree(path: str) -> None:
     """Remove a directory of ours and all in it; what is already gone is fine."""
+    if os.path.islink(path):
+        _unlink(path)
+        return
     try:
         entries = list(os.scandir(path))
     except NotADirectoryError:
@@ -189,7 +204,7 @@ def remove_run_file(path: str, pid: int) -> None:
         with open(path) as file:
             if json.load(file).get("pid") == pid:
                 os.unlink(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         pass
     finally:
         os.close(lock)
@@ -281,15 +296,24 @@ class Guard:
             die_with_parent(signal.SIGTERM, self.plan.parent)
         reader, self.child_in = os.pipe()
         os.set_blocking(self.child_in, False)
-        self.child = spawn(reader)
-        os.close(reader)
-        self.child_start = start_time(self.child)
-        self._write_record()
-        if self.plan.first:
-            self._pass_on(self.plan.first)
-        self._watch(wakeup)
-        self._finish()
+        try:
+            self.child = spawn(reader)
+            os.close(reader)
+            self._keep(wakeup)
+        finally:
+            self._finish()
         return self.status if self.status is not None else 137
+
+    def _keep(self, wakeup: int) -> None:
+        """Watch the command; whatever goes wrong in here, the tree must be ended."""
+        try:
+            self.child_start = start_time(self.child)
+            self._write_record()
+            if self.plan.first:
+                self._pass_on(self.plan.first)
+            self._watch(wakeup)
+        except Exception as exc:
+            self._log(f"cannot go on watching, killing: {exc!r}")
 
     def _catch_signals(self) -> int:
         reader, writer = os.pipe()
@@ -375,6 +399,7 @@ class Guard:
     # the end ---------------------------------------------------------------------------------
     def _ask_to_end(self) -> None:
         self._log(f"stopping: {self.why}")
+        self._note_shared_memory(self._tree())  # TERM may end it without its own cleaning
         self.kill_at = self.plan.now() + self.plan.grace
         self._pass_on("stop")
         os.close(self.child_in)
@@ -383,7 +408,7 @@ class Guard:
         send_signal(self.child, self.child_start, signal.SIGCONT)  # a frozen one hears it as well
 
     def _finish(self) -> None:
-        killed = self._kill_all(descendants(os.getpid()))
+        killed = self._kill_all()
         self._log(f"command ended with {self.status}, {killed} more killed, why: {self.why or '-'}")
         for path in self.shm:
             _unlink(path)
@@ -394,11 +419,11 @@ class Guard:
         if self.record_path:
             _unlink(self.record_path)
 
-    def _kill_all(self, found: dict[int, int]) -> int:
+    def _kill_all(self) -> int:
         """STOP and KILL until there are none; STOP first, so that no forking tree outruns us."""
         killed: set[int] = set()
         pause = 0.001
-        while found:
+        while found := self._below():
             self._note_shared_memory(found)
             for number in (signal.SIGSTOP, signal.SIGKILL):
                 for pid, start in found.items():
@@ -408,9 +433,17 @@ class Guard:
             time.sleep(pause)
             pause = min(pause * 2, 0.25)  # a process in state D does not go at once
             self._reap()
-            found = descendants(os.getpid())
         self._reap()
         return len(killed)
+
+    def _below(self) -> dict[int, int]:
+        """Return all our descendants, however long it takes to get at /proc."""
+        while True:
+            try:
+                return descendants(os.getpid())
+            except OSError as exc:  # no memory, no descriptors: that passes
+                self._log(f"cannot look for what is left: {exc}")
+                time.sleep(0.1)
 
     def _reap(self) -> None:
         while True:
@@ -475,9 +508,8 @@ class Guard:
 
     def _replace(self, path: str, text: str) -> None:
         try:
-            fd = os.open(path + "~", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.write(fd, text.encode())
-            os.close(fd)
+            with open(path + "~", "w") as file:
+                file.write(text)
             os.rename(path + "~", path)
         except FileNotFoundError:
             pass  # the inner guard has removed the directory already
@@ -558,7 +590,9 @@ def main() -> int:
         plan = Plan(given)
         if plan.log:
             append_log(plan.log)
-    except (OSError, ValueError) as exc:
+        if not plan.argv:
+            raise ValueError("no command")
+    except (OSError, ValueError, TypeError, AttributeError) as exc:
         os.write(2, f"rbee-guard: {exc}\n".encode())
         return 2
     guard = Guard(plan, 0)
@@ -573,7 +607,7 @@ def main() -> int:
     try:
         guard.take(guard.lines.feed(rest))
         return guard.run(start)
-    except OSError as exc:
+    except OSError as exc:  # of `start`: `Guard` keeps its own to itself
         detail = {"code": "machine", "message": f"cannot start {plan.argv[0]}: {exc.strerror}"}
         os.write(1, f"error {json.dumps(detail)}\n".encode())
         return 127

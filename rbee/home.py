@@ -14,6 +14,10 @@ import attrs
 
 from rbee.errors import MachineError
 
+# Unix socket paths end at 107 bytes; vLLM's are 37 below a worker's directory, which lies in its
+# hive's, in its queen's (10 each), in the home's (14).
+MAX_RUNTIME = 24
+
 
 @attrs.frozen
 class Home:
@@ -55,6 +59,12 @@ class Home:
         return self.logs / f"{name}.log"
 
 
+def short_name(name: str) -> str:
+    """Return a directory name for an id: ``worker-3f9a1c2e`` becomes ``w3f9a1c2e``."""
+    kind, _, rest = name.partition("-")
+    return kind[:1] + rest
+
+
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("RBEE_HOME") or "~/.rbee").expanduser()
 
@@ -65,7 +75,8 @@ def find_home(root: Path | str | None = None, environ: Mapping[str, str] = os.en
     path = path.absolute()
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     runtime = environ.get("XDG_RUNTIME_DIR", "")
-    if runtime and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
+    fits = 0 < len(runtime) <= MAX_RUNTIME
+    if fits and Path(runtime).is_dir() and os.access(runtime, os.W_OK):
         return Home(path, Path(runtime) / f"rbee-{digest}")
     return Home(path, Path(f"/tmp/rbee-{os.getuid()}-{digest}"))
 
@@ -119,16 +130,54 @@ def _link_run(home: Home) -> None:
     with writing(home.root):
         temporary = home.root / f".run-{secrets.token_hex(4)}"
         temporary.symlink_to(home.run)
-        temporary.replace(link)
+        try:
+            temporary.replace(link)
+        except OSError:
+            temporary.unlink()
+            raise
 
 
 def read_token(home: Home) -> str:
-    """Return the operator's token, made at first use (0600)."""
+    """Return the operator's token, made at first use (0600).
+
+    Raises:
+        MachineError: it cannot be read or made, or the file is empty.
+    """
+    if not home.token_file.exists():
+        _make_token(home.token_file)
+    return read_token_file(home.token_file)
+
+
+def _make_token(path: Path) -> None:
+    """Make the token unless a daemon that starts beside us was quicker: both must read one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    write_atomic(temporary, secrets.token_hex(24) + "\n")
+    with writing(path.parent):
+        try:
+            path.hardlink_to(temporary)  # unlike a rename it fails where there is one already
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_token_file(path: Path) -> str:
+    """Return what a token file holds.
+
+    Raises:
+        MachineError: it cannot be read, or is empty.
+    """
     try:
-        return home.token_file.read_text().strip()
-    except FileNotFoundError:
-        token = secrets.token_hex(24)
-    write_atomic(home.token_file, token + "\n")
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise MachineError(f"cannot read the token {path}: {exc}", hint=f"ls -l {path}") from exc
+    if not token:
+        raise MachineError(
+            f"the token file {path} is empty",
+            hint=f"rm {path}   # a new token is made at the next start",
+        )
     return token
 
 
@@ -138,11 +187,10 @@ def write_atomic(path: Path, text: str) -> None:
     with writing(path.parent):
         try:
             fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(fd, "w") as file:
+            with os.fdopen(fd, "w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        finally:
             temporary.unlink(missing_ok=True)
-            raise

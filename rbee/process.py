@@ -17,19 +17,21 @@ import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import attrs
 import trio
 
 from rbee import guard
-from rbee.errors import ChildExitedError, PeerError, from_wire
+from rbee.errors import BadInputError, ChildExitedError, MachineError, PeerError, from_wire
 from rbee.home import writing
 from rbee.sweep import claim, sweep
 from rbee.wire import codec
-from rbee.wire.messages import DaemonStart, Hello
+from rbee.wire.messages import DaemonStart, ErrorDetail, Hello
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 BEAT = 2.0
 WAKE = 0.5
@@ -79,7 +81,11 @@ class Process:
     status: int | None = None
 
     def ended(self) -> bool:
-        return self.status is not None or bool(select.select([self.pidfd], [], [], 0)[0])
+        if self.status is None:
+            poll = select.poll()  # unlike select() it takes any descriptor
+            poll.register(self.pidfd, select.POLLIN)
+            return bool(poll.poll(0))
+        return True
 
     async def wait(self) -> int:
         """Return the exit code (128 + n for a signal) once the process has ended."""
@@ -156,7 +162,6 @@ async def open_guarded(
         lease: seconds without our beat after which the outermost guard ends it (each inner one
             allows a second more); 0 = none.
         die_with_us: the guard also ends when the thread that called us ends.
-
         piped: yield the command's output; otherwise it goes to the log as well.
 
     Yields the outermost guard's process and, if asked for, the command's output.
@@ -167,15 +172,7 @@ async def open_guarded(
         run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
     )  # fmt: skip
     with writing(log_file.parent), log_file.open("ab") as stderr:
-        # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
-        popen = subprocess.Popen(
-            GUARD,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if piped else stderr,
-            stderr=stderr,
-            env=environment,
-            start_new_session=True,
-        )
+        popen = _popen_guard(subprocess.PIPE if piped else stderr, stderr, environment)
     process = _own(popen)
     try:
         await _send_start(process, line)
@@ -196,6 +193,19 @@ async def open_guarded(
         if popen.stdout is not None:
             popen.stdout.close()
         process.close()
+
+
+def _popen_guard(
+    stdout: IO[bytes] | int, stderr: IO[bytes], env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    try:
+        # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
+        return subprocess.Popen(
+            GUARD, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=env,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as exc:  # no memory, or too many processes
+        raise MachineError(f"cannot start a guard: {exc.strerror}") from exc
 
 
 def _own(popen: subprocess.Popen[bytes]) -> Process:
@@ -296,16 +306,21 @@ async def _read_hello(process: Process, output: IO[bytes], log_file: Path) -> He
         if not more:
             raise child_exited("daemon", await process.wait(), log_file)
         data += more
-    kind, _, text = data.partition(b"\n")[0].decode("utf-8", "replace").partition(" ")
+    line = data.partition(b"\n")[0].decode("utf-8", "replace")
+    kind, _, text = line.partition(" ")
     if kind == "hello":
-        return codec.loads(text, Hello)
+        return _said(text, Hello)
     if kind == "error":
-        detail = json.loads(text)
-        raise from_wire(
-            detail.get("code", ""), detail.get("message", text), hint=detail.get("hint", ""),
-            details=detail.get("details"),
-        )  # fmt: skip
-    raise PeerError(f"expected hello from the daemon, got {text[:80]!r}")
+        error = _said(text, ErrorDetail)
+        raise from_wire(error.code, error.message, hint=error.hint, details=error.details)
+    raise PeerError(f"expected hello from the daemon, got {line[:80]!r}")
+
+
+def _said(text: str, kind: type[T]) -> T:
+    try:
+        return codec.loads(text, kind)
+    except BadInputError as exc:
+        raise PeerError(f"the daemon talks nonsense: {exc.message}") from exc
 
 
 def child_exited(what: str, status: int, log_file: Path) -> ChildExitedError:
@@ -325,7 +340,9 @@ def log_tail(path: Path, size: int = LOG_TAIL) -> str:
             text = file.read(size).decode("utf-8", "replace")
     except OSError:
         return ""
-    return text if end <= size else text.partition("\n")[2]
+    if end <= size:
+        return text
+    return text.partition("\n")[2] or text  # of a very long line, its end
 
 
 async def run_program(argv: Sequence[str], *, log_file: Path, grace: float = 2.0) -> int:

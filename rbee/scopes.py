@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import trio
@@ -47,15 +47,42 @@ async def cancel_on_signal(
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Cancel ``scope`` at the first stop signal and swallow the later ones."""
-    with trio.open_signal_receiver(*STOP_SIGNALS) as signals:
+    """Cancel ``scope`` at the first stop signal and swallow the later ones.
+
+    A SIGHUP that was ignored when we started (nohup) stays ignored.
+    """
+
+    def stop(number: int) -> None:
+        name = signal.Signals(number).name
+        if reason is not None and not reason.signal:
+            reason.signal = number
+        log.info("%s received", name)
+        scope.cancel(reason=name)
+
+    numbers = _stop_signals()
+    with _noted(numbers) as early, trio.open_signal_receiver(*numbers) as signals:
         task_status.started()
+        for number in early:
+            stop(number)
         async for number in signals:
-            name = signal.Signals(number).name
-            if reason is not None and not reason.signal:
-                reason.signal = number
-            log.info("%s received", name)
-            scope.cancel(reason=name)
+            stop(number)
+
+
+def _stop_signals() -> list[signal.Signals]:
+    ignores_hup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if number != signal.SIGHUP or not ignores_hup]
+
+
+@contextmanager
+def _noted(numbers: Iterable[signal.Signals]) -> Iterator[list[int]]:
+    """Take what arrives around trio's receiver: what that has not given out, it raises again."""
+    noted: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in numbers}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def cancel_when(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from rbee import guard
 
 log = logging.getLogger(__name__)
 
+_ENTRY = re.compile(r"guard-\d+\.json")
+POLL = 0.03
 UNFINISHED = 60.0  # seconds that a claim may take
 
 
@@ -55,13 +59,20 @@ class Record:
 def records(directory: Path) -> Iterator[Record]:
     """Yield the journal entries of this boot below ``directory``; damaged ones are skipped."""
     boot = guard.boot_id()
-    for path in sorted(directory.rglob("guard-*.json")):
+    for path in _entries(directory):
         try:
             data = json.loads(path.read_text())
             if data["boot_id"] == boot:
                 yield _record(path, data)
-        except (OSError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
+            continue  # its guard has just finished
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             log.warning("damaged journal entry %s", path)
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    for parent, _, files in os.walk(directory):  # rglob fails when a directory goes meanwhile
+        yield from (Path(parent, name) for name in sorted(files) if _ENTRY.fullmatch(name))
 
 
 def _record(path: Path, data: dict[str, Any]) -> Record:
@@ -71,7 +82,7 @@ def _record(path: Path, data: dict[str, Any]) -> Record:
         _identity(data["guard"]),
         _identity(data["child"]),
         tuple(_identity(member) for member in members),
-        tuple(shm for shm in data["shm"] if shm.startswith("/dev/shm/")),
+        tuple(shm for shm in data["shm"] if guard.is_engines_shm(shm)),
         str(data.get("run_file", "")),
     )
 
@@ -86,7 +97,9 @@ def abandoned(directory: Path) -> bool:
 
 
 async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) -> int:
-    """End what the journal below ``directory`` names, remove it; return how many were killed.
+    """End what the journal below ``directory`` names and all below that; remove the directory.
+
+    Returns how many were killed. The directory stays, for the next sweep, if any of them does.
 
     Call it for directories of your own children or for `abandoned` ones only.
 
@@ -98,19 +111,31 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
     journal = Journal(directory)
     with trio.move_on_after(patience):
         while journal.living():
-            await trio.sleep(0.02)
+            await trio.sleep(POLL)
     killed: set[Identity] = set()
     with trio.move_on_after(within):
-        while alive := journal.living():
-            for number in (signal.SIGSTOP, signal.SIGKILL):
-                for one in alive:
-                    one.signal(number)
+        while alive := _stopped(journal):
+            for one in alive:
+                one.signal(signal.SIGKILL)
             killed |= alive
-            await trio.sleep(0.02)
-    journal.remove()
+            await trio.sleep(POLL)
+    if left := journal.living():
+        log.warning("%d processes of %s do not end", len(left), directory.name)
+    else:
+        journal.remove()
     if killed:
         log.warning("swept %d processes that %s had left", len(killed), directory.name)
     return len(killed)
+
+
+def _stopped(journal: Journal) -> set[Identity]:
+    """Stop the living, and what they forked meanwhile, so that none outruns us."""
+    stopped: set[Identity] = set()
+    while new := journal.living() - stopped:
+        for one in new:
+            one.signal(signal.SIGSTOP)
+        stopped |= new
+    return stopped
 
 
 class Journal:
@@ -119,17 +144,30 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._members: set[Identity] = set()
+        self._looked_at: set[Identity] = set()
         self._shm: set[str] = set()
         self._run_files: set[tuple[str, int]] = set()
 
     def living(self) -> set[Identity]:
-        """Read again and return every member that lives."""
+        """Read again and return every member that lives, and what lives below it.
+
+        Guards write once a second: what is younger is in no record yet.
+        """
         for record in records(self._directory):
             self._members.update((record.guard, *record.members))
             self._shm.update(record.shm)
             if record.run_file:
                 self._run_files.add((record.run_file, record.child.pid))
-        return {one for one in self._members if one.alive()}
+        alive = {one for one in self._members if one.alive()}
+        if alive:
+            with suppress(OSError):  # no descriptors left: the records will do
+                below = guard.descendants(*(one.pid for one in alive))
+                alive |= {Identity(pid, start) for pid, start in below.items()}
+        for one in alive - self._looked_at:
+            self._shm |= guard.shared_memory_of(one.pid)
+        self._looked_at |= alive
+        self._members |= alive
+        return alive
 
     def remove(self) -> None:
         """Remove what the members left on disk; call it when none is alive."""
@@ -154,17 +192,25 @@ async def sweep_abandoned(run: Path) -> int:
     """Sweep every run directory below ``run`` whose guards are all dead: a power loss's."""
     total = 0
     for directory in sorted(path for path in run.iterdir() if path.is_dir()):
-        if directory.name.startswith(".") and time.time() - directory.stat().st_mtime < UNFINISHED:
-            continue
-        if abandoned(directory) and not _in_use(directory):
+        if not _is_new(directory) and abandoned(directory) and not _in_use(directory):
             total += await sweep(directory)
     return total
+
+
+def _is_new(directory: Path) -> bool:
+    """Tell whether it is just being claimed, or has been removed already by somebody else."""
+    try:
+        age = time.time() - directory.stat().st_mtime
+    except FileNotFoundError:
+        return True
+    return directory.name.startswith(".") and age < UNFINISHED
 
 
 def _in_use(directory: Path) -> bool:
     """Tell whether the daemon that made the directory lives: it has noted itself in ``owner``."""
     try:
         boot, pid, start = (directory / "owner").read_text().split()
+        owner = Identity(int(pid), int(start))
     except (OSError, ValueError):
         return False
-    return boot == guard.boot_id() and Identity(int(pid), int(start)).alive()
+    return boot == guard.boot_id() and owner.alive()

@@ -10,6 +10,7 @@ from typing import Annotated
 import cyclopts
 
 from rbee import __version__
+from rbee.home import Home
 from rbee.model import HIVE_PORT, WORKER_PORT
 from rbee.sources import Environment, Table
 
@@ -54,7 +55,7 @@ def run_daemon(
     from rbee import daemon
     from rbee.hive.daemon import run
     from rbee.hive.workers import HiveSetup
-    from rbee.home import open_home, read_token
+    from rbee.home import open_home, short_name
     from rbee.model import new_id
 
     async def main(root: daemon.Root) -> None:
@@ -64,8 +65,8 @@ def run_daemon(
         setup = HiveSetup(
             id=hive_id,
             home=place,
-            run_dir=Path(start.run_dir) if start else place.run / hive_id,
-            token=start.token if start else _token(token_file) or read_token(place),
+            run_dir=Path(start.run_dir) if start else place.run / short_name(hive_id),
+            token=start.token if start else _token(token_file, place),
             owner=start.owner if start else "operator",
             node=node,
             host=host,
@@ -79,8 +80,10 @@ def run_daemon(
     return daemon.run_daemon("rbee-hive", main, owned=owned)
 
 
-def _token(path: Path | None) -> str:
-    return path.read_text().strip() if path else ""
+def _token(path: Path | None, place: Home) -> str:
+    from rbee.home import read_token, read_token_file
+
+    return read_token_file(path) if path else read_token(place)
 
 
 @app.command

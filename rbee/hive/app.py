@@ -13,7 +13,7 @@ from rbee.hive.workers import HiveSetup, Workers
 from rbee.process import log_tail
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages, sse
-from rbee.wire.messages import Health, OwnerLease, StartWorker, WorkerReady
+from rbee.wire.messages import Health, OwnerLease, StartWorker, WorkerIds, WorkerReady
 
 LOG_BYTES = 64 * 1024
 
@@ -85,8 +85,9 @@ def _news(workers: Workers) -> Callable[[Emit], Awaitable[None]]:
 
     async def run(emit: Emit) -> None:
         with workers.news.subscribe() as news:
-            await emit(b": hive news\n\n")
-            for info in workers.infos():
+            infos = workers.infos()
+            await emit(sse.encode(WorkerIds(tuple(info.worker_id for info in infos))))
+            for info in infos:
                 await emit(sse.encode(info))
             async for item in news:
                 await emit(sse.encode(item))

@@ -22,7 +22,7 @@ from rbee.errors import (
     leaves,
 )
 from rbee.hive.launch import Launcher
-from rbee.home import Home
+from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.process import Process, child_exited, log_tail
 from rbee.web.client import keep_probing, open_client
@@ -204,10 +204,14 @@ class Workers:
             local = await self._prepare(worker)
             spec = self._resolved(worker, spec, local)
             config = WorkerConfig(
-                spec=spec, run_dir=str(self._setup.run_dir / spec.id), token=self._setup.token,
-                host=self._setup.host, port=self._setup.worker_port, hive_url=self.url,
+                spec=spec,
+                run_dir=str(self._setup.run_dir / short_name(spec.id)),
+                token=self._setup.token,
+                host=self._setup.host,
+                port=self._setup.worker_port,
+                hive_url=self.url,
                 grace=self._setup.grace,
-            )  # fmt: skip
+            )
             self._narrate(worker)("load", f"{spec.model} with {spec.engine} on {spec.backend}")
             async with self._launch(config, worker.log_file) as process:
                 self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)

@@ -26,7 +26,7 @@ from rbee.errors import (
     UnavailableError,
     leaves,
 )
-from rbee.home import Home, writing
+from rbee.home import Home, short_name, writing
 from rbee.model import Grace, new_id
 from rbee.wire.messages import DaemonStart, Health, RunFile
 
@@ -253,7 +253,7 @@ async def _open_own_queen(home: Home, config: Config) -> AsyncGenerator[QueenAcc
     start = DaemonStart(
         owner=new_id("keeper"),
         token=secrets.token_hex(24),
-        run_dir=str(home.run / new_id("queen")),
+        run_dir=str(home.run / short_name(new_id("queen"))),
         lease=config.queen.lease,
     )
     nonce = os.environ.get("RBEE_NONCE") or secrets.token_hex(8)

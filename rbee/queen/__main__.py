@@ -47,7 +47,7 @@ def run_daemon(
         End with the owner, whose lifeline is stdin.
     """
     from rbee import daemon
-    from rbee.home import open_home, read_token
+    from rbee.home import open_home, read_token, short_name
     from rbee.model import new_id
     from rbee.queen.daemon import run
     from rbee.queen.hives import QueenSetup
@@ -59,7 +59,7 @@ def run_daemon(
         setup = QueenSetup(
             id=queen_id,
             home=place,
-            run_dir=Path(start.run_dir) if start else place.run / queen_id,
+            run_dir=Path(start.run_dir) if start else place.run / short_name(queen_id),
             token=start.token if start else read_token(place),
             nonce=daemon.ensure_nonce(),
             owner=start.owner if start else "operator",

@@ -51,7 +51,7 @@ def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], 
         body = await request.read(StartWorker)
         hive = await hives.get(body.node or LOCALHOST, lambda narration: None)
         info = await hive.start_worker(attrs.evolve(body, owner=setup.id))
-        hives.expect(info)
+        hives.note_started(info)
         return json_response(info, 202)
 
     async def stop_worker(request: Request) -> Response:

@@ -17,7 +17,7 @@ import trio
 from rbee.broadcast import Broadcast
 from rbee.daemon import read_run_file
 from rbee.errors import NotFoundError, PeerError, RbeeError, UnavailableError, leaves
-from rbee.home import Home, read_token
+from rbee.home import Home, read_token, short_name
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
@@ -25,12 +25,14 @@ from rbee.web.client import call, keep_probing, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
     DaemonStart,
+    ErrorDetail,
     Health,
     HiveInfo,
     Narration,
     OwnerLease,
     RunFile,
     StartWorker,
+    WorkerIds,
     WorkerInfo,
     WorkerNarration,
 )
@@ -38,6 +40,7 @@ from rbee.wire.messages import (
 log = logging.getLogger(__name__)
 
 RENEW = 2.0
+FOLLOW_AGAIN = 0.2
 KEPT_FAILURES = 100
 Narrate = Callable[[Narration], None]
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
@@ -192,9 +195,13 @@ class Hives:
         narrate(Narration("queen", "start", f"a hive on {node}"))
         setup = self._setup
         start = DaemonStart(
-            owner=setup.id, token=setup.token, run_dir=str(setup.run_dir / new_id("hive")),
-            queen_url=self.url, queen_id=setup.id, lease=setup.lease,
-        )  # fmt: skip
+            owner=setup.id,
+            token=setup.token,
+            run_dir=str(setup.run_dir / short_name(new_id("hive"))),
+            queen_url=self.url,
+            queen_id=setup.id,
+            lease=setup.lease,
+        )
         argv = [
             sys.executable, "-m", "rbee.hive", "daemon", "--owned", "--node", node,
             "--home", str(setup.home.root), "--port", str(setup.hive_port),
@@ -210,31 +217,51 @@ class Hives:
             async with open_client(hello.url, setup.token) as client:
                 hive = Hive(info, True, setup.token, client)
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._follow_until_gone, hive, status)
+                    nursery.start_soon(self._keep_following, hive, status)
                     nursery.start_soon(keep_probing, client, hive.note_answering)
                     ended = await daemon.wait()
                     raise daemon.ended(ended)
 
-    async def _follow_until_gone(self, hive: Hive, status: _Started) -> None:
-        try:
-            await self._follow(hive, status)
-        except PeerError as exc:
-            log.info("%s: %s", hive.name, exc)  # its end tells more
+    async def _keep_following(self, hive: Hive, status: _Started) -> None:
+        """Take the news of a hive that lives; a stream that broke begins with a new snapshot."""
+        while True:
+            try:
+                await self._follow(hive, status)
+            except (PeerError, UnavailableError) as exc:
+                log.info("%s: %s", hive.name, exc)  # if it has ended, its end tells more
+            await trio.sleep(FOLLOW_AGAIN)
 
     async def _follow(self, hive: Hive, status: _Started) -> None:
         """Take a hive's news until it ends; the hive is usable once its snapshot is here."""
         async with open_events(hive.client, "GET", messages.HIVE_WORKERS, what=hive.name) as events:
-            self._hives[hive.info.node] = hive
-            status.started(hive)
             async for name, data in events:
-                self._take(name, data)
+                self._take(hive, name, data)
+                if not status.done:
+                    self._hives[hive.info.node] = hive
+                    status.started(hive)
         raise UnavailableError(f"{hive.name} ended its news")
 
-    def _take(self, name: str, data: str) -> None:
-        if name == "workernarration":
+    def _take(self, hive: Hive, name: str, data: str) -> None:
+        if name == "workerids":
+            self._forget_others(hive, set(codec.loads(data, WorkerIds).worker_ids))
+        elif name == "workernarration":
             self.narrations.send(codec.loads(data, WorkerNarration))
         elif name == "workerinfo":
             self.take_info(codec.loads(data, WorkerInfo))
+
+    def _forget_others(self, hive: Hive, living: set[str]) -> None:
+        detail = ErrorDetail("worker_lost", f"the worker ended while the news of {hive.name} broke")
+        for info in self.workers:
+            if info.node == hive.info.node and info.worker_id not in living:
+                self._fail(info, detail)
+
+    def _fail(self, info: WorkerInfo, detail: ErrorDetail) -> None:
+        self.take_info(attrs.evolve(info, state=WorkerState.FAILED.value, error=detail))
+
+    def note_started(self, info: WorkerInfo) -> None:
+        """Note a worker just asked for, unless its news was quicker and tells more."""
+        if info.worker_id not in self.failures and not self.workers.get(WorkerId(info.worker_id)):
+            self.take_info(info)
 
     def take_info(self, info: WorkerInfo) -> None:
         """Note a worker's newest state; only the workers we asked for are ours."""
@@ -247,12 +274,6 @@ class Hives:
         self._remember(info)
         self.workers.remove(worker_id)
 
-    def expect(self, info: WorkerInfo) -> None:
-        """Note a worker just asked for, unless its news, even of its end, was quicker."""
-        worker_id = WorkerId(info.worker_id)
-        if self.workers.get(worker_id) is None and worker_id not in self.failures:
-            self.take_info(info)
-
     def _remember(self, info: WorkerInfo) -> None:
         self.failures[info.worker_id] = info
         while len(self.failures) > KEPT_FAILURES:
@@ -263,10 +284,10 @@ class Hives:
         hive = self._hives.pop(node, None)
         if hive is not None:
             hive.gone = True
-        detail = messages.ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}")
+        detail = ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}")
         for info in self.workers:
             if info.node == node:
-                self.take_info(attrs.evolve(info, state=WorkerState.FAILED.value, error=detail))
+                self._fail(info, detail)
 
     # an operator's hive ----------------------------------------------------------------------
     async def _keep_lease(self, hive: Hive) -> None:

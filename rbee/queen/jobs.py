@@ -181,7 +181,7 @@ class Jobs:
     async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
         job.narrate(Narration("queen", "start", f"a worker for {job.request.model}"))
         worker = await hive.start_worker(start_for(job.request, self._hives.queen_id))
-        self._hives.expect(worker)
+        self._hives.note_started(worker)
         return worker
 
     async def _until_ready(

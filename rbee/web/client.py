@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
 import httpx
 import trio
 
-from rbee.errors import PeerError, RbeeError, UnavailableError, from_wire
+from rbee.errors import BadInputError, PeerError, RbeeError, UnavailableError, from_wire
 from rbee.wire import codec, sse
 
 T = TypeVar("T")
@@ -73,7 +73,10 @@ async def call(
         raise error_of(response)
     if kind is type(None) or not response.content:
         return None  # type: ignore[return-value]
-    return codec.loads(response.content, kind)
+    try:
+        return codec.loads(response.content, kind)
+    except BadInputError as exc:  # of the peer's, not of whoever called us
+        raise PeerError(f"{what} gave a wrong answer: {exc.message}") from exc
 
 
 @asynccontextmanager
@@ -94,14 +97,16 @@ async def open_events(
     request = client.build_request(method, path, content=content, headers=headers)
     with translated(what):
         response = await client.send(request, stream=True)
+    stream = EventStream(response, what)
     try:
         if response.status_code >= 400:
             with translated(what):
                 await response.aread()
             raise error_of(response)
-        yield EventStream(response, what)
+        yield stream
     finally:
         await response.aclose()
+        await stream._run_out()
 
 
 class EventStream:
@@ -118,6 +123,12 @@ class EventStream:
         """Return the next bytes, b"" at the end."""
         with translated(self._what):
             return await anext(self._chunks, b"")
+
+    async def _run_out(self) -> None:
+        """Let httpx's nested generators end; left hanging, trio warns when they are collected."""
+        with suppress(httpx.HTTPError, httpx.StreamError):
+            while await anext(self._chunks, b""):
+                pass
 
     def __aiter__(self) -> EventStream:
         return self

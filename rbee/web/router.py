@@ -154,15 +154,17 @@ class App:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
-            route = self._match(scope["method"], scope["path"])
+            route, others = self._match(scope["method"], scope["path"])
             self._check(headers, is_open=route is not None and route[2])
             if route is None:
+                if others:
+                    raise _wrong_method(scope, others)
                 if self.fallback is None:
                     raise NotFoundError(f"no route {scope['method']} {scope['path']}")
                 await self.fallback(scope, receive, send)
                 return
             handler, params, _ = route
-            query = {k: v[-1] for k, v in parse_qs(scope["query_string"].decode()).items()}
+            query = {k: v[-1] for k, v in parse_qs(scope["query_string"].decode("latin-1")).items()}
             request = Request(scope["method"], scope["path"], params, headers, query, receive)
             answer = await handler(request)
         except RbeeError as error:
@@ -175,19 +177,20 @@ class App:
         else:
             await _send_response(answer, send)
 
-    def _match(self, method: str, path: str) -> tuple[Handler, dict[str, str], bool] | None:
+    def _match(
+        self, method: str, path: str
+    ) -> tuple[tuple[Handler, dict[str, str], bool] | None, list[str]]:
+        """Find the route; without one, the methods that the path does take."""
         parts = path.strip("/").split("/")
-        others = []
+        others: list[str] = []
         for route_method, pattern, handler, is_open in self._routes:
             params = _match_parts(pattern, parts)
             if params is None:
                 continue
             if route_method == method:
-                return handler, params, is_open
+                return (handler, params, is_open), []
             others.append(route_method)
-        if others:
-            raise MethodNotAllowedError(f"{path} takes {', '.join(others)}, not {method}")
-        return None
+        return None, others
 
     def _check(self, headers: dict[bytes, bytes], *, is_open: bool) -> None:
         host = headers.get(b"host", b"").decode("latin-1")
@@ -198,11 +201,18 @@ class App:
         if is_open:
             return
         sent = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if not hmac.compare_digest(sent, self._token):
+        # No token is not the empty one: an empty token file must not open the door.
+        if not self._token or not hmac.compare_digest(sent, self._token):
             raise UnauthorizedError(
                 "a valid token is required (Authorization: Bearer …)",
                 hint="cat ~/.rbee/token",
             )
+
+
+def _wrong_method(scope: Scope, others: list[str]) -> MethodNotAllowedError:
+    return MethodNotAllowedError(
+        f"{scope['path']} takes {', '.join(others)}, not {scope['method']}"
+    )
 
 
 def _hostname(host: str) -> str:

@@ -13,10 +13,11 @@ import hypercorn.trio
 import trio
 from hypercorn.config import Config
 
-from rbee.errors import ConflictError, MachineError
+from rbee.errors import BadInputError, ConflictError, MachineError
 
 log = logging.getLogger(__name__)
 
+ANY_HOST = ("0.0.0.0", "::")
 NEXT_PORTS = 200  # how many ports an owned daemon tries above its own
 
 
@@ -27,9 +28,12 @@ def open_listener(host: str, port: int, *, exact: bool) -> socket.socket:
         exact: fail if the port is taken (an operator asked for it), else take the next free one.
 
     Raises:
+        BadInputError: there is no such port.
         ConflictError: the port is taken, or none is free in reach.
         MachineError: the address is not one of this machine.
     """
+    if not 0 <= port <= 65535:
+        raise BadInputError(f"port {port} is not between 0 and 65535", hint="--port 0")
     last = port if exact or port == 0 else min(port + NEXT_PORTS, 65535)
     for candidate in range(port, last + 1):
         try:
@@ -130,7 +134,7 @@ def cut_accepted(address: Any) -> int:
             if not str(name.readlink()).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(name.name))) as sock:
-                if sock.getsockname() == address and _peer(sock):
+                if _is_at(sock.getsockname(), address) and sock.getpeername():
                     sock.shutdown(socket.SHUT_RDWR)
                     cut += 1
         except OSError:
@@ -138,5 +142,6 @@ def cut_accepted(address: Any) -> int:
     return cut
 
 
-def _peer(sock: socket.socket) -> Any:
-    return sock.getpeername()
+def _is_at(name: Any, address: Any) -> bool:
+    """Tell whether a socket of that name was accepted by a listener at ``address``."""
+    return name == address or (address[0] in ANY_HOST and name[1:2] == address[1:2])

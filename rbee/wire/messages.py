@@ -135,6 +135,13 @@ class WorkerInfo:
 
 
 @attrs.frozen
+class WorkerIds:
+    """The first event of a hive's news: all its workers; one that is not in it has ended."""
+
+    worker_ids: tuple[str, ...]
+
+
+@attrs.frozen
 class WorkerNarration:
     """What is being done for a worker that is not ready yet, for people who wait for it."""
 

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rbee.errors import PeerError
-from rbee.wire.codec import structure, to_dict
+from rbee.errors import BadInputError, PeerError
+from rbee.wire.codec import loads, to_dict
 from rbee.wire.messages import EVENTS, TERMINAL, Event
 
 CONTENT_TYPE = b"text/event-stream"
@@ -17,13 +17,13 @@ MAX_EVENT = 1 << 20
 def encode(event: Any) -> bytes:
     """Encode one message; its class name in lower case is the event's name."""
     data = json.dumps(to_dict(event), ensure_ascii=False, separators=(",", ":"))
-    return f"event: {type(event).__name__.lower()}\ndata: {data}\n\n".encode()
+    return f"event: {type(event).__name__.lower()}\ndata: {data}\n\n".encode("utf-8", "replace")
 
 
 def encode_token(text: str, index: int) -> bytes:
     """Encode a `Token` without the converter: this runs once per generated token."""
     data = json.dumps(text, ensure_ascii=False)
-    return f'event: token\ndata: {{"t":{data},"i":{index}}}\n\n'.encode()
+    return f'event: token\ndata: {{"t":{data},"i":{index}}}\n\n'.encode("utf-8", "replace")
 
 
 class Decoder:
@@ -33,7 +33,8 @@ class Decoder:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
-        self._rest += chunk.replace(b"\r\n", b"\n")
+        # Together with the rest: a chunk may end between the two.
+        self._rest = (self._rest + chunk).replace(b"\r\n", b"\n")
         while (end := self._rest.find(b"\n\n")) >= 0:
             block, self._rest = self._rest[:end], self._rest[end + 2 :]
             if pair := _parse(block):
@@ -55,11 +56,18 @@ def _parse(block: bytes) -> tuple[str, str] | None:
 
 
 def event_from(name: str, data: str) -> Event | None:
-    """Make the typed event of a job stream; None for a name this version does not know."""
+    """Make the typed event of a job stream; None for a name this version does not know.
+
+    Raises:
+        PeerError: it is not what its name says.
+    """
     kind = EVENTS.get(name)
     if kind is None:
         return None
-    event: Event = structure(json.loads(data), kind)
+    try:
+        event: Event = loads(data, kind)
+    except BadInputError as exc:
+        raise PeerError(f"a broken {name} event: {exc.message}") from exc
     return event
 
 
@@ -67,7 +75,7 @@ class TerminalWatch:
     """See in a passing byte stream whether its terminal event went by."""
 
     def __init__(self) -> None:
-        self._tail = b""
+        self._tail = b"\n"  # a stream begins as if a line had ended
         self.seen = False
 
     def feed(self, chunk: bytes) -> None:
@@ -78,6 +86,5 @@ class TerminalWatch:
 
 
 def _starts_event(text: bytes, name: bytes) -> bool:
-    needle = b"event: " + name + b"\n"
     # A token's text is JSON on one line: a newline before "event:" cannot come from it.
-    return text.startswith(needle) or b"\n" + needle in text
+    return b"\nevent: " + name + b"\n" in text

@@ -12,8 +12,8 @@ from cyclopts import App, Parameter
 
 from rbee import __version__, guard
 from rbee.daemon import ensure_nonce, print_error
-from rbee.errors import MachineError, RbeeError, UsageError
-from rbee.home import open_home, read_token
+from rbee.errors import RbeeError, UsageError
+from rbee.home import open_home, read_token, read_token_file
 from rbee.model import WORKER_PORT, WorkerConfig, WorkerId, WorkerSpec, new_id
 from rbee.wire import codec
 
@@ -131,12 +131,7 @@ def _key_value(text: str) -> tuple[str, str]:
 
 
 def _read_token(path: Path | None) -> str:
-    if path is None:
-        return read_token(open_home())
-    try:
-        return path.read_text().strip()
-    except OSError as exc:
-        raise MachineError(f"cannot read the token file {path}: {exc.strerror}") from exc
+    return read_token_file(path) if path else read_token(open_home())
 
 
 def main() -> None:

@@ -1,0 +1,93 @@
+"""The main job with a real model: keeper, queen, hive, zygote, guard, worker, vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rbee.home import Home
+from rbee.testing.processes import LeakCheck, carriers, title_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+CAPITAL = ("--model", "smollm2-135m", "--prompt", "What is the capital of France?")
+
+
+def keeper(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+    argv = [sys.executable, "-m", "rbee", *arguments]
+    return subprocess.run(argv, capture_output=True, timeout=300)
+
+
+def arrivals(*arguments: str) -> tuple[list[float], bytes]:
+    """Run a command and return when something came on its stdout, and all of it."""
+    times, text = [], b""
+    argv = [sys.executable, "-m", "rbee", *arguments]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        while data := os.read(process.stdout.fileno(), 65536):
+            times.append(time.monotonic())
+            text += data
+    assert process.returncode == 0
+    return times, text
+
+
+@pytest.fixture
+def queen(home: Home, nonce: str, leaks: LeakCheck, shared_models: Path) -> Iterator[Home]:
+    """Keep an operator's queen, and at the end see that nothing of it is left."""
+    pytest.importorskip("vllm", reason="needs vLLM: pip install 'rbee[cpu]'")
+    home.models.rmdir()
+    home.models.symlink_to(shared_models)
+    started = keeper("queen", "start", "--port", "0")
+    assert started.returncode == 0, started.stderr.decode()
+    yield home
+    stopped = keeper("queen", "stop")
+    assert stopped.returncode == 0, stopped.stderr.decode()
+    leaks.wait_clean_sync(2)
+
+
+def workers() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(keeper("worker", "list", "--json").stdout)
+    return found
+
+
+def test_a_real_model_answers_and_its_worker_stays_warm(queen: Home, nonce: str) -> None:
+    first = keeper("infer", *CAPITAL, "--temperature", "0")
+    assert first.returncode == 0, first.stderr.decode()
+    assert first.stdout == b"The capital of France is Paris.\n"
+    assert any("VLLM::EngineCore" in title_of(pid) for pid in carriers(nonce))
+    (worker,) = workers()
+
+    times, text = arrivals(
+        "infer", "--model", "smollm2-135m", "--prompt", "Tell me about bees.",
+        "--max-tokens", "20", "--temperature", "0",
+    )  # fmt: skip
+    assert len(text) > 20
+    assert len(set(times)) >= 5
+    assert times[-1] - times[0] > 0.05
+
+    assert [w["pid"] for w in workers()] == [worker["pid"]]
+    assert "Paris" in ask_openai(worker["url"], queen)
+
+
+def ask_openai(url: str, home: Home) -> str:
+    """Ask through vLLM's own API, which the worker serves beside ours."""
+    body = {
+        "model": "smollm2-135m",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "temperature": 0,
+    }
+    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    request.add_header("Authorization", f"Bearer {home.token_file.read_text().strip()}")
+    with urllib.request.urlopen(request, timeout=60) as response:
+        answer = json.load(response)
+    return str(answer["choices"][0]["message"]["content"])

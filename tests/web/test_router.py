@@ -1,0 +1,324 @@
+"""Checks at the door, and every refusal as JSON; in memory, without a server."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from rbee.errors import ConflictError, UnavailableError
+from rbee.web import router
+from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.wire.messages import Message
+
+TOKEN = "secret"
+JSON = {"content-type": "application/json"}
+
+
+@attrs.define
+class Answer:
+    status: int = 0
+    headers: dict[bytes, bytes] = attrs.field(factory=dict)
+    body: bytes = b""
+    ended: bool = False
+
+    @property
+    def error(self) -> dict[str, Any]:
+        return json.loads(self.body)["error"]
+
+
+@attrs.define
+class Call:
+    """One request in memory; the client goes away when ``left`` is set."""
+
+    app: App
+    parts: list[bytes]
+    answer: Answer = attrs.field(factory=Answer)
+    left: trio.Event = attrs.field(factory=trio.Event)
+
+    async def run(self, method: str, path: str, headers: dict[str, str]) -> Answer:
+        path, _, query = path.partition("?")
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        scope = {
+            "type": "http", "method": method, "path": path, "headers": raw,
+            "query_string": query.encode("latin-1"),
+        }  # fmt: skip
+        await self.app(scope, self.receive, self.send)
+        return self.answer
+
+    async def receive(self) -> dict[str, Any]:
+        if self.parts:
+            part = self.parts.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(self.parts)}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        await trio.lowlevel.checkpoint()
+        if message["type"] == "http.response.start":
+            self.answer.status = message["status"]
+            self.answer.headers = dict(message["headers"])
+        else:
+            self.answer.body += message["body"]
+            self.answer.ended = not message.get("more_body", False)
+
+
+async def ask(app: App, method: str, path: str, *parts: bytes, **headers: str) -> Answer:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    own = {"host": "localhost:8080", "authorization": f"Bearer {TOKEN}", **named}
+    return await Call(app, [*parts] or [b""]).run(method, path, own)
+
+
+async def hello(request: Request) -> Response:
+    return json_response({"params": request.params, "query": request.query})
+
+
+async def read(request: Request) -> Response:
+    return json_response(await request.read(Message), 201)
+
+
+def make(**options: Any) -> App:
+    app = App(token=TOKEN, **options)
+    app.add("GET", "/v1/workers", hello)
+    app.add("POST", "/v1/workers", read)
+    app.add("DELETE", "/v1/workers/{worker}/jobs/{job}", hello)
+    app.add("GET", "/health", hello, is_open=True)
+    return app
+
+
+async def test_a_route_gets_its_parameters_and_the_query() -> None:
+    answer = await ask(make(), "DELETE", "/v1/workers/w-1/jobs/7?a=1&a=2&b=%C3%BC&c=\xff")
+    assert answer.status == 200
+    said = json.loads(answer.body)
+    assert said["params"] == {"worker": "w-1", "job": "7"}
+    assert said["query"] == {"a": "2", "b": "ü", "c": "\xff"}
+    assert answer.headers[b"content-type"] == b"application/json"
+    assert answer.headers[b"content-length"] == str(len(answer.body)).encode()
+
+
+async def test_an_unknown_path_is_404() -> None:
+    answer = await ask(make(), "GET", "/v1/nothing")
+    assert (answer.status, answer.error["code"]) == (404, "not_found")
+    assert answer.error["message"] == "no route GET /v1/nothing"
+    assert answer.error["correlation_id"]
+
+
+async def test_a_path_with_other_methods_is_405_and_names_them() -> None:
+    answer = await ask(make(), "PUT", "/v1/workers")
+    assert answer.status == 405
+    assert answer.error["message"] == "/v1/workers takes GET, POST, not PUT"
+
+
+@pytest.mark.parametrize("sent", ["", "Bearer wrong", "Bearer ", f"Bearer {TOKEN}x", "Basic x"])
+@pytest.mark.parametrize("path", ["/v1/workers", "/nothing"])
+async def test_without_the_token_every_path_is_401(sent: str, path: str) -> None:
+    answer = await ask(make(), "GET", path, authorization=sent)
+    assert (answer.status, answer.error["code"]) == (401, "unauthorized")
+    assert (await ask(make(), "PUT", path, authorization=sent)).status == 401
+    assert TOKEN not in answer.body.decode()
+
+
+@pytest.mark.parametrize("sent", ["", "Bearer ", "Bearer x"])
+async def test_an_app_without_a_token_lets_nobody_in(sent: str) -> None:
+    app = App(token="")
+    app.add("GET", "/v1/workers", hello)
+    assert (await ask(app, "GET", "/v1/workers", authorization=sent)).status == 401
+
+
+async def test_an_open_route_needs_no_token_but_the_right_host() -> None:
+    assert (await ask(make(), "GET", "/health", authorization="")).status == 200
+    answer = await ask(make(), "GET", "/health", authorization="", host="evil.example")
+    assert answer.status == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200), ("LOCALHOST:1", 200), ("127.0.0.1:8080", 200), ("[::1]:8080", 200),
+        ("[::1]", 200), ("node-1:9200", 200), ("", 403), ("evil.example:8080", 403),
+        ("localhost.evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("node-2", 403),
+    ],
+)  # fmt: skip
+async def test_only_our_own_names_are_taken_as_host(host: str, status: int) -> None:
+    answer = await ask(make(hosts=["node-1"]), "GET", "/v1/workers", host=host)
+    assert answer.status == status
+    if status == 403:
+        assert answer.error["code"] == "unknown_host"
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:8080", "null", "https://evil.example", ""])
+async def test_any_origin_is_403(origin: str) -> None:
+    answer = await ask(make(), "GET", "/health", origin=origin)
+    assert (answer.status, answer.error["code"]) == (403, "origin")
+
+
+async def test_a_body_is_read_as_its_class_in_any_parts() -> None:
+    parts = [b'{"role": "us', b"", b'er", "content": "hi"}']
+    answer = await ask(make(), "POST", "/v1/workers", *parts, **JSON)
+    assert (answer.status, json.loads(answer.body)["content"]) == (201, "hi")
+    media = {"content_type": "Application/JSON; charset=utf-8"}
+    assert (await ask(make(), "POST", "/v1/workers", b"".join(parts), **media)).status == 201
+
+
+@pytest.mark.parametrize("media", ["", "text/plain", "application/x-www-form-urlencoded"])
+async def test_a_body_that_is_not_json_by_its_type_is_415(media: str) -> None:
+    answer = await ask(make(), "POST", "/v1/workers", b"{}", content_type=media)
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media")
+
+
+async def test_a_body_that_is_too_large_is_413(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "MAX_BODY", 10)
+    answer = await ask(make(), "POST", "/v1/workers", b"123456", b"78901", b"more", **JSON)
+    assert (answer.status, answer.error["code"]) == (413, "too_large")
+
+
+async def test_a_wrong_body_is_400_and_names_the_fields() -> None:
+    answer = await ask(make(), "POST", "/v1/workers", b'{"role": 5, "text": ""}', **JSON)
+    assert (answer.status, answer.error["code"]) == (400, "bad_input")
+    assert all(name in answer.error["message"] for name in ("role", "content", "text"))
+
+
+async def test_an_error_of_ours_becomes_its_status_and_body() -> None:
+    async def refuse(request: Request) -> Response:
+        raise ConflictError("taken", hint="try --port 0", code="port_taken", port=80)
+
+    app = make()
+    app.add("GET", "/refuse", refuse)
+    answer = await ask(app, "GET", "/refuse")
+    error = answer.error
+    assert (answer.status, error.pop("correlation_id") != "") == (409, True)
+    assert error == {
+        "code": "port_taken", "message": "taken", "hint": "try --port 0", "details": {"port": 80},
+    }  # fmt: skip
+    assert b"retry-after" not in answer.headers
+
+
+async def test_what_is_not_available_now_says_when_to_retry() -> None:
+    async def refuse(request: Request) -> Response:
+        raise UnavailableError("starting")
+
+    app = make()
+    app.add("GET", "/refuse", refuse)
+    assert (await ask(app, "GET", "/refuse")).headers[b"retry-after"] == b"1"
+
+
+async def test_a_bug_is_500_logged_and_not_told(error_records: list[logging.LogRecord]) -> None:
+    async def fail(request: Request) -> Response:
+        raise KeyError("a secret of ours")
+
+    app = make()
+    app.add("GET", "/fail", fail)
+    answer = await ask(app, "GET", "/fail")
+    assert (answer.status, answer.error["code"]) == (500, "internal")
+    assert b"secret" not in answer.body
+    assert "a secret of ours" in str(error_records.pop().exc_info)
+
+
+async def test_the_fallback_takes_the_rest_after_the_same_checks() -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 299, "headers": []})
+        await send({"type": "http.response.body", "body": b"theirs"})
+
+    app = make(fallback=other)
+    assert (await ask(app, "GET", "/v1/models")).body == b"theirs"
+    assert (await ask(app, "GET", "/v1/workers")).status == 200
+    assert (await ask(app, "PUT", "/v1/workers")).status == 405
+    assert (await ask(app, "GET", "/v1/models", authorization="")).status == 401
+    assert (await ask(app, "GET", "/v1/models", host="evil.example")).status == 403
+    assert (await ask(app, "GET", "/v1/models", origin="null")).status == 403
+
+
+# streams --------------------------------------------------------------------------------------
+def streaming(run: Callable[[Emit], Any]) -> App:
+    async def start(request: Request) -> Stream:
+        return Stream(run, ((b"x-job", b"7"),))
+
+    app = make()
+    app.add("POST", "/stream", start)
+    return app
+
+
+async def test_a_stream_sends_its_head_with_its_first_chunk_and_then_ends() -> None:
+    async def run(emit: Emit) -> None:
+        await emit(b"a")
+        await emit(b"b")
+
+    answer = await ask(streaming(run), "POST", "/stream")
+    assert (answer.status, answer.body, answer.ended) == (200, b"ab", True)
+    assert answer.headers[b"content-type"] == b"text/event-stream"
+    assert answer.headers[b"x-accel-buffering"] == b"no"
+    assert answer.headers[b"x-job"] == b"7"
+
+
+async def test_a_stream_without_a_chunk_is_an_empty_answer() -> None:
+    async def run(emit: Emit) -> None:
+        await trio.lowlevel.checkpoint()
+
+    answer = await ask(streaming(run), "POST", "/stream")
+    assert (answer.status, answer.body, answer.ended) == (200, b"", True)
+
+
+async def test_a_refusal_before_the_first_chunk_is_a_plain_error() -> None:
+    async def run(emit: Emit) -> None:
+        raise UnavailableError("no slot")
+
+    answer = await ask(streaming(run), "POST", "/stream")
+    assert (answer.status, answer.error["message"], answer.ended) == (503, "no slot", True)
+
+
+async def test_an_error_in_the_middle_never_ends_the_answer_as_if_complete() -> None:
+    async def run(emit: Emit) -> None:
+        await emit(b"a")
+        raise UnavailableError("gone")
+
+    call = Call(streaming(run), [b""])
+    headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}"}
+    with pytest.RaisesGroup(UnavailableError, flatten_subgroups=True):
+        await call.run("POST", "/stream", headers)
+    assert (call.answer.body, call.answer.ended) == (b"a", False)
+
+
+async def test_a_stream_is_cancelled_when_its_client_goes_away() -> None:
+    ended = trio.Event()
+
+    async def run(emit: Emit) -> None:
+        try:
+            await emit(b"a")
+            await trio.sleep_forever()
+        finally:
+            ended.set()
+
+    call = Call(streaming(run), [b""])
+    headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}"}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(call.run, "POST", "/stream", headers)
+        await wait_all_tasks_blocked()
+        assert (call.answer.body, ended.is_set()) == (b"a", False)
+        call.left.set()
+        with trio.fail_after(1):
+            await ended.wait()
+    assert not call.answer.ended
+
+
+async def test_a_body_whose_client_left_is_refused() -> None:
+    call = Call(make(), [])
+    call.left.set()
+    headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}", **JSON}
+    answer = await call.run("POST", "/v1/workers", headers)
+    assert answer.error["message"] == "the body ended early"
+
+
+async def test_a_websocket_is_closed() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await make()({"type": "websocket"}, send, send)
+    assert sent == [{"type": "websocket.close"}]

@@ -1,0 +1,262 @@
+"""The server on a real port: its listener, its streams and its bounded end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from rbee.errors import BadInputError, ConflictError, MachineError
+from rbee.web.client import call, open_client
+from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.web.server import open_listener, serve_http, url_of
+
+GRACE = 0.3
+TOKEN = "secret"
+
+
+# the listener ---------------------------------------------------------------------------------
+@pytest.fixture
+def taken() -> AsyncGenerator[int, None]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_an_exact_port_that_is_taken_is_a_conflict_that_names_it(taken: int) -> None:
+    with pytest.raises(ConflictError, match=f"port {taken} on 127.0.0.1 is taken") as info:
+        open_listener("127.0.0.1", taken, exact=True)
+    assert info.value.code == "port_taken"
+    assert f":{taken}" in info.value.hint
+
+
+def test_the_next_free_port_is_taken_and_told(taken: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with open_listener("127.0.0.1", taken, exact=False) as listener:
+        port = listener.getsockname()[1]
+        assert taken < port <= taken + 200
+        assert f"port {taken} is taken, using {port}" in caplog.text
+        with open_listener("127.0.0.1", taken, exact=False) as third:
+            assert third.getsockname()[1] > port
+
+
+def test_port_0_is_any_free_port() -> None:
+    with (
+        open_listener("127.0.0.1", 0, exact=True) as one,
+        open_listener("127.0.0.1", 0, exact=True) as two,
+    ):
+        assert url_of(one) != url_of(two)
+        assert url_of(one) == f"http://127.0.0.1:{one.getsockname()[1]}"
+
+
+def test_all_ports_in_reach_taken_is_a_conflict(
+    taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.web.server.NEXT_PORTS", 0)
+    with pytest.raises(ConflictError, match=f"all up to {taken}"):
+        open_listener("127.0.0.1", taken, exact=False)
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(MachineError, match=r"cannot listen on 192\.0\.2\.1:80"):
+        open_listener("192.0.2.1", 80, exact=False)
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_port_that_cannot_be_is_bad_input(port: int, exact: bool) -> None:
+    with pytest.raises(BadInputError, match=f"port {port} is not between"):
+        open_listener("127.0.0.1", port, exact=exact)
+
+
+# serving --------------------------------------------------------------------------------------
+async def pid(request: Request) -> Response:
+    return json_response({"pid": os.getpid()})
+
+
+def make(**routes: Callable[[Request], Awaitable[Response | Stream]]) -> App:
+    app = App(token=TOKEN)
+    app.add("GET", "/pid", pid)
+    for name, handler in routes.items():
+        app.add("GET", f"/{name}", handler)
+    return app
+
+
+@asynccontextmanager
+async def serving(
+    app: App, host: str = "127.0.0.1", grace: float = GRACE
+) -> AsyncGenerator[tuple[trio.CancelScope, trio.Event, int], None]:
+    """Give the scope that encloses a server, the event of its end and its port."""
+    listener = open_listener(host, 0, exact=True)
+    port = listener.getsockname()[1]
+    scope, ended = trio.CancelScope(), trio.Event()
+
+    async def serve(*, task_status: trio.TaskStatus[str]) -> None:
+        with scope:
+            await serve_http(app, listener, grace=grace, task_status=task_status)
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve)
+        yield scope, ended, port
+        scope.cancel()
+
+
+async def open_request(port: int, path: str) -> trio.SocketStream:
+    """Send a request on a connection with a small receive buffer; nothing is read."""
+    sock = trio.socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    await sock.connect(("127.0.0.1", port))
+    stream = trio.SocketStream(sock)
+    head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    await stream.send_all(head.encode())
+    return stream
+
+
+async def endless(request: Request) -> Stream:
+    async def run(emit: Emit) -> None:
+        while True:
+            await emit(b"x" * 65536)
+
+    return Stream(run)
+
+
+async def test_a_server_answers_on_its_port() -> None:
+    async with (
+        serving(make()) as (_, _, port),
+        open_client(f"http://127.0.0.1:{port}", TOKEN) as client,
+    ):
+        assert await call(client, "GET", "/pid", dict, what="server") == {"pid": os.getpid()}
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+async def test_a_reader_who_stopped_does_not_hold_up_the_end(host: str) -> None:
+    """DESIGN 3, trap 6: the server shields its writes without a deadline."""
+    async with (
+        serving(make(endless=endless), host) as (scope, ended, port),
+        await open_request(port, "/endless"),
+    ):
+        await wait_all_tasks_blocked(0.1)  # all buffers are full
+        scope.cancel()
+        with trio.fail_after(GRACE + 1):
+            await ended.wait()
+
+
+async def test_the_port_is_free_at_once_when_the_server_ends() -> None:
+    async with (
+        serving(make(endless=endless), grace=5.0) as (scope, ended, port),
+        await open_request(port, "/endless") as stream,
+    ):
+        await stream.receive_some(1)
+        scope.cancel()
+        await wait_all_tasks_blocked(0.05)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        assert not ended.is_set()
+
+
+async def test_a_running_answer_is_finished_within_the_grace() -> None:
+    begun, go_on = trio.Event(), trio.Event()
+
+    async def slow(request: Request) -> Response:
+        begun.set()
+        await go_on.wait()
+        return Response(b"done", content_type=b"text/plain")
+
+    async with (
+        serving(make(slow=slow), grace=5.0) as (scope, ended, port),
+        await open_request(port, "/slow") as stream,
+    ):
+        await begun.wait()
+        scope.cancel()
+        await wait_all_tasks_blocked(0.05)
+        go_on.set()
+        data = b"".join([chunk async for chunk in stream])
+        assert data.endswith(b"done")
+        with trio.fail_after(1):
+            await ended.wait()
+
+
+async def test_an_answer_that_outlasts_the_grace_is_cancelled() -> None:
+    begun, cancelled = trio.Event(), trio.Event()
+
+    async def stuck(request: Request) -> Response:
+        begun.set()
+        try:
+            await trio.sleep_forever()
+        finally:
+            cancelled.set()
+
+    async with (
+        serving(make(stuck=stuck)) as (scope, ended, port),
+        await open_request(port, "/stuck"),
+    ):
+        await begun.wait()
+        start = trio.current_time()
+        scope.cancel()
+        with trio.fail_after(GRACE + 1):
+            await ended.wait()
+    assert cancelled.is_set()
+    assert trio.current_time() - start >= GRACE
+
+
+async def test_a_stream_is_cancelled_when_its_client_goes_away() -> None:
+    begun, cancelled = trio.Event(), trio.Event()
+
+    async def quiet(request: Request) -> Stream:
+        async def run(emit: Emit) -> None:
+            await emit(b"a")
+            begun.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                cancelled.set()
+
+        return Stream(run)
+
+    async with serving(make(quiet=quiet)) as (_, _, port):
+        async with await open_request(port, "/quiet"):
+            await begun.wait()
+        with trio.fail_after(1):
+            await cancelled.wait()
+        async with open_client(f"http://127.0.0.1:{port}", TOKEN) as client:
+            await call(client, "GET", "/pid", dict, what="server")
+
+
+async def test_an_idle_connection_does_not_hold_up_the_end() -> None:
+    async with (
+        serving(make()) as (scope, ended, port),
+        await trio.open_tcp_stream("127.0.0.1", port),
+    ):
+        scope.cancel()
+        with trio.fail_after(GRACE + 1):
+            await ended.wait()
+
+
+async def test_nothing_of_a_server_stays_open() -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    async with serving(make(endless=endless)) as (scope, ended, port):
+        stream = await open_request(port, "/endless")
+        await stream.receive_some(1)
+        scope.cancel()
+        await ended.wait()
+        await stream.aclose()
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+@pytest.mark.slow
+async def test_a_child_does_not_inherit_the_listener() -> None:
+    listing = "import os; print(*os.listdir('/proc/self/fd'))"
+    argv = [sys.executable, "-c", listing]
+    run = partial(subprocess.run, argv, capture_output=True, text=True, close_fds=False, check=True)
+    before = set(run().stdout.split())
+    async with serving(make()):
+        assert set(run().stdout.split()) == before
