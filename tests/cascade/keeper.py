@@ -52,11 +52,13 @@ def run(*line: str, argv: Sequence[str] = COMMAND, **options: Any) -> Done:
 
 def infer(model: str, *line: str, prompt: str = "hello bee", **options: Any) -> Done:
     """Ask an echo model, unless ``line`` names another engine."""
-    return run("infer", "--model", model, "--prompt", prompt, *_echo(line), **options)
+    return run(*_line(model, line, prompt), **options)
 
 
-def _echo(line: Sequence[str]) -> tuple[str, ...]:
-    return tuple(line) if "--engine" in line else ("--engine", "echo", *line)
+def _line(model: str, line: Sequence[str], prompt: str) -> list[str]:
+    default = {"--engine": "echo", "--prompt": prompt}
+    added = [word for flag, value in default.items() if flag not in line for word in (flag, value)]
+    return ["infer", "--model", model, *line, *added]
 
 
 @attrs.define(eq=False)
@@ -93,7 +95,7 @@ def running_infer(
     model: str, *line: str, env: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Running]:
     """Start an answer; whatever happens in the body, the command has ended afterwards."""
-    argv = [*COMMAND, "infer", "--model", model, "--prompt", "hello bee", *_echo(line)]
+    argv = [*COMMAND, *_line(model, line, "hello bee")]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(argv, env=env, **pipes | options) as popen:
         try:
