@@ -420,39 +420,46 @@ class Guard:
             _unlink(self.record_path)
 
     def _kill_all(self) -> int:
-        """STOP and KILL until there are none; STOP first, so that no forking tree outruns us."""
+        """STOP and KILL until the kernel says that we have no child: then nothing is below us.
+
+        A tree that forks and exits all the time lands with us, link by link, and each link lives
+        for a moment only. So children are frozen as they are found, without a pause; only what
+        was hit before and is still there (state D) is waited for. A look at /proc that finds
+        nothing proves nothing: it can miss every link.
+        """
         killed: set[int] = set()
         pause = 0.001
-        while found := self._below():
+        while not self._reap():
+            found = self._freeze()
             self._note_shared_memory(found)
-            for number in (signal.SIGSTOP, signal.SIGKILL):
-                for pid, start in found.items():
-                    send_signal(pid, start, number)
+            for pid, start in found.items():
+                send_signal(pid, start, signal.SIGKILL)
+            if found and found.keys() <= killed:
+                time.sleep(pause)
+                pause = min(pause * 2, 0.25)
             killed |= found.keys()
-            self._reap()
-            time.sleep(pause)
-            pause = min(pause * 2, 0.25)  # a process in state D does not go at once
-            self._reap()
-        self._reap()
         return len(killed)
 
-    def _below(self) -> dict[int, int]:
-        """Return all our descendants, however long it takes to get at /proc."""
-        while True:
-            try:
-                return descendants(os.getpid())
-            except OSError as exc:  # no memory, no descriptors: that passes
-                self._log(f"cannot look for what is left: {exc}")
-                time.sleep(0.1)
+    def _freeze(self) -> dict[int, int]:
+        """Freeze all our descendants and return them."""
+        found: dict[int, int] = {}
+        todo = [os.getpid()]
+        while todo:
+            for pid in children(todo.pop()):
+                if (start := start_time(pid)) and send_signal(pid, start, signal.SIGSTOP):
+                    found[pid] = start
+                    todo.append(pid)
+        return found
 
-    def _reap(self) -> None:
+    def _reap(self) -> bool:
+        """Reap what has ended; return whether we have no child any more."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return
+                return True
             if not pid:
-                return
+                return False
             self.adopted.pop(pid, None)
             if pid == self.child:
                 code = os.waitstatus_to_exitcode(status)

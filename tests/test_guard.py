@@ -201,7 +201,14 @@ os._exit(7 if told == "first\\nstop\\n" else 8)  # Python gives up its handlers 
         assert one.wait(2) == 7
 
 
-FREEZE = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+FREEZE = """
+import os, signal, time
+{}
+while True:
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+HEARS_TERM = FREEZE.format("")
+IGNORES_TERM = FREEZE.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
 
 
 def wait_until_frozen(pid: int) -> None:
@@ -209,8 +216,18 @@ def wait_until_frozen(pid: int) -> None:
 
 
 @slow
+def test_a_frozen_command_is_woken_to_hear_of_its_end(leaks: LeakCheck) -> None:
+    with guarded(code(HEARS_TERM), leaks, grace=5) as one:
+        wait_until_frozen(one.child)
+        start = time.monotonic()
+        one.say("stop\n")
+        assert one.wait() == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 1
+
+
+@slow
 def test_a_frozen_command_is_killed_after_the_grace(leaks: LeakCheck) -> None:
-    with guarded(code(FREEZE), leaks, grace=0.5) as one:
+    with guarded(code(IGNORES_TERM), leaks, grace=0.5) as one:
         wait_until_frozen(one.child)
         start = time.monotonic()
         one.say("stop\n")
@@ -220,7 +237,7 @@ def test_a_frozen_command_is_killed_after_the_grace(leaks: LeakCheck) -> None:
 
 @slow
 def test_a_full_pipe_to_a_frozen_command_does_not_block_the_guard(leaks: LeakCheck) -> None:
-    with guarded(code(FREEZE), leaks) as one:
+    with guarded(code(IGNORES_TERM), leaks) as one:
         wait_until_frozen(one.child)
         one.say("beat 1\n" * 30_000)  # three times what a pipe holds
         one.say("stop\n")
@@ -236,7 +253,8 @@ print(1, flush=True)
 os.close(1)
 for _ in range(4):
     os.fork()
-while True:
+until = time.monotonic() + 10  # should the guard fail, it must not go on for ever
+while time.monotonic() < until:
     if os.fork():
         os._exit(0)
     os.setsid()

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -36,20 +36,41 @@ def fork_or_exec(get_zygote: Callable[[str], Awaitable[Zygote]]) -> Launcher:
     @asynccontextmanager
     async def launch(config: WorkerConfig, log_file: Path) -> AsyncGenerator[Process, None]:
         zygote = await get_zygote(config.spec.engine)
-        try:
-            process = await fork_worker(zygote, config, log_file)
-        except CannotForkError as exc:
-            log.warning("%s: executing the worker instead, which starts slower", exc)
-            async with exec_worker(config, log_file) as process:
-                yield process
-            return
-        async with _owned(process, config):
+        async with AsyncExitStack() as stack:
+            try:
+                forked = fork_worker(zygote, config, log_file)
+                process = await stack.enter_async_context(forked)
+            except CannotForkError as exc:
+                log.warning("%s: executing the worker instead, which starts slower", exc)
+                process = await stack.enter_async_context(exec_worker(config, log_file))
             yield process
 
     return launch
 
 
-async def fork_worker(zygote: Zygote, config: WorkerConfig, log_file: Path) -> Process:
+@asynccontextmanager
+async def fork_worker(
+    zygote: Zygote, config: WorkerConfig, log_file: Path
+) -> AsyncGenerator[Process, None]:
+    """Run a worker forked from ``zygote`` while the body runs.
+
+    Raises:
+        CannotForkError: execute it instead; nothing of the try is left.
+    """
+    process: Process | None = None
+    try:
+        process = await _fork(zygote, config, log_file)
+        yield process
+    finally:
+        with trio.CancelScope(shield=True):  # bounded: the guard inside kills at its grace
+            if process is not None:
+                await process.stop(config.grace.worker_guard + 0.5)
+            await sweep(Path(config.run_dir))
+        if process is not None:
+            process.close()
+
+
+async def _fork(zygote: Zygote, config: WorkerConfig, log_file: Path) -> Process:
     plan = {
         "name": "worker-guard",
         "grace": config.grace.worker_guard,
@@ -64,17 +85,6 @@ async def fork_worker(zygote: Zygote, config: WorkerConfig, log_file: Path) -> P
         return await zygote.fork(plan, config, log_fd)
     finally:
         os.close(log_fd)
-
-
-@asynccontextmanager
-async def _owned(process: Process, config: WorkerConfig) -> AsyncGenerator[None, None]:
-    try:
-        yield
-    finally:
-        with trio.CancelScope(shield=True):  # bounded: the guard inside kills at its grace
-            await process.stop(config.grace.worker_guard + 0.5)
-            await sweep(Path(config.run_dir))
-        process.close()
 
 
 @asynccontextmanager

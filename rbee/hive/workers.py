@@ -15,6 +15,7 @@ import trio
 from rbee.broadcast import Broadcast
 from rbee.errors import (
     ChildExitedError,
+    ConflictError,
     NotFoundError,
     RbeeError,
     UnavailableError,
@@ -213,9 +214,12 @@ class Workers:
                 grace=self._setup.grace,
             )
             self._narrate(worker)("load", f"{spec.model} with {spec.engine} on {spec.backend}")
-            async with self._launch(config, worker.log_file) as process:
-                self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)
-                status = await self._until_end(worker, process)
+            with trio.move_on_after(LOAD_LIMIT) as loading:
+                async with self._launch(config, worker.log_file) as process:
+                    self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)
+                    status = await self._until_end(worker, process, loading)
+            if loading.cancelled_caught:
+                raise _too_slow(worker)
             raise _died(worker, status)
         self._change(worker, state=WorkerState.STOPPED.value)
 
@@ -234,26 +238,24 @@ class Workers:
             spec, model=local.reference, model_dir=str(local.directory), served_names=names
         )
 
-    async def _until_end(self, worker: Worker, process: Process) -> int:
-        with trio.move_on_after(LOAD_LIMIT) as loading:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_lift_limit, worker.became_ready, loading)
-                nursery.start_soon(self._probe, worker)
-                status = await process.wait()
-                nursery.cancel_scope.cancel(reason="worker ended")
-        if loading.cancelled_caught:
-            raise UnavailableError(
-                f"worker {worker.id} was not ready within {LOAD_LIMIT:g} s",
-                code="load_timeout",
-                hint=f"rbee-keeper logs --worker {worker.id}",
-                log=log_tail(worker.log_file),
-            )
+    async def _until_end(self, worker: Worker, process: Process, loading: trio.CancelScope) -> int:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_lift_limit, worker.became_ready, loading)
+            nursery.start_soon(self._probe, worker)
+            status = await process.wait()
+            nursery.cancel_scope.cancel(reason="worker ended")
         return status
 
     # events ----------------------------------------------------------------------------------
     def ready(self, message: WorkerReady) -> None:
-        """Take the worker's ready callback."""
+        """Take the worker's ready callback.
+
+        Raises:
+            ConflictError: it comes too late, the worker is being stopped.
+        """
         worker = self.get(message.worker_id)
+        if worker.scope.cancel_called:
+            raise ConflictError(f"worker {worker.id} is being stopped", code="stopping")
         worker.became_ready.set()
         self._change(worker, state=WorkerState.READY.value, url=message.url)
         log.info("worker %s ready at %s", worker.id, message.url)
@@ -295,20 +297,44 @@ class Workers:
     async def stop(self, worker_id: str) -> None:
         """Stop one worker and return when nothing of it is left."""
         worker = self.get(worker_id)
-        self._change(worker, state=WorkerState.STOPPING.value)
-        worker.scope.cancel(reason="asked to stop")
+        self._begin_stop(worker)
         await worker.ended.wait()
 
     async def stop_owned_by(self, owner: str) -> None:
-        async with trio.open_nursery() as nursery:
-            for worker in list(self._workers.values()):
-                if worker.info.owner == owner:
-                    nursery.start_soon(self.stop, worker.id)
+        """Stop an owner's workers side by side and return when nothing of them is left."""
+        mine = [worker for worker in self._workers.values() if worker.info.owner == owner]
+        for worker in mine:
+            self._begin_stop(worker)
+        for worker in mine:
+            await worker.ended.wait()
+
+    def _begin_stop(self, worker: Worker) -> None:
+        self._change(worker, state=WorkerState.STOPPING.value)
+        worker.scope.cancel(reason="asked to stop")
 
     def _prune_logs(self) -> None:
-        logs = sorted(self._setup.home.logs.glob("worker-*.log*"), key=lambda p: p.stat().st_mtime)
-        for path in logs[:-KEPT_LOGS]:
-            path.unlink(missing_ok=True)
+        """Keep the newest logs of workers that have ended; other hives may be at it as well."""
+        running = {worker.log_file.name for worker in self._workers.values()}
+        logs = [(_modified(path), path) for path in self._setup.home.logs.glob("worker-*.log*")]
+        for _, path in sorted(logs)[:-KEPT_LOGS]:
+            if path.name.removesuffix(".1") not in running:
+                path.unlink(missing_ok=True)
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _too_slow(worker: Worker) -> RbeeError:
+    return UnavailableError(
+        f"worker {worker.id} was not ready within {LOAD_LIMIT:g} s",
+        code="load_timeout",
+        hint=f"rbee-keeper logs --worker {worker.id}",
+        log=log_tail(worker.log_file),
+    )
 
 
 async def _lift_limit(ready: trio.Event, scope: trio.CancelScope) -> None:

@@ -25,6 +25,7 @@ from rbee.wire import codec
 
 log = logging.getLogger(__name__)
 
+ANSWER = 1.0  # seconds for a zygote to answer when nobody waits for the worker any more
 END = 2.0  # seconds for a zygote without workers to go by itself
 
 
@@ -57,10 +58,15 @@ class Zygote:
         fork = self._forks[config.spec.id] = _Fork()
         try:
             await self._send({"fork": dict(plan), "config": codec.to_dict(config)}, reader, log_fd)
-            await fork.done.wait()
+            # It answers at once; a guard that nobody had heard of could not be waited for.
+            with trio.move_on_after(ANSWER, shield=True):
+                await fork.done.wait()
+            if not fork.done.is_set():
+                await fork.done.wait()
             return self._process(fork, writer)
         except BaseException:
             os.close(writer)  # its guard, if there is one, ends by this
+            self._drop(fork)
             raise
         finally:
             os.close(reader)
@@ -72,15 +78,20 @@ class Zygote:
         if fork.error:
             raise CannotForkError(fork.error)
         os.set_blocking(writer, False)
-        known = self._exits.setdefault(fork.pid, _Exit())
+        known = self._exits[fork.pid]
 
         async def reap() -> int:
             with trio.move_on_after(1):  # the zygote reports it; a dead zygote does not
                 await known.done.wait()
-            del self._exits[fork.pid]
+            self._exits.pop(fork.pid, None)
             return known.status
 
         return Process(fork.pid, fork.pidfd, Lifeline(writer), reap)
+
+    def _drop(self, fork: _Fork) -> None:
+        if fork.pid:
+            os.close(fork.pidfd)
+            self._exits.pop(fork.pid, None)
 
     async def _send(self, message: dict[str, Any], *fds: int) -> None:
         if self.gone:
@@ -115,13 +126,13 @@ class Zygote:
                 os.close(fds[0])
                 return
             fork.pid, fork.pidfd = message["pid"], fds[0]
+            self._exits[fork.pid] = _Exit()
             fork.done.set()
         elif "error" in message and message["error"] in self._forks:
             fork = self._forks[message["error"]]
             fork.error = message["message"]
             fork.done.set()
-        elif "exited" in message:
-            known = self._exits.setdefault(message["exited"], _Exit())
+        elif known := self._exits.get(message.get("exited", 0)):
             known.status = message["status"]
             known.done.set()
 

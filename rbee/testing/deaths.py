@@ -44,6 +44,18 @@ PROCESSES = (
     "keeper", "queen guard", "queen", "guard A", "guard B", "hive", "zygote", "worker guard",
     "worker", "engine",
 )  # fmt: skip
+GUARD_MARKS = ("rbee-guard", "guard.py")
+MARKS = {
+    "queen guard": GUARD_MARKS,
+    "queen": ("queen-rbee", "rbee.queen"),
+    "guard A": GUARD_MARKS,
+    "guard B": GUARD_MARKS,
+    "hive": ("rbee-hive", "rbee.hive"),
+    "zygote": ("rbee-zygote", "rbee.hive.zygote"),
+    "worker guard": GUARD_MARKS[:1],
+    "worker": ("llm-worker-rbee",),
+    "engine": ("echo-engine", "EngineCore"),
+}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP)
 STATES = ("starting", "loading", "idle", "streaming", "stopping")
 OWNERS = ("keeper", "queen guard", "queen")  # with one of them everything goes
@@ -155,11 +167,12 @@ class Cluster:
             yield name, identity
 
     def _is(self, name: str, pid: int) -> bool:
-        """Tell a hive's and a zygote's lasting children from helpers that come and go."""
+        """Tell a lasting child from a passing one, and from the fork that it was a moment ago.
+
+        A signal between fork and exec meets the parent's handler and is lost.
+        """
         title = title_of(pid)
-        if name == "zygote":
-            return "zygote" in title
-        return name != "worker guard" or title == "rbee-guard"
+        return any(mark in title for mark in MARKS[name])
 
     async def until_there(self, process: str) -> Identity:
         while (found := self.locate(process)) is None:

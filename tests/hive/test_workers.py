@@ -1,0 +1,429 @@
+"""One worker's life in its hive, in simulated time: what its news tell and what ends it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import attrs
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from rbee.errors import (
+    ChildExitedError,
+    ConflictError,
+    InsufficientError,
+    NotFoundError,
+    UnavailableError,
+)
+from rbee.hive import workers as module
+from rbee.hive.workers import HiveSetup, Narrate, News, Provision, Workers
+from rbee.home import Home
+from rbee.testing.fakes import FakeLauncher
+from rbee.wire.messages import StartWorker, WorkerInfo, WorkerNarration, WorkerReady
+
+REQUEST = StartWorker("words", engine="echo", owner="queen-1")
+
+
+@attrs.frozen
+class Local:
+    reference: str
+    directory: Path
+    served_names: tuple[str, ...]
+    context: int = 100
+
+
+async def nothing(request: StartWorker, narrate: Narrate) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+@pytest.fixture(autouse=True)
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No real sockets beside a clock that jumps."""
+
+    async def never(*args: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(module, "keep_probing", never)
+
+
+@attrs.define
+class Hive:
+    """The workers of a hive with a reader of their news."""
+
+    workers: Workers
+    launch: FakeLauncher
+    _news: trio.MemoryReceiveChannel[News]
+    heard: list[News] = attrs.field(factory=list)
+
+    async def settle(self) -> None:
+        await wait_all_tasks_blocked()
+        while True:
+            try:
+                self.heard.append(self._news.receive_nowait())
+            except trio.WouldBlock:
+                return
+
+    async def states(self, worker_id: str) -> list[str]:
+        return [info.state for info in await self.infos(worker_id)]
+
+    async def infos(self, worker_id: str) -> list[WorkerInfo]:
+        await self.settle()
+        told = [item for item in self.heard if isinstance(item, WorkerInfo)]
+        return [info for info in told if info.worker_id == worker_id]
+
+    async def loading(self, request: StartWorker = REQUEST) -> str:
+        worker_id = self.workers.start(request).worker_id
+        await wait_all_tasks_blocked()
+        return worker_id
+
+    def ready(self, worker_id: str) -> None:
+        self.workers.ready(WorkerReady(worker_id, "http://127.0.0.1:1", "words", "cpu", "0"))
+
+
+@asynccontextmanager
+async def open_hive(
+    home: Home, *, provision: Provision = nothing, **launch: object
+) -> AsyncGenerator[Hive, None]:
+    setup = HiveSetup(id="hive-1", home=home, run_dir=home.run / "h1", token="secret", node="n1")
+    launcher = FakeLauncher(**launch)
+    workers = Workers(setup, launcher, provision)
+    with workers.news.subscribe() as news:
+        async with workers.open():
+            yield Hive(workers, launcher, news)
+
+
+# starting -------------------------------------------------------------------------------------
+async def test_a_worker_is_started_then_loading_then_ready_then_stopped(home: Home) -> None:
+    async with open_hive(home) as hive:
+        info = hive.workers.start(REQUEST)
+        assert (info.state, info.model, info.owner, info.node) == (
+            "started",
+            "words",
+            "queen-1",
+            "n1",
+        )
+        assert await hive.states(info.worker_id) == ["started", "loading"]
+        assert hive.workers.infos()[0].pid == hive.launch.running[info.worker_id].pid
+        hive.ready(info.worker_id)
+        await hive.workers.stop(info.worker_id)
+        assert await hive.states(info.worker_id) == [
+            "started", "loading", "ready", "stopping", "stopped",
+        ]  # fmt: skip
+        assert hive.workers.infos() == []
+        assert hive.launch.running == {}
+
+
+async def test_a_worker_is_told_where_its_hive_and_its_directory_are(home: Home) -> None:
+    async with open_hive(home) as hive:
+        hive.workers.url = "http://127.0.0.1:9"
+        worker_id = await hive.loading()
+        config = hive.launch.configs[worker_id]
+        assert (config.hive_url, config.token, config.port) == (
+            "http://127.0.0.1:9",
+            "secret",
+            8001,
+        )
+        assert Path(config.run_dir).parent == home.run / "h1"
+        assert config.spec.owner == "queen-1"
+
+
+async def test_a_model_is_brought_first_and_gives_its_names(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async def bring(request: StartWorker, narrate: Narrate) -> Local:
+        narrate("download", "10 of 20")
+        await trio.sleep(5)
+        return Local("pypi:words", home.models / "words", ("words", "w"))
+
+    async with open_hive(home, provision=bring) as hive:
+        info = hive.workers.start(REQUEST)
+        await hive.settle()
+        assert hive.launch.running == {}
+        await trio.sleep(6)
+        spec = hive.launch.configs[info.worker_id].spec
+        assert (spec.model, spec.model_dir) == ("pypi:words", str(home.models / "words"))
+        assert spec.served_names == ("words", "w")
+        await hive.settle()
+        told = [item for item in hive.heard if isinstance(item, WorkerNarration)]
+        assert [(item.action, item.text) for item in told] == [
+            ("download", "10 of 20"),
+            ("load", "pypi:words with echo on cpu"),
+        ]
+        assert hive.workers.infos()[0].served_names == ("words", "w")
+
+
+async def test_what_cannot_work_is_refused_before_anything_starts(home: Home) -> None:
+    async with open_hive(home) as hive:
+        with pytest.raises(NotFoundError, match="no engine 'none'"):
+            hive.workers.start(attrs.evolve(REQUEST, engine="none"))
+        assert hive.workers.infos() == []
+        await hive.settle()
+        assert hive.heard == []
+
+
+async def test_a_stopping_hive_starts_nothing(home: Home) -> None:
+    async with open_hive(home) as hive:
+        pass
+    with pytest.raises(UnavailableError, match="stopping"):
+        hive.workers.start(REQUEST)
+
+
+async def test_the_engine_is_warmed_up_while_the_model_comes(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    order: list[str] = []
+
+    async def bring(request: StartWorker, narrate: Narrate) -> None:
+        await trio.sleep(1)
+        order.append("model")
+
+    async def warm_up(engine: str) -> None:
+        order.append(engine)
+
+    async with open_hive(home) as hive:
+        hive.workers._provision, hive.workers._warm_up = bring, warm_up
+        hive.workers.start(REQUEST)
+        await trio.sleep(2)
+    assert order == ["echo", "model"]
+
+
+# failing --------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (InsufficientError("no memory", required=5), "insufficient", "no memory"),
+        (ExceptionGroup("x", [ConflictError("taken")]), "conflict", "taken"),
+        (OSError(24, "Too many open files"), "internal", "OSError: [Errno 24] Too many open files"),
+    ],
+)
+async def test_a_launch_that_fails_is_a_failed_worker_and_the_hive_lives(
+    home: Home, error: Exception, code: str, message: str
+) -> None:
+    async with open_hive(home, error=error) as hive:
+        worker_id = await hive.loading()
+        last = (await hive.infos(worker_id))[-1]
+        assert (last.state, last.error.code, last.error.message) == ("failed", code, message)
+        assert hive.workers.infos() == []
+        hive.launch.error = None
+        assert await hive.states(await hive.loading()) == ["started", "loading"]
+
+
+async def test_a_model_that_cannot_be_brought_is_a_failed_worker(home: Home) -> None:
+    async def refuse(request: StartWorker, narrate: Narrate) -> None:
+        raise NotFoundError("no such model", hint="another", code="unknown_model")
+
+    async with open_hive(home, provision=refuse) as hive:
+        last = (await hive.infos(await hive.loading()))[-1]
+    assert (last.error.code, last.error.hint) == ("unknown_model", "another")
+
+
+async def test_a_bug_takes_the_hive_down(home: Home) -> None:
+    with pytest.RaisesGroup(KeyError, flatten_subgroups=True):
+        async with open_hive(home, error=KeyError("bug")) as hive:
+            hive.workers.start(REQUEST)
+            await trio.sleep_forever()
+
+
+async def test_an_end_that_nobody_asked_for_is_failed_with_the_logs_tail(home: Home) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        home.log_file(worker_id).write_text("loading\nboom\n")
+        hive.launch.running[worker_id].end(137)
+        last = (await hive.infos(worker_id))[-1]
+        assert (last.state, last.error.code) == ("failed", ChildExitedError.code)
+        assert last.error.message == f"worker {worker_id} ended unasked with signal SIGKILL"
+        assert last.error.details["log"] == "loading\nboom\n"
+        assert last.error.hint == f"rbee-keeper logs --worker {worker_id}"
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        (
+            json.dumps({"code": "corrupt", "message": "m", "hint": "h", "details": {"a": 1}}),
+            "corrupt",
+        ),
+        (json.dumps({"code": "corrupt", "message": "m", "details": {"hint": 1}}), "corrupt"),
+        ("{", "child_exited"),
+        ("[1]", "child_exited"),
+        ('"text"', "child_exited"),
+        ('{"code": "corrupt"}', "child_exited"),
+    ],
+)
+async def test_what_the_worker_said_last_is_the_error(home: Home, line: str, code: str) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        home.log_file(worker_id).write_text(f"12:01 x rbee-error {line}\nmore\n")
+        hive.launch.running[worker_id].end(1)
+        error = (await hive.infos(worker_id))[-1].error
+    assert error.code == code
+    assert "rbee-error" in error.details["log"]
+
+
+async def test_of_several_errors_that_a_worker_said_the_last_one_counts(home: Home) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        lines = [f'rbee-error {{"code": "{code}", "message": ""}}\n' for code in ("one", "two")]
+        home.log_file(worker_id).write_text("".join(lines))
+        hive.launch.running[worker_id].end(1)
+        assert (await hive.infos(worker_id))[-1].error.code == "two"
+
+
+async def test_a_worker_that_is_never_ready_fails_after_the_limit(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, stopping={"words": 3.0}) as hive:
+        start = trio.current_time()
+        worker_id = await hive.loading()
+        await trio.sleep(module.LOAD_LIMIT + 4)
+        last = (await hive.infos(worker_id))[-1]
+        assert (last.state, last.error.code) == ("failed", "load_timeout")
+        assert hive.launch.running == {}
+        assert trio.current_time() - start == module.LOAD_LIMIT + 4
+
+
+async def test_a_launch_that_hangs_fails_after_the_limit(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, starting=float("inf")) as hive:
+        worker_id = await hive.loading()
+        await trio.sleep(module.LOAD_LIMIT + 1)
+        assert (await hive.infos(worker_id))[-1].error.code == "load_timeout"
+
+
+async def test_a_ready_worker_has_no_limit(home: Home, autojump_clock: trio.abc.Clock) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        await trio.sleep(module.LOAD_LIMIT - 1)
+        hive.ready(worker_id)
+        await trio.sleep(module.LOAD_LIMIT * 10)
+        assert (await hive.states(worker_id))[-1] == "ready"
+
+
+# ready ----------------------------------------------------------------------------------------
+async def test_the_ready_callback_is_passed_on_with_the_address(home: Home) -> None:
+    async with open_hive(home) as hive:
+        passed: list[WorkerInfo] = []
+        hive.workers.on_ready = passed.append
+        worker_id = await hive.loading()
+        hive.ready(worker_id)
+        assert [(info.state, info.url) for info in passed] == [("ready", "http://127.0.0.1:1")]
+
+
+async def test_the_ready_callback_of_a_stranger_is_refused(home: Home) -> None:
+    async with open_hive(home) as hive:
+        with pytest.raises(NotFoundError) as info:
+            hive.ready("worker-0")
+        assert info.value.code == "unknown_worker"
+
+
+async def test_a_worker_that_is_being_stopped_does_not_become_ready(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, stopping={"words": 3.0}) as hive:
+        worker_id = await hive.loading()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hive.workers.stop, worker_id)
+            await trio.sleep(1)
+            with pytest.raises(ConflictError, match="is being stopped"):
+                hive.ready(worker_id)
+        assert await hive.states(worker_id) == ["started", "loading", "stopping", "stopped"]
+
+
+# stopping -------------------------------------------------------------------------------------
+async def test_a_stop_is_silent_and_returns_when_nothing_is_left(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, stopping={"words": 3.0}) as hive:
+        worker_id = await hive.loading()
+        start = trio.current_time()
+        await hive.workers.stop(worker_id)
+        assert trio.current_time() - start == 3
+        assert hive.launch.running == {}
+        assert (await hive.infos(worker_id))[-1].error is None
+
+
+async def test_two_may_stop_one_worker_at_once(home: Home, autojump_clock: trio.abc.Clock) -> None:
+    async with open_hive(home, stopping={"words": 3.0}) as hive:
+        worker_id = await hive.loading()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hive.workers.stop, worker_id)
+            nursery.start_soon(hive.workers.stop, worker_id)
+        assert (await hive.states(worker_id))[-1] == "stopped"
+        with pytest.raises(NotFoundError, match=f"no worker '{worker_id}' on n1"):
+            await hive.workers.stop(worker_id)
+
+
+@pytest.mark.parametrize("at", [0.5, 1.5])
+async def test_a_worker_can_be_stopped_while_it_is_being_started(
+    home: Home, autojump_clock: trio.abc.Clock, at: float
+) -> None:
+    async def bring(request: StartWorker, narrate: Narrate) -> None:
+        await trio.sleep(1)
+
+    async with open_hive(home, provision=bring, starting=1.0) as hive:
+        worker_id = hive.workers.start(REQUEST).worker_id
+        await trio.sleep(at)
+        await hive.workers.stop(worker_id)
+        assert await hive.states(worker_id) == ["started", "stopping", "stopped"]
+        assert hive.launch.configs == {}
+
+
+async def test_a_hive_that_ends_stops_all_side_by_side(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, stopping={"a": 1.0, "b": 4.0, "c": 2.0}) as hive:
+        for model in "abc":
+            await hive.loading(attrs.evolve(REQUEST, model=model))
+        start = trio.current_time()
+    assert trio.current_time() - start == 4
+    assert hive.launch.running == {}
+
+
+async def test_only_an_owners_workers_are_stopped_side_by_side(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, stopping={"a": 1.0, "b": 4.0}) as hive:
+        for model in "ab":
+            await hive.loading(attrs.evolve(REQUEST, model=model))
+        other = await hive.loading(attrs.evolve(REQUEST, owner="queen-2"))
+        start = trio.current_time()
+        await hive.workers.stop_owned_by("queen-1")
+        assert trio.current_time() - start == 4
+        assert list(hive.launch.running) == [other]
+        await hive.workers.stop_owned_by("nobody")
+
+
+async def test_an_owners_worker_may_end_by_itself_while_it_is_being_stopped(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, stopping={"words": 3.0}) as hive:
+        one, two = await hive.loading(), await hive.loading()
+        hive.launch.running[one].end(0)
+        await hive.workers.stop_owned_by("queen-1")
+        assert hive.launch.running == {}
+        assert (await hive.states(two))[-1] == "stopped"
+
+
+# logs -----------------------------------------------------------------------------------------
+async def test_old_logs_go_and_those_of_running_workers_stay(home: Home) -> None:
+    async with open_hive(home) as hive:
+        running = await hive.loading()
+        for name in (running, *(f"worker-{number}" for number in range(40))):
+            home.log_file(name).touch()
+            os.utime(home.log_file(name), (1, 1))
+        newest = home.log_file("worker-39")
+        os.utime(newest)
+        await hive.workers.stop(await hive.loading())
+        left = list(home.logs.iterdir())
+        assert len(left) <= module.KEPT_LOGS + 1
+        assert {newest, home.log_file(running)} <= set(left)
+
+
+def test_a_log_that_goes_meanwhile_is_no_error(tmp_path: Path) -> None:
+    assert module._modified(tmp_path / "gone") == 0
