@@ -25,6 +25,7 @@ from rbee.errors import (
 from rbee.hive.launch import Launcher
 from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.reference import shown
 from rbee.process import Process, child_exited, log_tail
 from rbee.web.client import keep_probing, open_client
 from rbee.wire.messages import (
@@ -213,7 +214,9 @@ class Workers:
                 hive_url=self.url,
                 grace=self._setup.grace,
             )
-            self._narrate(worker)("load", f"{spec.model} with {spec.engine} on {spec.backend}")
+            self._narrate(worker)(
+                "load", f"{shown(spec.model)} with {spec.engine} on {spec.backend}"
+            )
             with trio.move_on_after(LOAD_LIMIT) as loading:
                 async with self._launch(config, worker.log_file) as process:
                     self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)

@@ -240,7 +240,7 @@ class Zygotes:
         """Return when the engine's zygote can fork; tell whoever has to wait for that."""
         zygote = await self.get(engine)
         if not zygote.ready.is_set():
-            narrate("import", f"{engine}, once; later workers start without that")
+            narrate("prepare", f"the engine {engine}, once; later workers start faster")
             await zygote.ready.wait()
 
     async def _run(self, engine: str, *, task_status: trio.TaskStatus[Zygote]) -> None:

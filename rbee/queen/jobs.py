@@ -26,6 +26,7 @@ from rbee.errors import (
     leaves,
 )
 from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
+from rbee.models.reference import shown
 from rbee.queen.hives import Hive, Hives
 from rbee.queen.placement import choose, start_for
 from rbee.web.client import open_client, open_events
@@ -179,7 +180,7 @@ class Jobs:
             return await self._until_ready(job, worker.worker_id, narrations)
 
     async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
-        job.narrate(Narration("queen", "start", f"a worker for {job.request.model}"))
+        job.narrate(Narration("queen", "start", f"a worker for {shown(job.request.model)}"))
         worker = await hive.start_worker(start_for(job.request, self._hives.queen_id))
         self._hives.note_started(worker)
         return worker

@@ -148,7 +148,8 @@ async def _end_with_engine(worker: Worker, engine: Engine) -> None:
     why = await engine.wait_dead()
     spec = worker.config.spec
     hint = f"rbee-keeper logs --worker {spec.id}"
-    error = ChildExitedError(f"{spec.model}: {why}", code="engine_died", hint=hint)
+    doing = f" while {worker.progress}" if worker.progress else ""
+    error = ChildExitedError(f"{spec.model}: {why}{doing}", code="engine_died", hint=hint)
     log.error("worker %s: %s", spec.id, why)
     worker.end(WorkerState.FAILED, error)
     raise error

@@ -264,7 +264,8 @@ def cache_settings(envs: Any, on: bool) -> None:
 def _first_lines(exc: Exception) -> str:
     """Return the telling part of an error."""
     if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
-        return "; ".join(str(error["msg"]) for error in errors())
+        told = (str(error["msg"]).strip().partition("\n")[0] for error in errors())
+        return "; ".join(text.removeprefix("Value error, ") for text in told)
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
 

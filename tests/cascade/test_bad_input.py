@@ -25,6 +25,7 @@ import pytest
 
 from rbee import __version__, guard
 from rbee.home import Home, find_home
+from rbee.models.catalog import Catalog, Entry
 from rbee.testing.processes import LeakCheck, Tree, carriers, count_titles, read_stat
 from rbee.testing.tiny_model import write_tiny_model
 from tests.cascade.keeper import COMMAND, Done, Running, infer, run, running_infer
@@ -113,7 +114,10 @@ REFUSED = [
     (["echo", "--engine", "steam"], ["no engine 'steam'", "echo, vllm", "--engine vllm"]),
     (["echo?fail=maybe"], ["fail is load, canary or after=N"]),
     (["echo?fail=load"], ["told to fail while loading", "end of its log", "logs --worker worker-"]),
-    (["echo?fail=canary"], ["SIGKILL", "end of its log", "logs --worker worker-"]),
+    (
+        ["echo?fail=canary"],
+        ["SIGKILL while generating one token", "end of its log", "logs --worker"],
+    ),
 ]
 
 
@@ -198,6 +202,11 @@ def _write_unknown_architecture(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
+def _write_mismatch(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+
 def _write_no_config(directory: Path) -> None:
     (directory / "config.json").unlink()
 
@@ -216,7 +225,8 @@ BROKEN = [
     (_write_garbage, ["model.safetensors is corrupt", "not JSON"]),
     (_write_no_config, ["/broken holds no model", "config.json", "model.safetensors"]),
     (_write_unknown_gguf, ["bee.gguf", "architecture", "'bee'"]),
-    (_write_unknown_architecture, ["bee", "logs --worker"]),
+    (_write_unknown_architecture, ["refuses this model", "`bee`", "logs --worker"]),
+    (_write_mismatch, ["failed while loading", "end of its log", "logs --worker"]),
 ]
 
 
@@ -264,9 +274,12 @@ class TestVllm:
         assert operator.pid_of(tiny.as_uri()) == pid
 
     def test_a_model_in_use_is_not_removed(self, operator: Operator, tiny: Path) -> None:
-        operator.infer("./tiny", "--engine", "vllm", "--max-tokens", "3")
-        operator.run("model", "rm", str(tiny)).check_refusal("in use", "worker list")
-        assert (tiny / "config.json").exists()
+        fetched = Path(shutil.copytree(tiny, operator.home.models / "fetched"))
+        entry = Entry(fetched.as_uri(), "file", "", (), "float32")
+        Catalog(operator.home.models).save("fetched", entry)
+        assert operator.infer(str(fetched), "--engine", "vllm", "--max-tokens", "3").code == 0
+        operator.run("model", "rm", str(fetched)).check_refusal("in use", "worker stop")
+        assert (fetched / "config.json").exists()
 
 
 # a queen of the command's own --------------------------------------------------------------------
