@@ -10,7 +10,7 @@ import secrets
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -201,6 +201,15 @@ def read_run_file(path: Path) -> RunFile | None:
     if record.boot_id != guard.boot_id() or not record.start_time:
         return None
     return record if guard.start_time(record.pid) == record.start_time else None
+
+
+def remove_stale(run_file: Path, what: str) -> None:
+    """Remove what a daemon that went down with its machine had written about itself."""
+    if not run_file.exists() or read_run_file(run_file) is not None:
+        return
+    with suppress(ConflictError), locked(run_file, what):
+        if read_run_file(run_file) is None:  # nobody has put his own in its place
+            run_file.unlink(missing_ok=True)
 
 
 @contextmanager

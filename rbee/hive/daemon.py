@@ -47,7 +47,7 @@ async def serve(
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
     await sweep_abandoned(setup.home.run)
     zygotes = Zygotes(setup.home.log_file, own_environment(setup.home.root, nonce))
-    workers = Workers(setup, fork_or_exec(zygotes.get), provisioner(setup), zygotes.get)
+    workers = Workers(setup, fork_or_exec(zygotes.get), provisioner(setup), zygotes.warm_up)
     workers.url = url_of(listener)
     owners = Owners(workers.stop_owned_by)
     serving = partial(serve_http, make_app(setup, workers, owners, stop), listener, grace=0.5)

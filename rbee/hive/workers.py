@@ -25,6 +25,7 @@ from rbee.errors import (
 from rbee.hive.launch import Launcher
 from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.reference import shown
 from rbee.process import Process, child_exited, log_tail
 from rbee.web.client import keep_probing, open_client
 from rbee.wire.messages import (
@@ -61,11 +62,11 @@ class Local(Protocol):
 Narrate = Callable[[str, str], None]
 Provision = Callable[[StartWorker, Narrate], Awaitable[Local | None]]
 """Bring a model onto this machine; None for engines that need none."""
-WarmUp = Callable[[str], Awaitable[object]]
-"""Begin what every worker of an engine needs; returns at once."""
+WarmUp = Callable[[str, Narrate], Awaitable[object]]
+"""Have what every worker of an engine needs; returns when it is there."""
 
 
-async def _nothing(engine: str) -> None:
+async def _nothing(engine: str, narrate: Narrate) -> None:
     return None
 
 
@@ -213,7 +214,9 @@ class Workers:
                 hive_url=self.url,
                 grace=self._setup.grace,
             )
-            self._narrate(worker)("load", f"{spec.model} with {spec.engine} on {spec.backend}")
+            self._narrate(worker)(
+                "load", f"{shown(spec.model)} with {spec.engine} on {spec.backend}"
+            )
             with trio.move_on_after(LOAD_LIMIT) as loading:
                 async with self._launch(config, worker.log_file) as process:
                     self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)
@@ -226,7 +229,7 @@ class Workers:
     async def _prepare(self, worker: Worker) -> Local | None:
         """Bring the model here while the engine is being imported."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._warm_up, worker.request.engine)
+            nursery.start_soon(self._warm_up, worker.request.engine, self._narrate(worker))
             return await self._provision(worker.request, self._narrate(worker))
 
     def _resolved(self, worker: Worker, spec: WorkerSpec, local: Local | None) -> WorkerSpec:
@@ -348,7 +351,8 @@ def _died(worker: Worker, status: int) -> RbeeError:
     for line in reversed(tail.splitlines()):
         _, found, text = line.partition("rbee-error ")
         if found and (said := _said(text)):
-            said.details.setdefault("log", tail[-2000:])
+            told = [line for line in tail.splitlines() if "rbee-error " not in line]
+            said.details.setdefault("log", "\n".join(told)[-2000:])
             return said
     error: ChildExitedError = child_exited(f"worker {worker.id}", status, worker.log_file)
     error.hint = f"rbee-keeper logs --worker {worker.id}"

@@ -193,11 +193,13 @@ async def run_zygote(
         task_status.started(zygote)
         await zygote._listen()
     finally:
+        imported = zygote.ready.is_set()
         zygote._end()
         sock.close()  # its lifeline
         with trio.CancelScope(shield=True):
             signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # a frozen one sees the end as well
-            with trio.move_on_after(END):
+            # One that is still importing has forked nothing and hears nothing.
+            with trio.move_on_after(END if imported else 0):
                 await trio.lowlevel.wait_readable(pidfd)
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             await trio.lowlevel.wait_readable(pidfd)
@@ -235,6 +237,13 @@ class Zygotes:
             if zygote is None or zygote.gone:
                 zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
             return zygote
+
+    async def warm_up(self, engine: str, narrate: Callable[[str, str], None]) -> None:
+        """Return when the engine's zygote can fork; tell whoever has to wait for that."""
+        zygote = await self.get(engine)
+        if not zygote.ready.is_set():
+            narrate("prepare", f"the engine {engine}, once; later workers start faster")
+            await zygote.ready.wait()
 
     async def _run(self, engine: str, *, task_status: trio.TaskStatus[Zygote]) -> None:
         # Shielded until `open` ends, which is bounded: workers stop within their grace.

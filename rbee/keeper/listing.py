@@ -23,6 +23,8 @@ async def list_workers(flags: QueenFlags) -> None:
         if queen is None:
             note(NO_QUEEN)
         workers = await queen.client.workers() if queen else []
+        if queen and not workers:
+            note("no workers yet; the first answer starts one")
     columns = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
     print_rows(columns, [_worker_row(worker) for worker in workers], as_json=flags.json)
 

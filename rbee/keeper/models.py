@@ -25,6 +25,8 @@ def print_models(flags: DataFlags) -> None:
     """``model list``."""
     rows = [_row(item) for item in list_models(find_home(flags.home))]
     columns = ("model", "size", "dtype", "context", "damage")
+    if not rows:
+        note("no models here yet; to fetch one: rbee-keeper model pull smollm2-135m")
     if not flags.json:
         rows = [row | {"size": human_bytes(row["size"])} for row in rows]
     print_rows(columns, rows, as_json=flags.json)

@@ -16,7 +16,7 @@ from rbee import guard
 from rbee.client import OPERATOR, AsyncClient
 from rbee.config import load_config
 from rbee.errors import ConflictError, PeerError, RbeeError, UnavailableError
-from rbee.home import Home, find_home, open_home, writing
+from rbee.home import Home, find_home, open_home, read_token, writing
 from rbee.keeper.flags import DataFlags, ListenFlags
 from rbee.keeper.output import note, print_data, print_json
 from rbee.keeper.queen import (
@@ -53,6 +53,7 @@ async def start_queen(home: Home, *, host: str, port: int, lease: float) -> Stan
     async with open_running_queen(home) as running:
         if running is not None:
             return _already(running)
+    read_token(home)  # made here if there is none, where it can be told that there is no room
     log_file = home.log_file("queen")
     with writing(home.logs), log_file.open("ab") as log:
         begin = log.tell()

@@ -124,6 +124,11 @@ def absolute(name: str) -> str:
     return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100 - symlinks stay what was typed
 
 
+def shown(name: str) -> str:
+    """Write a name for people: a path as a path."""
+    return unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
+
+
 def slug(source: Source) -> str:
     """Name files after a source: readable, safe, one to one."""
     text = str(source)

@@ -41,6 +41,7 @@ async def serve(
     """
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
     await sweep_abandoned(setup.home.run)
+    daemon.remove_stale(setup.home.hive_file, "hive")
     hives = Hives(setup)
     hives.url = url_of(listener)
     jobs = Jobs(hives, ending)

@@ -191,7 +191,7 @@ class Hives:
 
     async def _own(self, node: str, narrate: Narrate, status: _Started) -> None:
         """Start a hive of our own, which ends with this scope, and use it."""
-        narrate(Narration("queen", "start", f"hive on {node}"))
+        narrate(Narration("queen", "start", f"a hive on {node}"))
         setup = self._setup
         start = DaemonStart(
             owner=setup.id,

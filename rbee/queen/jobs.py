@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 import attrs
 import httpx
@@ -25,7 +26,8 @@ from rbee.errors import (
     leaves,
 )
 from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
-from rbee.queen.hives import Hives
+from rbee.models.reference import shown
+from rbee.queen.hives import Hive, Hives
 from rbee.queen.placement import choose, start_for
 from rbee.web.client import open_client, open_events
 from rbee.wire import messages, sse
@@ -36,9 +38,11 @@ from rbee.wire.messages import (
     Queued,
     TaskRequest,
     WorkerInfo,
+    WorkerNarration,
 )
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BUFFER = 64  # chunks between a worker and a slow reader; beyond, the worker's socket waits
 LOG_LINES = 12
@@ -185,21 +189,36 @@ class Jobs:
             if ready is not None and ready.state == WorkerState.READY.value:
                 return ready
         hive = await self._hives.get(request.node or LOCALHOST, job.narrate)
-        async with hive.starting:  # two jobs for one model are one start
-            worker = choose(self._hives.workers, request)
-            if worker is None:
-                worker = await hive.start_worker(start_for(request, self._hives.queen_id))
-                self._hives.note_started(worker)
-                job.narrate(Narration("queen", "start", f"worker for {request.model}"))
-        return await self._until_ready(job, worker.worker_id)
+        with self._hives.narrations.subscribe() as narrations:
+            async with hive.starting:  # two jobs for one model are one start
+                worker = choose(self._hives.workers, request) or await self._start(job, hive)
+            return await self._until_ready(job, worker.worker_id, narrations)
 
-    async def _until_ready(self, job: Job, worker_id: str) -> WorkerInfo:
+    async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
+        job.narrate(Narration("queen", "start", f"a worker for {shown(job.request.model)}"))
+        worker = await hive.start_worker(start_for(job.request, self._hives.queen_id))
+        self._hives.note_started(worker)
+        return worker
+
+    async def _until_ready(
+        self, job: Job, worker_id: str, narrations: trio.MemoryReceiveChannel[WorkerNarration]
+    ) -> WorkerInfo:
+        began = trio.current_time()
+
+        def forward(item: WorkerNarration) -> None:
+            if item.worker_id == worker_id:
+                job.narrate(Narration(item.actor, item.action, item.text))
+
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._forward_narration, job, worker_id)
+            nursery.start_soon(_for_each, narrations, forward)
             worker = await self._hives.workers.wait_until(lambda: self._settled(worker_id))
             nursery.cancel_scope.cancel(reason="worker settled")
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:  # what was told before it settled
+                forward(narrations.receive_nowait())
         if worker.state != WorkerState.READY.value:
             raise _failure(worker)
+        job.narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
         return worker
 
     def _settled(self, worker_id: str) -> WorkerInfo | None:
@@ -207,12 +226,6 @@ class Jobs:
         if worker is None:
             return self._hives.failures.get(worker_id)
         return worker if worker.state == WorkerState.READY.value else None
-
-    async def _forward_narration(self, job: Job, worker_id: str) -> None:
-        with self._hives.narrations.subscribe() as narrations:
-            async for item in narrations:
-                if item.worker_id == worker_id:
-                    job.narrate(Narration(item.actor, item.action, item.text))
 
     # relaying --------------------------------------------------------------------------------
     async def _relay(self, job: Job, worker: WorkerInfo) -> None:
@@ -248,6 +261,11 @@ class Jobs:
         )
 
 
+async def _for_each(items: trio.MemoryReceiveChannel[T], take: Callable[[T], None]) -> None:
+    async for item in items:
+        take(item)
+
+
 def _execute(job: Job) -> ExecuteRequest:
     r = job.request
     return ExecuteRequest(
@@ -264,6 +282,7 @@ def _failure(worker: WorkerInfo) -> RbeeError:
         return UnavailableError(f"worker {worker.worker_id} was stopped", code="worker_stopped")
     message = detail.message
     lines = str(detail.details.get("log", "")).splitlines()[-LOG_LINES:]
-    if lines and detail.code == ChildExitedError.code:
+    if lines and detail.code != BadInputError.code:
         message += "\nthe end of its log:\n  " + "\n  ".join(lines)
-    return from_wire(detail.code, message, hint=detail.hint, details=detail.details)
+    hint = detail.hint or f"rbee-keeper logs --worker {worker.worker_id}"
+    return from_wire(detail.code, message, hint=hint, details=detail.details)

@@ -193,10 +193,15 @@ async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Clus
     with Tree() as tree:
         check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
         model = workload.slow_model if slow else workload.model
-        keeper = subprocess.Popen(
-            keeper_argv("run", model, workload), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=(base / "keeper.log").open("wb"), env=environ, start_new_session=True,
-        )  # fmt: skip
+        with (base / "keeper.log").open("wb") as stderr:
+            keeper = subprocess.Popen(
+                keeper_argv("run", model, workload),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=environ,
+                start_new_session=True,
+            )
         cluster = Cluster(keeper, check, tree)
         try:
             async with trio.open_nursery() as nursery:

@@ -31,6 +31,7 @@ from rbee.worker.limits import answer_budget
 
 DEFAULT_COUNT = 16
 KINDS = {"rate": float, "latency": float, "load": float, "context": int, "fail": str}
+EXAMPLE = 'rbee-keeper infer --engine echo --model "echo?rate=20" …'
 NOTICE = 0.2  # seconds in which a waiting request notices that the engine process died
 
 
@@ -61,17 +62,19 @@ def echo_options(spec: WorkerSpec) -> EchoOptions:
         given["context"] = spec.max_model_len
     for key, text in {**model_options(spec.model), **spec.engine_args}.items():
         if key not in KINDS:
-            raise BadInputError(f"the echo engine has no {key!r}; it takes {', '.join(KINDS)}")
+            raise BadInputError(
+                f"the echo engine has no {key!r}; it takes {', '.join(KINDS)}", hint=EXAMPLE
+            )
         try:
             given[key] = KINDS[key](text)
         except ValueError as exc:
-            raise BadInputError(f"{key} is not a number: {text!r}") from exc
+            raise BadInputError(f"{key} is not a number: {text!r}", hint=EXAMPLE) from exc
     options = EchoOptions(**given)  # type: ignore[arg-type]
     if not (options.rate > 0 and options.context > 1):
-        raise BadInputError("the echo engine needs rate > 0 and context > 1")
+        raise BadInputError("the echo engine needs rate > 0 and context > 1", hint=EXAMPLE)
     is_after = options.fail.startswith("after=") and options.fail[6:].isdigit()
     if options.fail not in ("", "load", "canary") and not is_after:
-        raise BadInputError(f"fail is load, canary or after=N: {options.fail!r}")
+        raise BadInputError(f"fail is load, canary or after=N: {options.fail!r}", hint=EXAMPLE)
     return options
 
 
@@ -106,6 +109,12 @@ class EngineProcess:
     def kill(self) -> None:
         if self._status is None:
             os.kill(self.pid, signal.SIGKILL)  # our own child, not reaped yet
+
+    async def die(self) -> None:
+        """Kill it and return when it is dead."""
+        self.kill()
+        while not self.is_dead():  # `wait` has the one place to wait for the descriptor
+            await trio.sleep(0.005)
 
     def close(self) -> None:
         self.kill()
@@ -156,7 +165,7 @@ class EchoGeneration:
             raise StopAsyncIteration
         limit = self._engine.options.fail_after
         if limit is not None and self._done >= limit:
-            self._engine.process.kill()
+            await self._engine.process.die()
         await self._sleep_until_due()
         due = int((trio.current_time() - self._start) * self._engine.options.rate) + 1
         until = min(max(due, self._done + 1), self._total)
@@ -226,11 +235,13 @@ class EchoEngineKind:
     def check(self, spec: WorkerSpec) -> None:
         if spec.backend != "cpu":
             raise BadInputError(
-                f"the echo engine runs on cpu only, not on {spec.backend!r}", hint="--backend cpu"
+                f"the echo engine runs on cpu only, not on {spec.backend!r}",
+                hint="rbee-keeper infer --engine echo --backend cpu …",
             )
         if spec.device != "0":
             raise BadInputError(
-                f"device {spec.device!r} is not there: cpu has device 0 only", hint="--device 0"
+                f"device {spec.device!r} is not there: cpu has device 0 only",
+                hint="rbee-keeper infer --engine echo --device 0 …",
             )
         echo_options(spec)
 

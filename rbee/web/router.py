@@ -66,7 +66,10 @@ class Request:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > MAX_BODY:
-                raise TooLargeError(f"a body of more than {MAX_BODY} bytes")
+                raise TooLargeError(
+                    f"a request has at most {MAX_BODY >> 20} MiB; this one is larger",
+                    hint="head -c 1000000 FILE | rbee-keeper infer --prompt - …",
+                )
             more = message.get("more_body", False)
         return b"".join(parts)
 

@@ -146,8 +146,11 @@ async def open_engine(worker: Worker, kind: EngineKind) -> AsyncGenerator[Engine
 
 async def _end_with_engine(worker: Worker, engine: Engine) -> None:
     why = await engine.wait_dead()
-    error = ChildExitedError(why, code="engine_died")
-    log.error("worker %s: %s", worker.config.spec.id, why)
+    spec = worker.config.spec
+    hint = f"rbee-keeper logs --worker {spec.id}"
+    doing = f" while {worker.progress}" if worker.progress else ""
+    error = ChildExitedError(f"{spec.model}: {why}{doing}", code="engine_died", hint=hint)
+    log.error("worker %s: %s", spec.id, why)
     worker.end(WorkerState.FAILED, error)
     raise error
 

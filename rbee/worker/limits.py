@@ -22,7 +22,8 @@ def check_request(request: ExecuteRequest) -> None:
         raise BadInputError(f"top_k must be at least 1 (0 or -1 switches it off): {request.top_k}")
     if request.max_tokens is not None and request.max_tokens < 1:
         raise BadInputError(
-            f"max_tokens must be at least 1: {request.max_tokens}", hint="--max-tokens 64"
+            f"max_tokens must be at least 1: {request.max_tokens}",
+            hint="rbee-keeper infer --max-tokens 64 …",
         )
     if len(request.stop) > MAX_STOPS or "" in request.stop:
         raise BadInputError(f"stop takes at most {MAX_STOPS} strings, none of them empty")
@@ -54,6 +55,11 @@ def _check_range(
     raise BadInputError(f"{name} must be {' and '.join(bounds)}: {value:g}")
 
 
+def shorter(context: int) -> str:
+    """Return the hint for a prompt that is too long; a token is some three characters."""
+    return f"head -c {max(1, 2 * context)} FILE | rbee-keeper infer --prompt - …"
+
+
 def check_length(tokens_in: int, context: int) -> None:
     """Refuse a prompt that leaves no room for a single token of answer."""
     if tokens_in < 1:
@@ -62,7 +68,7 @@ def check_length(tokens_in: int, context: int) -> None:
         raise BadInputError(
             f"the prompt has {tokens_in} tokens; the context holds {context}, "
             "at least one of them for the answer",
-            hint="shorten the prompt, or start the worker with a larger --max-model-len",
+            hint=shorter(context),
         )
 
 
@@ -80,6 +86,6 @@ def answer_budget(max_tokens: int | None, tokens_in: int, context: int) -> int:
         raise BadInputError(
             f"max_tokens is {max_tokens}, but the context holds {context} tokens and the prompt "
             f"takes {tokens_in}: at most {left} are left",
-            hint=f"--max-tokens {left}",
+            hint=f"rbee-keeper infer --max-tokens {left} …",
         )
     return max_tokens

@@ -32,7 +32,7 @@ from rbee.wire.messages import ExecuteRequest
 from rbee.worker import vllm_plan
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
-from rbee.worker.limits import answer_budget
+from rbee.worker.limits import answer_budget, shorter
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +264,8 @@ def cache_settings(envs: Any, on: bool) -> None:
 def _first_lines(exc: Exception) -> str:
     """Return the telling part of an error."""
     if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
-        return "; ".join(str(error["msg"]) for error in errors())
+        told = (str(error["msg"]).strip().partition("\n")[0] for error in errors())
+        return "; ".join(text.removeprefix("Value error, ") for text in told)
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
 
@@ -387,7 +388,7 @@ class VllmEngine:
             raise BadInputError(
                 f"the prompt has {len(text)} characters; a context of {self.context} tokens "
                 f"holds at most {self.context * self._longest}",
-                hint="shorten the prompt, or start the worker with a larger --max-model-len",
+                hint=shorter(self.context),
             )
         if len(text) < LONG_TEXT:
             return self._encode(text, not has_specials)

@@ -230,7 +230,9 @@ def check_backend(spec: WorkerSpec) -> None:
     if spec.task not in ("generate", "embed"):
         raise BadInputError(f"task is generate or embed: {spec.task!r}")
     if spec.backend not in ("cpu", "cuda"):
-        raise BadInputError(f"backend is cpu or cuda: {spec.backend!r}", hint="--backend cpu")
+        raise BadInputError(
+            f"backend is cpu or cuda: {spec.backend!r}", hint="rbee-keeper infer --backend cpu …"
+        )
     wanted = device_indices(spec.device)
     _check_installed(spec.backend)
     count = 1 if spec.backend == "cpu" else len(visible_gpus())
@@ -242,8 +244,9 @@ def check_backend(spec: WorkerSpec) -> None:
         )
     if max(wanted) >= count:
         raise BadInputError(
-            f"device {max(wanted)} was asked for, but {spec.backend} has "
-            f"{count} here (0 to {count - 1})",
+            f"device {max(wanted)} was asked for, but {spec.backend} has only "
+            + ("device 0" if count == 1 else f"devices 0 to {count - 1}")
+            + " here",
             code="no_such_device",
             hint="rbee-hive detect",
         )
