@@ -146,7 +146,7 @@ async def test_a_missing_program_is_a_machine_error(leaks: LeakCheck) -> None:
 @slow
 async def test_cancelling_while_waiting_for_hello_leaves_nothing(leaks: LeakCheck) -> None:
     with trio.move_on_after(0.3) as scope:
-        async with owned(leaks, TREE, NAP.replace("import", "import os; os.dup2(2, 1); import")):
+        async with owned(leaks, "import os; os.dup2(2, 1)", TREE, NAP):
             pytest.fail("the body ran")
     assert scope.cancelled_caught
     await leaks.wait_clean(0.2)

@@ -229,8 +229,12 @@ class Workers:
     async def _prepare(self, worker: Worker) -> Local | None:
         """Bring the model here while the engine is being imported."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._warm_up, worker.request.engine, self._narrate(worker))
+            nursery.start_soon(self._warm, worker)
             return await self._provision(worker.request, self._narrate(worker))
+
+    async def _warm(self, worker: Worker) -> None:
+        with trio.move_on_after(LOAD_LIMIT):  # the launch says what is wrong then
+            await self._warm_up(worker.request.engine, self._narrate(worker))
 
     def _resolved(self, worker: Worker, spec: WorkerSpec, local: Local | None) -> WorkerSpec:
         if local is None:

@@ -25,6 +25,7 @@ from rbee.wire import codec
 
 log = logging.getLogger(__name__)
 
+REPORT = 1.5  # seconds for a zygote to tell of an exit; it may first kill what is left, for one
 ANSWER = 1.0  # seconds for a zygote to answer when nobody waits for the worker any more
 END = 2.0  # seconds for a zygote without workers to go by itself
 
@@ -81,7 +82,7 @@ class Zygote:
         known = self._exits[fork.pid]
 
         async def reap() -> int:
-            with trio.move_on_after(1):  # the zygote reports it; a dead zygote does not
+            with trio.move_on_after(REPORT):  # a frozen zygote does not report it
                 await known.done.wait()
             self._exits.pop(fork.pid, None)
             return known.status
