@@ -235,7 +235,10 @@ class Zygotes:
         async with self._lock:
             zygote = self._zygotes.get(engine)
             if zygote is None or zygote.gone:
-                zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
+                # It starts at once. Given up half-way it would go on in its own shield, and we
+                # would wait for it with the lock in our hands.
+                with trio.CancelScope(shield=True):
+                    zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
             return zygote
 
     async def warm_up(self, engine: str, narrate: Callable[[str, str], None]) -> None:
