@@ -182,7 +182,7 @@ async def test_the_engine_is_warmed_up_while_the_model_comes(
         await trio.sleep(1)
         order.append("model")
 
-    async def warm_up(engine: str) -> None:
+    async def warm_up(engine: str, narrate: Narrate) -> None:
         order.append(engine)
 
     async with open_hive(home) as hive:
@@ -262,7 +262,7 @@ async def test_what_the_worker_said_last_is_the_error(home: Home, line: str, cod
         hive.launch.running[worker_id].end(1)
         error = (await hive.infos(worker_id))[-1].error
     assert error.code == code
-    assert "rbee-error" in error.details["log"]
+    assert error.details["log"].splitlines()[-1] == "more"
 
 
 async def test_of_several_errors_that_a_worker_said_the_last_one_counts(home: Home) -> None:
