@@ -234,10 +234,15 @@ class Zygotes:
         """Return the engine's living zygote, started if there is none."""
         assert self._nursery is not None
         async with self._lock:
-            zygote = self._zygotes.get(engine)
-            if zygote is None or zygote.gone:
-                zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
-            return zygote
+            known = self._zygotes.get(engine)
+            if known is not None and not known.gone:
+                return known
+            # It starts at once. Given up half-way it would go on in its own shield, and we
+            # would wait for it with the lock in our hands.
+            with trio.CancelScope(shield=True):
+                zygote: Zygote = await self._nursery.start(self._run, engine)
+            self._zygotes[engine] = zygote
+        return zygote
 
     async def warm_up(self, engine: str, narrate: Callable[[str, str], None]) -> None:
         """Return when the engine's zygote can fork; tell whoever has to wait for that."""

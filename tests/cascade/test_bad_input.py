@@ -204,7 +204,7 @@ def _write_unknown_architecture(directory: Path) -> None:
 
 def _write_mismatch(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
 
 
 def _write_no_config(directory: Path) -> None:
