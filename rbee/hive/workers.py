@@ -22,6 +22,7 @@ from rbee.errors import (
     from_wire,
     leaves,
 )
+from rbee.guard import children
 from rbee.hive.launch import Launcher
 from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
@@ -264,7 +265,8 @@ class Workers:
         if worker.scope.cancel_called:
             raise ConflictError(f"worker {worker.id} is being stopped", code="stopping")
         worker.became_ready.set()
-        self._change(worker, state=WorkerState.READY.value, url=message.url)
+        pid = next(iter(children(worker.info.pid)), 0)  # so far it was the guard's
+        self._change(worker, state=WorkerState.READY.value, url=message.url, pid=pid)
         log.info("worker %s ready at %s", worker.id, message.url)
         self.on_ready(worker.info)
 
