@@ -24,6 +24,7 @@ from rbee.process import (
     _read_hello,
     log_tail,
     open_daemon,
+    open_guarded,
     run_program,
 )
 from rbee.testing.processes import LeakCheck
@@ -264,6 +265,19 @@ async def test_no_file_descriptor_stays_open(leaks: LeakCheck) -> None:
     await live(leaks)
     await refused(leaks, "pass")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@slow
+async def test_a_child_that_ended_before_it_is_stopped_is_reaped(leaks: LeakCheck) -> None:
+    async with open_guarded(code("pass"), graces=[0.5], log_file=leaks.home.log_file("x")) as (
+        process,
+        _,
+    ):
+        pid = process.pid
+        await trio.to_thread.run_sync(wait_for, process.ended)
+        assert process.status is None
+    assert process.status == 0
+    assert not Path(f"/proc/{pid}").exists()
 
 
 # programs -------------------------------------------------------------------------------------
