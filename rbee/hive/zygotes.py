@@ -238,8 +238,8 @@ class Zygotes:
                 # It starts at once. Given up half-way it would go on in its own shield, and we
                 # would wait for it with the lock in our hands.
                 with trio.CancelScope(shield=True):
-                    zygote = self._zygotes[engine] = await self._nursery.start(self._run, engine)
-            return zygote
+                    self._zygotes[engine] = await self._nursery.start(self._run, engine)
+            return self._zygotes[engine]
 
     async def warm_up(self, engine: str, narrate: Callable[[str, str], None]) -> None:
         """Return when the engine's zygote can fork; tell whoever has to wait for that."""
