@@ -19,7 +19,7 @@ import setproctitle
 import trio
 
 from rbee import guard
-from rbee.errors import ConflictError, RbeeError, leaves
+from rbee.errors import ConflictError, RbeeError, UsageError, leaves
 from rbee.home import write_atomic, writing
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 from rbee.wire import codec
@@ -74,12 +74,21 @@ def run_daemon(title: str, main: Callable[[Root], Awaitable[None]], *, owned: bo
     try:
         rest = b""
         if owned:
-            given, rest = guard.read_start(0, 30)
-            root.start = codec.structure(given, DaemonStart)
+            root.start, rest = _read_start()
         trio.run(_run, root, main, rest)
     except BaseException as exc:
         return _report(root, exc)
     return 0
+
+
+def _read_start() -> tuple[DaemonStart, bytes]:
+    try:
+        given, rest = guard.read_start(0, 30)
+    except (OSError, ValueError) as exc:
+        raise UsageError(
+            f"--owned needs an owner at stdin: {exc}", hint="leave --owned out to run by itself"
+        ) from exc
+    return codec.structure(given, DaemonStart), rest
 
 
 async def _run(root: Root, main: Callable[[Root], Awaitable[None]], rest: bytes) -> None:
@@ -126,7 +135,8 @@ def _report(root: Root, exc: BaseException) -> int:
     error = next((leaf for leaf in leaves(exc) if isinstance(leaf, RbeeError)), None)
     if error is None:
         log.error("ended by a bug", exc_info=exc)
-        error = RbeeError(f"{type(exc).__name__}: {exc}")
+        first = next(leaves(exc))
+        error = RbeeError(f"{type(first).__name__}: {first}")
     elif root.owned:
         log.error("%s", error)
     if root.owned and not root.said_hello:
@@ -212,15 +222,20 @@ def locked(run_file: Path, what: str) -> Iterator[None]:
     with writing(run_file.parent):
         fd = os.open(run_file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise _runs_already(run_file, what) from exc
         yield
-    except BlockingIOError as exc:
-        running = read_run_file(run_file)
-        where = f" at {running.url} (pid {running.pid})" if running else ""
-        raise ConflictError(
-            f"a {what} of this home runs already{where}",
-            code=f"{what}_running",
-            hint="rbee-keeper status",
-        ) from exc
     finally:
         os.close(fd)
+
+
+def _runs_already(run_file: Path, what: str) -> ConflictError:
+    running = read_run_file(run_file)
+    where = f" at {running.url} (pid {running.pid})" if running else ""
+    return ConflictError(
+        f"a {what} of this home runs already{where}",
+        code=f"{what}_running",
+        hint="rbee-keeper status",
+    )

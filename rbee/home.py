@@ -172,7 +172,9 @@ def read_token_file(path: Path) -> str:
     try:
         token = path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as exc:
-        raise MachineError(f"cannot read the token {path}: {exc}", hint=f"ls -l {path}") from exc
+        raise MachineError(
+            f"cannot read the token file {path}: {exc}", hint=f"ls -l {path}"
+        ) from exc
     if not token:
         raise MachineError(
             f"the token file {path} is empty",

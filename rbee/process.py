@@ -99,12 +99,12 @@ class Process:
         self.lifeline.end()
         with trio.move_on_after(grace):
             await self._wait_awake()
-        if self.ended():
-            return True
-        log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
-        self.signal(signal.SIGKILL)
-        await self.wait()
-        return False
+        was_enough = self.ended()
+        if not was_enough:
+            log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
+            self.signal(signal.SIGKILL)
+        await self.wait()  # reaps it
+        return was_enough
 
     async def _wait_awake(self) -> None:
         """Wait for the end; one that is frozen now or later is woken to hear of it."""

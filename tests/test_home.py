@@ -135,7 +135,7 @@ def test_a_token_file_without_a_token_is_an_error(home: Home, content: bytes, to
 
 
 def test_a_missing_token_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="cannot read the token"):
+    with pytest.raises(MachineError, match="cannot read the token file"):
         read_token_file(tmp_path / "none")
 
 

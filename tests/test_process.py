@@ -24,6 +24,7 @@ from rbee.process import (
     _read_hello,
     log_tail,
     open_daemon,
+    open_guarded,
     run_program,
 )
 from rbee.testing.processes import LeakCheck
@@ -146,7 +147,7 @@ async def test_a_missing_program_is_a_machine_error(leaks: LeakCheck) -> None:
 @slow
 async def test_cancelling_while_waiting_for_hello_leaves_nothing(leaks: LeakCheck) -> None:
     with trio.move_on_after(0.3) as scope:
-        async with owned(leaks, TREE, NAP.replace("import", "import os; os.dup2(2, 1); import")):
+        async with owned(leaks, "import os; os.dup2(2, 1)", TREE, NAP):
             pytest.fail("the body ran")
     assert scope.cancelled_caught
     await leaks.wait_clean(0.2)
@@ -264,6 +265,19 @@ async def test_no_file_descriptor_stays_open(leaks: LeakCheck) -> None:
     await live(leaks)
     await refused(leaks, "pass")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@slow
+async def test_a_child_that_ended_before_it_is_stopped_is_reaped(leaks: LeakCheck) -> None:
+    async with open_guarded(code("pass"), graces=[0.5], log_file=leaks.home.log_file("x")) as (
+        process,
+        _,
+    ):
+        pid = process.pid
+        await trio.to_thread.run_sync(wait_for, process.ended)
+        assert process.status is None
+    assert process.status == 0
+    assert not Path(f"/proc/{pid}").exists()
 
 
 # programs -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from rbee.errors import (
     from_wire,
     leaves,
 )
+from rbee.guard import children
 from rbee.hive.launch import Launcher
 from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
@@ -229,8 +230,12 @@ class Workers:
     async def _prepare(self, worker: Worker) -> Local | None:
         """Bring the model here while the engine is being imported."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._warm_up, worker.request.engine, self._narrate(worker))
+            nursery.start_soon(self._warm, worker)
             return await self._provision(worker.request, self._narrate(worker))
+
+    async def _warm(self, worker: Worker) -> None:
+        with trio.move_on_after(LOAD_LIMIT):  # the launch says what is wrong then
+            await self._warm_up(worker.request.engine, self._narrate(worker))
 
     def _resolved(self, worker: Worker, spec: WorkerSpec, local: Local | None) -> WorkerSpec:
         if local is None:
@@ -260,7 +265,8 @@ class Workers:
         if worker.scope.cancel_called:
             raise ConflictError(f"worker {worker.id} is being stopped", code="stopping")
         worker.became_ready.set()
-        self._change(worker, state=WorkerState.READY.value, url=message.url)
+        pid = next(iter(children(worker.info.pid)), 0)  # so far it was the guard's
+        self._change(worker, state=WorkerState.READY.value, url=message.url, pid=pid)
         log.info("worker %s ready at %s", worker.id, message.url)
         self.on_ready(worker.info)
 

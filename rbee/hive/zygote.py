@@ -106,7 +106,7 @@ class Zygote:
         os.close(pidfd)
 
     def _reap(self) -> None:
-        gone = False
+        ended: list[tuple[int, int]] = []
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -115,12 +115,13 @@ class Zygote:
             if not pid:
                 break
             if pid in self.guards:
-                gone = True
                 self.guards.discard(pid)
                 code = os.waitstatus_to_exitcode(status)
-                self._tell({"exited": pid, "status": code if code >= 0 else 128 - code})
-        if gone:
-            self._kill_orphans()
+                ended.append((pid, code if code >= 0 else 128 - code))
+        if ended:
+            self._kill_orphans()  # first: who hears of the exit takes all below for gone
+        for pid, code in ended:
+            self._tell({"exited": pid, "status": code})
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:

@@ -25,6 +25,7 @@ from rbee.wire import codec
 
 log = logging.getLogger(__name__)
 
+REPORT = 1.5  # seconds for a zygote to tell of an exit; it may first kill what is left, for one
 ANSWER = 1.0  # seconds for a zygote to answer when nobody waits for the worker any more
 END = 2.0  # seconds for a zygote without workers to go by itself
 
@@ -81,7 +82,7 @@ class Zygote:
         known = self._exits[fork.pid]
 
         async def reap() -> int:
-            with trio.move_on_after(1):  # the zygote reports it; a dead zygote does not
+            with trio.move_on_after(REPORT):  # a frozen zygote does not report it
                 await known.done.wait()
             self._exits.pop(fork.pid, None)
             return known.status
@@ -233,13 +234,15 @@ class Zygotes:
         """Return the engine's living zygote, started if there is none."""
         assert self._nursery is not None
         async with self._lock:
-            zygote = self._zygotes.get(engine)
-            if zygote is None or zygote.gone:
-                # It starts at once. Given up half-way it would go on in its own shield, and we
-                # would wait for it with the lock in our hands.
-                with trio.CancelScope(shield=True):
-                    self._zygotes[engine] = await self._nursery.start(self._run, engine)
-            return self._zygotes[engine]
+            known = self._zygotes.get(engine)
+            if known is not None and not known.gone:
+                return known
+            # It starts at once. Given up half-way it would go on in its own shield, and we
+            # would wait for it with the lock in our hands.
+            with trio.CancelScope(shield=True):
+                zygote: Zygote = await self._nursery.start(self._run, engine)
+            self._zygotes[engine] = zygote
+        return zygote
 
     async def warm_up(self, engine: str, narrate: Callable[[str, str], None]) -> None:
         """Return when the engine's zygote can fork; tell whoever has to wait for that."""

@@ -296,6 +296,19 @@ async def test_a_launch_that_hangs_fails_after_the_limit(
         assert (await hive.infos(worker_id))[-1].error.code == "load_timeout"
 
 
+async def test_an_engine_whose_import_hangs_is_a_failed_worker(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async def hang(engine: str, narrate: Narrate) -> None:
+        await trio.sleep_forever()
+
+    async with open_hive(home, starting=float("inf")) as hive:
+        hive.workers._warm_up = hang
+        worker_id = await hive.loading()
+        await trio.sleep(2 * module.LOAD_LIMIT + 1)
+        assert (await hive.infos(worker_id))[-1].error.code == "load_timeout"
+
+
 async def test_a_ready_worker_has_no_limit(home: Home, autojump_clock: trio.abc.Clock) -> None:
     async with open_hive(home) as hive:
         worker_id = await hive.loading()
