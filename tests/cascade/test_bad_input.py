@@ -370,7 +370,7 @@ def test_a_taken_port_is_told_and_the_next_one_used(home: Home, leaks: LeakCheck
         done = infer("echo")
     assert done.code == 0, done.err
     assert f"port {port} is taken" in done.err
-    assert f"127.0.0.1:{port}," not in done.err
+    assert f"127.0.0.1:{port} " not in done.err
     clean(leaks, 1)
 
 
