@@ -11,8 +11,6 @@ import attrs
 
 from rbee.errors import BadInputError
 
-QueenId = NewType("QueenId", str)
-HiveId = NewType("HiveId", str)
 WorkerId = NewType("WorkerId", str)
 JobId = NewType("JobId", str)
 NodeName = NewType("NodeName", str)

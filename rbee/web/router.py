@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, TypeVar
-from urllib.parse import parse_qs
 
 import attrs
 import trio
@@ -53,7 +51,6 @@ class Request:
     path: str
     params: dict[str, str]
     headers: dict[bytes, bytes]
-    query: dict[str, str]
     _receive: Receive
 
     async def body(self) -> bytes:
@@ -164,8 +161,7 @@ class App:
                 await self.fallback(scope, receive, send)
                 return
             handler, params, _ = route
-            query = {k: v[-1] for k, v in parse_qs(scope["query_string"].decode("latin-1")).items()}
-            request = Request(scope["method"], scope["path"], params, headers, query, receive)
+            request = Request(scope["method"], scope["path"], params, headers, receive)
             answer = await handler(request)
         except RbeeError as error:
             answer = error_response(error)
@@ -287,10 +283,3 @@ async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> No
     while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel(reason="client disconnected")
-
-
-def parse_json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except ValueError as exc:
-        raise BadInputError(f"the body is not JSON: {exc}") from exc

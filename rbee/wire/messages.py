@@ -24,7 +24,6 @@ QUEEN_WORKER_READY = "/v1/orchestrator/worker-ready"
 HIVE_WORKERS = "/v1/workers"
 HIVE_WORKER_READY = "/v1/workers/ready"
 HIVE_OWNERS = "/v1/owners"
-HIVE_MODELS = "/v1/models"
 HIVE_DEVICES = "/v1/devices"
 HIVE_LOGS = "/v1/logs"
 
