@@ -82,6 +82,14 @@ def shared_models() -> Path:
     return models
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Give vLLM an empty cache, as on a machine that never ran it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CACHE_ROOT", str(tmp_path_factory.mktemp("vllm-cache")))
+        yield
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     os.environ[SESSION_MARKER] = marker = secrets.token_hex(8)
     session.stash[SESSION_CHECK] = LeakCheck(

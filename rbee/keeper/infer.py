@@ -34,5 +34,5 @@ async def infer(flags: InferFlags, task: TaskRequest) -> None:
 
 
 def _told(url: str, port: int) -> str:
-    taken = "" if port == 0 or url.endswith(f":{port}") else f", for port {port} is taken"
-    return f"a queen at {url}, for none was running{taken}"
+    taken = "" if port == 0 or url.endswith(f":{port}") else f"; port {port} is taken"
+    return f"a queen at {url} (none was running{taken})"

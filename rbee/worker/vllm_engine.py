@@ -153,6 +153,20 @@ def hide_broken_packages() -> None:
             sys.modules[name] = None  # type: ignore[assignment]
 
 
+def inspect_models_here() -> None:
+    """Let vLLM look at a model's class in this process where it can, not in a program of its own.
+
+    That program imports everything again (13 s of CPU at the first start of an architecture) and
+    knows nothing of what is hidden here. vLLM starts it so that CUDA is not initialised.
+    """
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+
+    hidden = any(name in sys.modules and sys.modules[name] is None for name in OPTIONAL)
+    if hasattr(registry, "_run_in_subprocess") and (hidden or current_platform.is_cpu()):
+        registry._run_in_subprocess = lambda look: look()
+
+
 def kill_children() -> None:
     """End what vLLM had started when its start failed or was given up."""
     for child in multiprocessing.active_children():
@@ -291,6 +305,7 @@ def _import_vllm() -> SimpleNamespace:
         raise MachineError(
             f"vLLM cannot be imported: {exc}", code="engine_missing", hint="pip install 'rbee[cpu]'"
         ) from exc
+    inspect_models_here()
     return SimpleNamespace(
         torch=torch,
         envs=envs,

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 COMMAND = (sys.executable, "-m", "rbee")
-PATIENCE = 90.0  # seconds; a busy machine starts slowly
+PATIENCE = 60.0  # seconds; a busy machine starts slowly
 
 
 @attrs.frozen

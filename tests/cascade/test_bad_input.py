@@ -161,8 +161,8 @@ def test_a_worker_that_dies_mid_stream_leaves_what_has_come_and_the_next_answer_
 
 def test_a_timeout_ends_the_job_and_fails(operator: Operator) -> None:
     operator.infer("echo?rate=5", "--max-tokens", "1")  # warm
-    done = operator.infer("echo?rate=5", *LONG, "--timeout", "3")
-    done.check_refusal("not done within 3 s", "--timeout", out=done.out)
+    done = operator.infer("echo?rate=5", *LONG, "--timeout", "5")
+    done.check_refusal("not done within 5 s", "--timeout", out=done.out)
     assert done.out.startswith("hello bee")
     warm = operator.pid_of("echo?rate=5")
     assert operator.infer("echo?rate=5", "--max-tokens", "1").code == 0  # it was let go
@@ -204,7 +204,7 @@ def _write_unknown_architecture(directory: Path) -> None:
 
 def _write_mismatch(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
 
 
 def _write_no_config(directory: Path) -> None:
@@ -370,7 +370,7 @@ def test_a_taken_port_is_told_and_the_next_one_used(home: Home, leaks: LeakCheck
         done = infer("echo")
     assert done.code == 0, done.err
     assert f"port {port} is taken" in done.err
-    assert f"127.0.0.1:{port}," not in done.err
+    assert f"127.0.0.1:{port} " not in done.err
     clean(leaks, 1)
 
 
