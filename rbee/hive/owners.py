@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 import attrs
 import trio
 
 from rbee.errors import BadInputError
+from rbee.scopes import TaskOwner
 from rbee.wire.messages import OwnerLease
 
 log = logging.getLogger(__name__)
@@ -26,22 +26,12 @@ class Owner:
     goodbye: trio.Event = attrs.field(factory=trio.Event)
 
 
-class Owners:
+class Owners(TaskOwner):
     """Leases by queen id; a lease that ends calls ``on_end`` with the id."""
 
     def __init__(self, on_end: Callable[[str], Awaitable[None]]) -> None:
         self._on_end = on_end
         self._owners: dict[str, Owner] = {}
-        self._nursery: trio.Nursery | None = None
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[None, None]:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel(reason="hive stops")
 
     def get(self, owner_id: str) -> Owner | None:
         return self._owners.get(owner_id)
@@ -52,13 +42,12 @@ class Owners:
         Raises:
             BadInputError: the lease is not a sensible time.
         """
-        assert self._nursery is not None
         if not 0 < lease.lease <= LONGEST:
             raise BadInputError(f"a lease takes up to {LONGEST:g} seconds: {lease.lease:g}")
         owner = self._owners.get(owner_id)
         if owner is None:
             owner = self._owners[owner_id] = Owner(owner_id, lease)
-            self._nursery.start_soon(self._keep, owner)
+            self.tasks.start_soon(self._keep, owner)
             log.info("queen %s uses this hive", owner_id)
         owner.lease = lease
         owner.left = lease.lease

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rbee.home import Home, read_token, short_name
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
+from rbee.scopes import TaskOwner
 from rbee.web.client import call, keep_probing, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
@@ -94,29 +94,18 @@ class Hive:
         return f"hive on {self.info.node}"
 
 
-class Hives:
+class Hives(TaskOwner):
     """All hives of one queen and the workers it asked them for."""
 
     def __init__(self, setup: QueenSetup) -> None:
         self._setup = setup
         self._hives: dict[str, Hive] = {}
         self._locks: dict[str, trio.Lock] = {}
-        self._nursery: trio.Nursery | None = None
         self.queen_id = setup.id
         self.url = ""
         self.workers: Registry[WorkerId, WorkerInfo] = Registry()
         self.failures: OrderedDict[str, WorkerInfo] = OrderedDict()
         self.narrations: Broadcast[WorkerNarration] = Broadcast()
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[None, None]:
-        """Hold the hives; leaving ends those that are owned, side by side."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel(reason="queen stops")
 
     def infos(self) -> list[HiveInfo]:
         return [hive.info for hive in self._hives.values()]
@@ -140,11 +129,10 @@ class Hives:
                 code="unknown_node",
                 hint="rbee-keeper infer --node localhost …",
             )
-        assert self._nursery is not None
         async with self._locks.setdefault(node, trio.Lock()):
             hive = self._hives.get(node)
             if hive is None or hive.gone:
-                hive = await self._nursery.start(partial(self._keep, node, narrate))
+                hive = await self.tasks.start(partial(self._keep, node, narrate))
             return hive
 
     # one hive's life -------------------------------------------------------------------------

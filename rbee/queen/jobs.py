@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from typing import TypeVar
 
 import attrs
@@ -29,6 +29,7 @@ from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
 from rbee.queen.hives import Hive, Hives
 from rbee.queen.placement import choose, start_for
+from rbee.scopes import TaskOwner
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
 from rbee.wire.messages import (
@@ -101,23 +102,13 @@ def open_job(request: TaskRequest) -> Job:
     return Job(JobId(new_id("job")), request, send, receive)
 
 
-class Jobs:
+class Jobs(TaskOwner):
     """All jobs of one queen; their tasks live in the nursery that `open` holds."""
 
     def __init__(self, hives: Hives, ending: Callable[[], RbeeError]) -> None:
         self._hives = hives
         self._ending = ending
         self._jobs: dict[JobId, Job] = {}
-        self._nursery: trio.Nursery | None = None
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[None, None]:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel(reason="queen stops")
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -137,11 +128,11 @@ class Jobs:
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
-        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+        if not self.takes_tasks:
             raise self._ending()
         job = open_job(request)
         self._jobs[job.id] = job
-        self._nursery.start_soon(self._keep, job)
+        self.tasks.start_soon(self._keep, job)
         return job
 
     async def _keep(self, job: Job) -> None:
