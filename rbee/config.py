@@ -1,8 +1,8 @@
 """``$RBEE_HOME/config.toml`` as frozen values.
 
-The file has three tables of its own, ``[aliases]``, ``[queen]`` and ``[hive]``; everything else in
-it are flags of `rbee-keeper`, checked there: at the top for every command, in a table named after
-a command (``[infer]``) for that one.
+The file has tables of its own: ``[aliases]``, and ``[queen]``, ``[hive]`` and ``[worker]`` with the
+flags of these three programs. Everything else in it are flags of `rbee-keeper`, checked there: at
+the top for every command, in a table named after a command (``[infer]``) for that one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import attrs
 
 from rbee.errors import UsageError
-from rbee.model import HIVE_PORT, QUEEN_PORT
+from rbee.model import HIVE_PORT, LOCALHOST, QUEEN_PORT, WORKER_PORT
 
-OWN_TABLES = ("aliases", "queen", "hive")
+OWN_TABLES = ("aliases", "queen", "hive", "worker")
 
 
 class ConfigError(UsageError):
@@ -24,23 +24,51 @@ class ConfigError(UsageError):
     code = "config"
 
 
+# The programs' own arguments say what these tables may hold, and a test holds both together; they
+# are written out here so that the keeper can check the file without loading the programs.
 @attrs.frozen
 class QueenConfig:
-    """``[queen]``: what a queen takes where its command line says nothing."""
+    """``[queen]``: what `queen-rbee` takes where command line and environment say nothing."""
 
     host: str = "127.0.0.1"
     port: int = QUEEN_PORT
+    hive_port: int | None = None
     lease: float = 10.0
-    keep_alive: float = 300.0
+    token_file: str | None = None
 
 
 @attrs.frozen
 class HiveConfig:
-    """``[hive]``: what a hive takes where its command line says nothing."""
+    """``[hive]``: what `rbee-hive` takes where command line and environment say nothing."""
 
     host: str = "127.0.0.1"
     port: int = HIVE_PORT
-    lease: float = 10.0
+    worker_port: int = WORKER_PORT
+    node: str = LOCALHOST
+    token_file: str | None = None
+
+
+@attrs.frozen
+class WorkerFlags:
+    """``[worker]``: the same for `llm-worker-rbee` by hand; a hive says all to its workers."""
+
+    model: str = ""
+    engine: str = "vllm"
+    backend: str = "cpu"
+    device: str = "0"
+    host: str = "127.0.0.1"
+    port: int = WORKER_PORT
+    served_name: tuple[str, ...] = ()
+    task: str = "generate"
+    max_model_len: int | None = None
+    dtype: str | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
+    engine_arg: tuple[str, ...] = ()
+    token_file: str | None = None
+    hive_url: str = ""
+    id: str = ""
+    run_dir: str | None = None
 
 
 @attrs.frozen
@@ -49,13 +77,14 @@ class Config:
 
     Attributes:
         aliases: a model's short name → its sources, tried in order.
-        flags: what is not one of the three tables, as parsed.
+        flags: what is not one of the tables above, as parsed.
         source: the file's path, for errors.
     """
 
     aliases: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
     queen: QueenConfig = attrs.field(factory=QueenConfig)
     hive: HiveConfig = attrs.field(factory=HiveConfig)
+    worker: WorkerFlags = attrs.field(factory=WorkerFlags)
     flags: dict[str, Any] = attrs.field(factory=dict)
     source: str = ""
 
@@ -85,11 +114,15 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
 
 
 def _structure(data: dict[str, Any], path: Path) -> Config:
+    # `worker = "…"` at the top is a flag of the keeper's (`logs --worker`), `[worker]` a table.
+    is_flag = not isinstance(data.get("worker", {}), dict)
+    own = {key for key in data if key in OWN_TABLES and not (key == "worker" and is_flag)}
     return Config(
         aliases=_aliases(data.get("aliases", {}), path),
         queen=_table(data.get("queen", {}), "queen", QueenConfig, path),
         hive=_table(data.get("hive", {}), "hive", HiveConfig, path),
-        flags={key: value for key, value in data.items() if key not in OWN_TABLES},
+        worker=_table(data["worker"] if "worker" in own else {}, "worker", WorkerFlags, path),
+        flags={key: value for key, value in data.items() if key not in own},
         source=str(path),
     )
 

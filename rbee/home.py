@@ -163,6 +163,14 @@ def _make_token(path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def choose_token(home: Home, named: Path | None) -> tuple[Path, str]:
+    """Return the token file that ``--token-file`` names, else the home's, and the token in it."""
+    if named is None:
+        return home.token_file, read_token(home)
+    path = named.expanduser().absolute()
+    return path, read_token_file(path)
+
+
 def read_token_file(path: Path) -> str:
     """Return what a token file holds.
 

@@ -7,7 +7,7 @@ the precedence flag, environment, file, default.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rbee.config import load_config
 from rbee.home import find_home
 
 PREFIX = "RBEE_"
+Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
 
 def env_name(flag: str) -> str:
@@ -67,6 +68,16 @@ class Table:
                 fill(argument, key, tokens_of(value), config.source)
 
 
+def unless_owned(source: Source) -> Source:
+    """Ask ``source`` only where no owner says all: ``RBEE_MODEL`` is the keeper's as well."""
+
+    def ask(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        if not any(argument.name == "--owned" and argument.tokens for argument in arguments):
+            source(app, commands, arguments)
+
+    return ask
+
+
 def home_of(arguments: ArgumentCollection) -> Path | None:
     for argument in arguments:
         if argument.name == "--home" and argument.tokens:
@@ -75,7 +86,7 @@ def home_of(arguments: ArgumentCollection) -> Path | None:
 
 
 def tokens_of(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list | tuple) else [value]
     return [str(item).lower() if isinstance(item, bool) else str(item) for item in values]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee.config import Config, ConfigError, HiveConfig, QueenConfig, load_config
+from rbee.config import Config, ConfigError, HiveConfig, QueenConfig, WorkerFlags, load_config
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -31,15 +31,18 @@ def test_its_own_tables_become_values_and_the_rest_stays_flags(tmp_path: Path) -
             two = ["pypi:a", "file:///b"]
             [queen]
             port = 9000
-            keep-alive = 5
+            hive-port = 9300
             [hive]
-            lease = 3.0
+            node = "n1"
+            [worker]
+            served-name = ["a"]
             """,
         )
     )
     assert config.aliases == {"one": ("pypi:a",), "two": ("pypi:a", "file:///b")}
-    assert config.queen == QueenConfig(port=9000, keep_alive=5.0)
-    assert config.hive == HiveConfig(lease=3.0)
+    assert config.queen == QueenConfig(port=9000, hive_port=9300)
+    assert config.hive == HiveConfig(node="n1")
+    assert config.worker == WorkerFlags(served_name=("a",))
     assert config.flags == {"temperature": 0.5, "infer": {"max-tokens": 7}}
 
 
@@ -48,6 +51,9 @@ def test_its_own_tables_become_values_and_the_rest_stays_flags(tmp_path: Path) -
     [
         ("[queen]\nprot = 1", "queen.prot"),
         ("[hive]\nport = 'x'", "expected int"),
+        ("[queen]\nhome = '/x'", "queen.home"),
+        ("[hive]\nowned = true", "hive.owned"),
+        ("[worker]\nport = 'x'", "expected int"),
         ("queen = 3", "'queen'"),
         ("aliases = 3", "'aliases'"),
         ("[aliases]\na = 3", "aliases.a"),

@@ -10,7 +10,6 @@ from typing import Annotated
 import cyclopts
 
 from rbee import __version__
-from rbee.home import Home
 from rbee.model import HIVE_PORT, WORKER_PORT
 from rbee.sources import Environment, Table
 
@@ -26,7 +25,7 @@ app = cyclopts.App(
 def run_daemon(
     *,
     host: str = "127.0.0.1",
-    port: int | None = None,
+    port: int = HIVE_PORT,
     worker_port: int = WORKER_PORT,
     node: str = "localhost",
     home: Path | None = None,
@@ -48,29 +47,31 @@ def run_daemon(
     home:
         Directory for models, logs and the token.
     token_file:
-        File with the token that callers must send.
+        File with the token that callers must send; default: the token of the home.
     owned:
         End with the owner, whose lifeline is stdin.
     """
     from rbee import daemon
     from rbee.hive.daemon import run
     from rbee.hive.workers import HiveSetup
-    from rbee.home import open_home, short_name
+    from rbee.home import choose_token, open_home, short_name
     from rbee.model import new_id
 
     async def main(root: daemon.Root) -> None:
         place = open_home(home)
         hive_id = new_id("hive")
         start = root.start
+        place_of_token, token = (None, start.token) if start else choose_token(place, token_file)
         setup = HiveSetup(
             id=hive_id,
             home=place,
             run_dir=Path(start.run_dir) if start else place.run / short_name(hive_id),
-            token=start.token if start else _token(token_file, place),
+            token=token,
+            token_file=place_of_token,
             owner=start.owner if start else "operator",
             node=node,
             host=host,
-            port=HIVE_PORT if port is None else port,
+            port=port,
             exact_port=not owned,
             worker_port=worker_port,
             queen_url=start.queen_url if start else "",
@@ -78,12 +79,6 @@ def run_daemon(
         await run(setup, root)
 
     return daemon.run_daemon("rbee-hive", main, owned=owned)
-
-
-def _token(path: Path | None, place: Home) -> str:
-    from rbee.home import read_token, read_token_file
-
-    return read_token_file(path) if path else read_token(place)
 
 
 @app.command

@@ -104,7 +104,7 @@ async def announced(setup: HiveSetup, hello: Hello) -> AsyncGenerator[None, None
     """
     path = setup.home.hive_file
     with daemon.locked(path, "hive"):
-        daemon.write_run_file(path, hello, setup.owner, setup.home.token_file)
+        daemon.write_run_file(path, hello, setup.owner, setup.token_file or setup.home.token_file)
         try:
             yield
         finally:

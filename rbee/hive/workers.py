@@ -78,6 +78,7 @@ class HiveSetup:
     Attributes:
         token: expected from callers, handed to workers.
         owner: ``operator`` or the id of the queen that owns it.
+        token_file: where an operator's hive has ``token`` from; None for an owned one.
         queen_url, queen_token: where ready callbacks go; "" until a queen says so.
         run_dir: its private directory; worker directories lie in it.
     """
@@ -93,7 +94,7 @@ class HiveSetup:
     exact_port: bool = False
     worker_port: int = 8001
     queen_url: str = ""
-    lease: float = 10.0
+    token_file: Path | None = None
     grace: Grace = attrs.field(factory=Grace)
 
 

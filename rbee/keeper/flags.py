@@ -47,7 +47,10 @@ class QueenFlags(DataFlags):
         str | None, Parameter(help="Use this queen instead of the one of the home.")
     ] = None
     token_file: Annotated[
-        str | None, Parameter(help="The token for --queen-url (default: the home's).")
+        str | None,
+        Parameter(
+            help="The token for --queen-url (default: the home's, sent on this machine only)."
+        ),
     ] = None
 
 

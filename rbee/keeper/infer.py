@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from rbee.client import KEEP_A_QUEEN
+from contextlib import suppress
+
+from rbee.client import KEEP_A_QUEEN, OPERATOR, AsyncClient
 from rbee.config import load_config
+from rbee.errors import RbeeError
 from rbee.home import open_home
 from rbee.keeper.answer import Answer, stream_answer
 from rbee.keeper.flags import InferFlags
@@ -28,9 +31,17 @@ async def infer(flags: InferFlags, task: TaskRequest) -> None:
         await stream_answer(queen.client, task, output, answer)
         if flags.json:
             print_json(answer.facts())
-    if queen.owned:
-        note(f"note: queen, hive and worker ended with this command; to keep them:\n"
-             f"  {KEEP_A_QUEEN}")  # fmt: skip
+        ending = await _ending(queen.client) if queen.owned else ""
+    if ending:
+        note(f"note: {ending} ended with this command; to keep them:\n  {KEEP_A_QUEEN}")
+
+
+async def _ending(client: AsyncClient) -> str:
+    """Name what ends with our own queen; an operator's hive stays."""
+    with suppress(RbeeError):  # the answer is here: a queen that cannot tell is no failure
+        if any(hive.owner == OPERATOR for hive in await client.hives()):
+            return "queen and worker"
+    return "queen, hive and worker"
 
 
 def _told(url: str, port: int) -> str:

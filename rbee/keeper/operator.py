@@ -14,7 +14,6 @@ import trio
 
 from rbee import guard
 from rbee.client import OPERATOR, AsyncClient
-from rbee.config import load_config
 from rbee.errors import ConflictError, PeerError, RbeeError, UnavailableError
 from rbee.home import Home, find_home, open_home, read_token, writing
 from rbee.keeper.flags import DataFlags, ListenFlags
@@ -43,7 +42,7 @@ class Standing:
     already: bool
 
 
-async def start_queen(home: Home, *, host: str, port: int, lease: float) -> Standing:
+async def start_queen(home: Home, *, host: str, port: int) -> Standing:
     """Start a queen that outlives this command; it answers when this returns.
 
     Raises:
@@ -59,7 +58,7 @@ async def start_queen(home: Home, *, host: str, port: int, lease: float) -> Stan
         begin = log.tell()
         # Not `trio.run_process`: this child is to outlive us, and nothing of it is awaited.
         popen = subprocess.Popen(
-            (*COMMAND, "--host", host, "--port", str(port), "--lease", str(lease)),
+            (*COMMAND, "--host", host, "--port", str(port)),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -190,8 +189,7 @@ async def _wait_gone(pidfds: dict[int, int]) -> set[int]:
 async def print_start(flags: ListenFlags) -> None:
     """``queen start``."""
     home = open_home(flags.home)
-    lease = load_config(home.config_file).queen.lease
-    standing = await start_queen(home, host=flags.host, port=flags.port, lease=lease)
+    standing = await start_queen(home, host=flags.host, port=flags.port)
     if standing.already:
         note(f"a queen runs already (pid {standing.pid})")
     if flags.json:

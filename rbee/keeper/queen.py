@@ -8,8 +8,10 @@ import secrets
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import attrs
 import trio
@@ -100,7 +102,10 @@ def find_run_file(home: Home) -> RunFile | None:
 
 
 def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = "") -> str:
-    """Return the token for the queen at ``url``; "" if there is none to send."""
+    """Return the token for the queen at ``url``; "" if there is none to send.
+
+    Without ``token_file`` only a queen on this machine, or the home's own, gets the home's.
+    """
     if token_file:
         try:
             return Path(token_file).expanduser().read_text().strip()
@@ -109,11 +114,23 @@ def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = 
                 f"cannot read the token file {token_file}: {exc.strerror}",
                 hint=f"ls -l {token_file}",
             ) from exc
-    path = Path(record.token_file) if record and record.url == url else home.token_file
+    ours = record is not None and record.url == url
+    if not ours and not is_loopback(url):
+        return ""  # the home's token opens the home's queen; it is nobody else's to see
+    path = Path(record.token_file) if record and ours else home.token_file
     try:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def is_loopback(url: str) -> bool:
+    """Tell whether what is sent to ``url`` stays on this machine."""
+    try:
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name, or no address at all
+        return False
 
 
 async def _health(client: AsyncClient, record: RunFile | None) -> Health | None:

@@ -213,7 +213,7 @@ def _refuse_if_used(used: set[str], name: str) -> None:
         raise ConflictError(
             f"{name} is in use by a running worker ({min(used)})",
             code="model_in_use",
-            hint="rbee-keeper worker list   # then rbee-keeper worker stop WORKER",
+            hint="rbee-keeper queen stop   # ends its workers, then try again",
         )
 
 

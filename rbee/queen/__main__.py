@@ -8,7 +8,7 @@ from typing import Annotated
 import cyclopts
 
 from rbee import __version__
-from rbee.model import HIVE_PORT, QUEEN_PORT
+from rbee.model import QUEEN_PORT
 from rbee.sources import Environment, Table
 
 app = cyclopts.App(
@@ -24,9 +24,10 @@ def run_daemon(
     *,
     host: str = "127.0.0.1",
     port: int = QUEEN_PORT,
-    hive_port: int = HIVE_PORT,
+    hive_port: int | None = None,
     home: Path | None = None,
     lease: float = 10.0,
+    token_file: Path | None = None,
     owned: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> int:
     """Run a queen until it is told to stop.
@@ -38,16 +39,19 @@ def run_daemon(
     port:
         Port to listen on; 0 takes any free one. An operator's queen fails if it is taken.
     hive_port:
-        First port tried for hives of its own.
+        First port tried for hives of its own; default: the port of [hive] in config.toml.
     home:
         Directory for the configuration, logs and the token.
     lease:
         Seconds that its hives wait for a beat before they end.
+    token_file:
+        File with the token that callers must send; default: the token of the home.
     owned:
         End with the owner, whose lifeline is stdin.
     """
     from rbee import daemon
-    from rbee.home import open_home, read_token, short_name
+    from rbee.config import load_config
+    from rbee.home import choose_token, open_home, short_name
     from rbee.model import new_id
     from rbee.queen.daemon import run
     from rbee.queen.hives import QueenSetup
@@ -56,17 +60,19 @@ def run_daemon(
         place = open_home(home)
         queen_id = new_id("queen")
         start = root.start
+        place_of_token, token = (None, start.token) if start else choose_token(place, token_file)
         setup = QueenSetup(
             id=queen_id,
             home=place,
             run_dir=Path(start.run_dir) if start else place.run / short_name(queen_id),
-            token=start.token if start else read_token(place),
+            token=token,
+            token_file=place_of_token,
             nonce=daemon.ensure_nonce(),
             owner=start.owner if start else "operator",
             host=host,
             port=port,
             exact_port=not owned,
-            hive_port=hive_port,
+            hive_port=load_config(place.config_file).hive.port if hive_port is None else hive_port,
             lease=start.lease if start else lease,
         )
         await run(setup, root)

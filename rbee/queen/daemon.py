@@ -86,6 +86,6 @@ def _run_dir(setup: QueenSetup, root: daemon.Root) -> Iterator[Path]:
         return
     claim(setup.run_dir)
     try:
-        yield setup.home.token_file
+        yield setup.token_file or setup.home.token_file
     finally:
         remove_tree(str(setup.run_dir))

@@ -16,7 +16,7 @@ import trio
 from rbee.broadcast import Broadcast
 from rbee.daemon import read_run_file
 from rbee.errors import NotFoundError, PeerError, RbeeError, UnavailableError, leaves
-from rbee.home import Home, read_token, short_name
+from rbee.home import Home, read_token_file, short_name
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
@@ -49,13 +49,19 @@ OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
 
 @attrs.frozen
 class QueenSetup:
-    """What one queen is; ``lease`` is what its hives and their guards allow it, in seconds."""
+    """What one queen is.
+
+    Attributes:
+        token_file: where an operator's queen has ``token`` from; None for an owned one.
+        lease: seconds that its hives and their guards allow it.
+    """
 
     id: str
     home: Home
     run_dir: Path
     token: str
     nonce: str
+    token_file: Path | None = None
     owner: str = "operator"
     host: str = "127.0.0.1"
     port: int = 0
@@ -160,7 +166,7 @@ class Hives(TaskOwner):
 
     async def _use(self, node: str, found: RunFile, status: _Started) -> None:
         """Use an operator's hive for as long as it runs; it stays when we go."""
-        token = read_token(self._setup.home)
+        token = read_token_file(Path(found.token_file))
         async with open_client(found.url, token) as client:
             health = await call(client, "GET", messages.HEALTH, Health, what="the operator's hive")
             info = HiveInfo(

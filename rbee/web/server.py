@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ import trio
 from hypercorn.config import Config
 
 from rbee.errors import BadInputError, ConflictError, MachineError
+from rbee.web.holder import find_holder
 
 log = logging.getLogger(__name__)
 
@@ -30,26 +32,35 @@ def open_listener(host: str, port: int, *, exact: bool) -> socket.socket:
     Raises:
         BadInputError: there is no such port.
         ConflictError: the port is taken, or none is free in reach.
-        MachineError: the address is not one of this machine.
+        MachineError: the address is not one of this machine, or the port not for this user.
     """
     if not 0 <= port <= 65535:
         raise BadInputError(f"port {port} is not between 0 and 65535", hint="--port 0")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     last = port if exact or port == 0 else min(port + NEXT_PORTS, 65535)
     for candidate in range(port, last + 1):
         try:
-            listener = socket.create_server((host, candidate), backlog=1024)
+            listener = socket.create_server((host, candidate), family=family, backlog=1024)
         except OSError as exc:
-            if exc.errno not in (98, 13):  # EADDRINUSE, EACCES
-                raise MachineError(f"cannot listen on {host}:{candidate}: {exc.strerror}") from exc
+            if exc.errno != errno.EADDRINUSE:
+                raise _cannot_listen(host, candidate, exc) from exc
             continue
         if candidate != port:
             log.info("port %d is taken, using %d", port, candidate)
         return listener
     raise ConflictError(
-        f"port {port} on {host} is taken" + ("" if exact else f", and so are all up to {last}"),
+        f"port {port} on {host} is taken"
+        + (find_holder(port) if exact else f", and so are all up to {last}"),
         code="port_taken",
         hint=f"ss -ltnp 'sport = :{port}'   # or pass --port 0 for any free port",
     )
+
+
+def _cannot_listen(host: str, port: int, exc: OSError) -> MachineError:
+    if exc.errno == errno.EACCES:
+        hint = "--port 8080   # those below 1024 are for root alone"
+        return MachineError(f"not allowed to listen on {host}:{port}: {exc.strerror}", hint=hint)
+    return MachineError(f"cannot listen on {host}:{port}: {exc.strerror or exc}")
 
 
 def url_of(listener: socket.socket) -> str:

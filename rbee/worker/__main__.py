@@ -13,13 +13,15 @@ from cyclopts import App, Parameter
 from rbee import __version__, guard
 from rbee.daemon import ensure_nonce, print_error
 from rbee.errors import RbeeError, UsageError
-from rbee.home import open_home, read_token, read_token_file
+from rbee.home import choose_token, open_home
 from rbee.model import WORKER_PORT, WorkerConfig, WorkerId, WorkerSpec, new_id
+from rbee.sources import Environment, Table, unless_owned
 from rbee.wire import codec
 
 START_LIMIT = 30.0
 
 app = App(
+    config=[unless_owned(Environment()), unless_owned(Table("worker"))],
     name="llm-worker-rbee",
     help="Serve one model over HTTP until stopped. A hive starts workers itself; by hand this is "
     "for trying one out.",
@@ -103,7 +105,7 @@ def worker(
         engine_args=dict(map(_key_value, engine_arg)),
     )
     ensure_nonce()
-    token = _read_token(token_file)
+    _, token = choose_token(open_home(), token_file)
     with tempfile.TemporaryDirectory(prefix="rbee-worker-", dir=run_dir) as private:
         config = WorkerConfig(spec, private, token, host, port, hive_url)
         return _run(config, owned)
@@ -130,10 +132,6 @@ def _key_value(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise UsageError(f"--engine-arg takes KEY=VALUE, got {text!r}")
     return key, value
-
-
-def _read_token(path: Path | None) -> str:
-    return read_token_file(path) if path else read_token(open_home())
 
 
 def main() -> None:

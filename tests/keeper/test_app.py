@@ -2,105 +2,23 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cyclopts import Argument
 
 from rbee import __version__
 from rbee.home import Home
 from rbee.keeper import app as keeper
 from rbee.keeper.flags import every_flag
-from rbee.sources import env_name, flags_of
-
-REQUIRED = {"--model": "m", "--prompt": "p"}
-FILE, ENVIRONMENT, FLAG = 0, 1, 2
-
-
-def flag_cases() -> Iterator[Any]:
-    for path, command in keeper.leaf_commands(keeper.app).items():
-        for argument in flags_of(command.assemble_argument_collection()):
-            yield pytest.param(path, argument, id=f"{' '.join(path)} {argument.name}")
-
-
-def sample(argument: Argument, source: int) -> Any:
-    """Return a value for the flag that differs from the next and the previous source's."""
-    if argument.hint is bool:
-        return source != ENVIRONMENT
-    if argument.hint is int or "int" in str(argument.hint):
-        return 11 + source
-    if "float" in str(argument.hint):
-        return 0.25 + source
-    if "Literal" in str(argument.hint):
-        return "cpu" if source == ENVIRONMENT else "cuda"
-    if "tuple" in str(argument.hint):
-        return (f"stop {source}", "b")
-    return f"value-{source}"
-
-
-def line_for(path: tuple[str, ...], argument: Argument, *, flag: bool) -> list[str]:
-    command = keeper.leaf_commands(keeper.app)[path]
-    arguments = command.assemble_argument_collection()
-    names = {one.name for one in arguments}
-    line = list(path) + ["m" for one in arguments if one.name.isupper()]
-    for name, value in REQUIRED.items():
-        if name in names and name != argument.name:
-            line += [name, value]
-    if flag:
-        value = sample(argument, FLAG)
-        for one in value if isinstance(value, tuple) else (value,):
-            line += [argument.name] if one is True else [argument.name, str(one)]
-    return line
+from tests.programs import KEEPER
 
 
 def parsed(line: list[str], name: str) -> Any:
-    _, bound, _ = keeper.app.parse_args(line, exit_on_error=False, print_error=False)
-    flags = bound.kwargs["flags"]
-    return getattr(flags, name.lstrip("-").replace("-", "_"))
-
-
-def toml(argument: Argument, value: Any) -> str:
-    shown = {True: "true", False: "false"}.get(value) if isinstance(value, bool) else None
-    if isinstance(value, tuple):
-        shown = str(list(value))
-    return f"{argument.name.lstrip('-')} = {shown or repr(value)}\n"
-
-
-@pytest.mark.parametrize(("path", "argument"), list(flag_cases()))
-def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
-    path: tuple[str, ...], argument: Argument, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name, variable = argument.name, env_name(argument.name)
-    in_file = name != "--home"
-    if in_file:
-        home.config_file.write_text(toml(argument, sample(argument, FILE)))
-    value = sample(argument, ENVIRONMENT)
-    told = '["stop 1", "b"]' if isinstance(value, tuple) else str(value)
-    with monkeypatch.context() as patch:
-        patch.setenv(variable, told)
-        assert parsed(line_for(path, argument, flag=True), name) == sample(argument, FLAG)
-        assert parsed(line_for(path, argument, flag=False), name) == value
-    if in_file:
-        assert parsed(line_for(path, argument, flag=False), name) == sample(argument, FILE)
-        home.config_file.unlink()
-    if name not in REQUIRED and in_file:
-        assert parsed(line_for(path, argument, flag=False), name) == default(path, name)
-
-
-def default(path: tuple[str, ...], name: str) -> Any:
-    return {
-        ("queen", "start", "--host"): "127.0.0.1",
-        ("queen", "start", "--port"): 8080,
-        ("logs", "--lines"): 50,
-    }.get(
-        (*path, name), {"--stop": (), "--json": False, "--raw": False, "--follow": False}.get(name)
-    )
+    return KEEPER.parse(line, name)
 
 
 def test_the_flags_a_config_file_may_hold_are_those_of_the_commands() -> None:
-    arguments = [argument.values[1] for argument in flag_cases()]
-    assert every_flag() == {argument.name.lstrip("-") for argument in arguments}
+    assert every_flag() == {argument.name.lstrip("-") for _, argument in KEEPER.flags()}
 
 
 def infer_flag(name: str, *more: str) -> Any:

@@ -11,12 +11,16 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
+from rbee.client import AsyncClient
 from rbee.home import Home
+from rbee.keeper.infer import _ending
 from rbee.testing.processes import LeakCheck
 from rbee.wire.messages import Error, Token
+from tests.keeper import fake_queen
 from tests.keeper.fake_queen import FakeQueen, answer, open_fake
 
 pytestmark = pytest.mark.slow
@@ -227,3 +231,14 @@ async def test_ctrl_c_ends_the_answer_first_and_then_the_conversation(home: Home
         process.send_signal(signal.SIGINT)
         await process.wait()
         assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("owner", "ending"), [("operator", "queen and worker"), ("queen-1", "queen, hive and worker")]
+)
+async def test_what_ends_with_a_queen_of_our_own_is_named(
+    owner: str, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_queen, "HIVE", attrs.evolve(fake_queen.HIVE, owner=owner))
+    async with open_fake() as (_, url), AsyncClient(url, fake_queen.TOKEN) as client:
+        assert await _ending(client) == ending

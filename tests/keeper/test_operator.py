@@ -22,7 +22,7 @@ TREE = Path(__file__).parents[2]
 
 
 async def start(home: Home) -> operator.Standing:
-    return await start_queen(home, host="127.0.0.1", port=0, lease=10.0)
+    return await start_queen(home, host="127.0.0.1", port=0)
 
 
 @pytest.mark.slow
@@ -56,7 +56,7 @@ async def test_stop_without_a_queen_is_fine(home: Home, capfd: pytest.CaptureFix
 @pytest.mark.slow
 async def test_a_queen_that_cannot_start_says_why(home: Home, leaks: LeakCheck) -> None:
     with trio.fail_after(30), pytest.raises(UnavailableError, match="did not start") as caught:
-        await start_queen(home, host="192.0.2.1", port=0, lease=10.0)
+        await start_queen(home, host="192.0.2.1", port=0)
     assert "192.0.2.1" in caught.value.message
 
 

@@ -24,7 +24,13 @@ from rbee.errors import (
 )
 from rbee.home import Home
 from rbee.keeper import queen as keeper_queen
-from rbee.keeper.queen import QueenAccess, find_run_file, open_queen, open_running_queen
+from rbee.keeper.queen import (
+    QueenAccess,
+    find_run_file,
+    open_queen,
+    open_running_queen,
+    queen_token,
+)
 from rbee.keeper.root import first_error
 from rbee.testing.processes import LeakCheck
 from tests.keeper.fake_queen import TOKEN, FakeQueen, note, open_fake
@@ -98,6 +104,28 @@ async def test_a_token_file_can_be_named(home: Home) -> None:
             assert await queen.client.workers()
         with pytest.raises(MachineError, match="missing"):
             await running(home, url=url, token_file=str(home.root / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("url", "is_sent"),
+    [
+        ("http://127.0.0.1:8080", True),
+        ("http://localhost:8080", True),
+        ("http://[::1]:8080", True),
+        ("http://elsewhere:8080", False),
+        ("http://192.0.2.1:8080", False),
+        ("http://localhost.example:8080", False),
+        ("http://127.0.0.1@elsewhere", False),
+        ("nonsense", False),
+        ("http://[", False),
+    ],
+)
+def test_the_homes_token_is_for_this_machine_unless_a_file_is_named(
+    home: Home, url: str, is_sent: bool
+) -> None:
+    home.token_file.write_text(TOKEN)
+    assert queen_token(home, None, url) == (TOKEN if is_sent else "")
+    assert queen_token(home, None, url, str(home.token_file)) == TOKEN
 
 
 async def test_a_url_where_nobody_answers_is_told(home: Home) -> None:

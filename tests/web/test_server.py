@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -17,6 +18,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from rbee.errors import BadInputError, ConflictError, MachineError
 from rbee.web.client import call, open_client
+from rbee.web.holder import find_holder
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import open_listener, serve_http, url_of
 
@@ -36,6 +38,33 @@ def test_an_exact_port_that_is_taken_is_a_conflict_that_names_it(taken: int) -> 
         open_listener("127.0.0.1", taken, exact=True)
     assert info.value.code == "port_taken"
     assert f":{taken}" in info.value.hint
+
+
+def test_who_has_an_exact_port_is_told(taken: int) -> None:
+    with pytest.raises(ConflictError, match=rf"is taken by pid {os.getpid()} \(.+\)$"):
+        open_listener("127.0.0.1", taken, exact=True)
+
+
+def test_a_holder_that_cannot_be_seen_is_left_out() -> None:
+    assert find_holder(0) == ""
+
+
+def test_a_port_that_is_not_for_this_user_is_not_told_as_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> socket.socket:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket, "create_server", refuse)
+    with pytest.raises(MachineError, match=r"not allowed to listen on 127\.0\.0\.1:80") as info:
+        open_listener("127.0.0.1", 80, exact=False)
+    assert "--port" in info.value.hint
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_listened_on() -> None:
+    with open_listener("::1", 0, exact=True) as listener:
+        assert url_of(listener).startswith("http://[::1]:")
 
 
 def test_the_next_free_port_is_taken_and_told(taken: int, caplog: pytest.LogCaptureFixture) -> None:
