@@ -33,6 +33,10 @@ STATES = ("starting", "loading", "idle", "streaming", "stopping")
 OWNERS = ("keeper", "queen guard", "queen")  # with one of them everything goes
 BUDGET = 10.0  # seconds from the order until nothing is left
 PART_BUDGET = 8.0  # seconds until what lay under a killed process is gone
+IGNORED = {  # who lives on after which signal, with all below; everybody else goes
+    "zygote": (signal.SIGINT, signal.SIGHUP),  # once it has set that: the hive ends it
+}
+IGNORING = 1.0  # seconds in which a process that does not ignore a signal would have gone
 
 
 @attrs.frozen
@@ -160,7 +164,7 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
         await _interrupt_again(cell, cluster)
         await _all_gone(cluster, cell)
     else:
-        await _part_gone(victim, below)
+        await _part_gone(cell, victim, below)
         _check_alive(spared)
         await _next_infer_works(cluster, workload)
         _check_alive(spared)
@@ -217,15 +221,19 @@ def _end_owner(cell: Cell, cluster: Cluster) -> None:
     cluster.keeper.send_signal(signal.SIGKILL if cell.process == "keeper" else signal.SIGTERM)
 
 
-async def _part_gone(victim: Identity, below: Sequence[Identity]) -> None:
-    """A stop signal ends the process and all below it, unless it ignores that signal."""
-    with trio.move_on_after(PART_BUDGET):
+async def _part_gone(cell: Cell, victim: Identity, below: Sequence[Identity]) -> None:
+    """The signal ends the process and all below it, unless the table says that it ignores it."""
+    ignores = cell.signal in IGNORED.get(cell.process, ())
+    with trio.move_on_after(IGNORING if ignores else PART_BUDGET):
         while any(is_running(one) for one in (victim, *below)):
             await trio.sleep(0.02)
         return
-    if is_running(victim) and all(is_running(one) for one in below):
-        return  # it ignores this signal, and everything lives on
-    raise CellError(f"under the fault {[o for o in below if is_running(o)]} live on")
+    if not is_running(victim):
+        raise CellError(f"under the fault {[o for o in below if is_running(o)]} live on")
+    if not ignores:
+        raise CellError(f"{cell.process} ignores {cell.signal.name}")
+    if dead := [one for one in below if not is_running(one)]:
+        raise CellError(f"it ignores {cell.signal.name}, but below it went {dead}")
 
 
 async def _next_infer_works(cluster: Cluster, workload: Workload) -> None:
