@@ -24,6 +24,7 @@ from typing import Any
 import attrs
 import trio
 
+from rbee.guard import send_signal
 from rbee.process import log_tail
 from rbee.testing.cluster import PROCESSES, Cluster, Workload, keeper_argv, open_cluster
 from rbee.testing.processes import Identity, LeakError, Tree, is_running, title_of
@@ -152,7 +153,8 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
     began = trio.current_time()
     below = _below(victim)
     spared = [one for name, one in cluster.places() if name in survivors(cell.process)]
-    _send(victim, cell.signal)
+    # While stopping it may have gone already.
+    send_signal(victim.pid, victim.start, cell.signal)
     if cell.state == "stopping":
         await _all_gone(cluster, cell)
     elif cell.signal == signal.SIGSTOP:
@@ -194,14 +196,6 @@ def survivors(process: str) -> tuple[str, ...]:
 def _check_alive(spared: Sequence[Identity]) -> None:
     if dead := [one for one in spared if not is_running(one)]:
         raise CellError(f"{len(dead)} died that must live: {dead}")
-
-
-def _send(victim: Identity, number: signal.Signals) -> None:
-    if is_running(victim):  # while stopping it may have gone already
-        try:
-            os.kill(victim.pid, number)
-        except ProcessLookupError:
-            return
 
 
 def _below(victim: Identity) -> list[Identity]:
