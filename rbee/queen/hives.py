@@ -40,6 +40,7 @@ from rbee.wire.messages import (
 log = logging.getLogger(__name__)
 
 RENEW = 2.0
+STOP = 20.0  # seconds for a worker to be stopped
 FOLLOW_AGAIN = 0.2
 KEPT_FAILURES = 100
 Narrate = Callable[[Narration], None]
@@ -82,7 +83,7 @@ class Hive:
 
     async def stop_worker(self, worker_id: str) -> None:
         path = f"{messages.HIVE_WORKERS}/{worker_id}"
-        await call(self.client, "DELETE", path, type(None), what=self.name)
+        await call(self.client, "DELETE", path, type(None), what=self.name, limit=STOP)
 
     def note_answering(self, answers: bool) -> None:
         log.warning("%s %s", self.name, "answers again" if answers else "does not answer")
@@ -283,7 +284,8 @@ class Hives:
         hive = self._hives.pop(node, None)
         if hive is not None:
             hive.gone = True
-        detail = ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}")
+        details = error.details if isinstance(error, RbeeError) else {}
+        detail = ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}", details=details)
         for info in self.workers:
             if info.node == node:
                 self._fail(info, detail)
