@@ -65,6 +65,12 @@ class Cluster:
         self.output = b""
         self._more = trio.Event()
 
+    @property
+    def keeper_log(self) -> Path:
+        """Return the file that takes the keeper's stderr."""
+        assert self.check.home is not None
+        return self.check.home.root.parent / "keeper.log"
+
     def say(self, text: str) -> None:
         assert self.keeper.stdin is not None
         self.keeper.stdin.write(text.encode() + b"\n")
@@ -124,6 +130,8 @@ async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Clus
     }  # fmt: skip
     home = find_home(base / "home", environ)
     with Tree() as tree:
+        # No look at the virtual environment: another cell's keeper between fork and exec has no
+        # nonce yet, somebody else's daemon has none at all, and `check.kill` would end them.
         check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
         model = workload.slow_model if slow else workload.model
         with (base / "keeper.log").open("wb") as stderr:

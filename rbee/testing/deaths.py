@@ -28,6 +28,7 @@ from rbee.guard import send_signal
 from rbee.process import log_tail
 from rbee.testing.cluster import PROCESSES, Cluster, Workload, keeper_argv, open_cluster
 from rbee.testing.processes import Identity, LeakError, Tree, is_running, title_of
+from rbee.testing.verdict import Fault, problems
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP)
 STATES = ("starting", "loading", "idle", "streaming", "stopping")
@@ -41,10 +42,8 @@ IGNORING = 1.0  # seconds in which a process that does not ignore a signal would
 
 
 @attrs.frozen
-class Cell:
-    process: str
-    signal: signal.Signals
-    state: str
+class Cell(Fault):
+    """One process × one signal × one state."""
 
     def __str__(self) -> str:
         return f"{self.signal.name} {self.process} {self.state}"
@@ -90,6 +89,7 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
                 victim = await reach(cell, cluster, workload)
                 titles = frozenset(title_of(one.pid) for one in cluster.tree.running())
                 seconds = await strike(cell, victim, cluster, workload)
+                check_end(cell, cluster)
                 return Result(cell, seconds, titles=titles)
             except (CellError, LeakError, trio.TooSlowError) as exc:
                 exc.add_note(explain(cluster))
@@ -103,12 +103,20 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
         return Result(cell, trio.current_time() - began, problem)
 
 
+def check_end(cell: Cell, cluster: Cluster) -> None:
+    """Hold the keeper's end and all logs to what such a cell must leave."""
+    assert cluster.check.home is not None
+    code, said = cluster.keeper.poll(), cluster.keeper_log
+    if wrong := list(problems(cell, code, said, cluster.check.home)):
+        raise CellError("\n".join(wrong))
+
+
 def explain(cluster: Cluster) -> str:
     """Return what is there and the ends of the logs, for a cell that did not hold."""
     home = cluster.check.home
     assert home is not None
     lines = [str(left) for left in cluster.check.find()]
-    for path in [home.root.parent / "keeper.log", *sorted(home.logs.glob("*.log"))]:
+    for path in [cluster.keeper_log, *sorted(home.logs.glob("*.log"))]:
         lines += [f"--- {path.name}", log_tail(path, 1500)]
     return "\n".join(lines)
 
