@@ -307,7 +307,7 @@ async def _read_hello(process: Process, output: IO[bytes], log_file: Path) -> He
         await trio.lowlevel.wait_readable(output.fileno())
         more = os.read(output.fileno(), 65536)
         if not more:
-            raise child_exited("daemon", await process.wait(), log_file)
+            raise child_exited(log_file.stem, await process.wait(), log_file)
         data += more
     line = data.partition(b"\n")[0].decode("utf-8", "replace")
     kind, _, text = line.partition(" ")
