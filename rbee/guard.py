@@ -122,6 +122,21 @@ def die_with_parent(number: int, parent: int) -> None:
         os._exit(1)
 
 
+def die_with_guard() -> None:
+    """Arm PR_SET_PDEATHSIG towards the guard that started this program, if one did."""
+    if parent := os.environ.pop("RBEE_GUARD", ""):
+        die_with_parent(signal.SIGKILL, int(parent))
+
+
+def set_oom_score(score: int) -> None:
+    """Set how gladly the OOM killer takes this process; -1000 … 1000, 0 is the usual."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(str(score))
+    except OSError:
+        pass
+
+
 def become_subreaper() -> None:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -236,7 +251,7 @@ class Plan:
     log: file for the guard's and the command's stderr, "" to keep what the guard has.
     parent: arm PR_SET_PDEATHSIG (TERM) towards this pid, 0 = no.
     adopt_grace: seconds that an orphan adopted while the command runs may live; 0 = till the end.
-    name: what log lines call this guard.
+    name: what log lines call this guard. cap_log: whether it keeps the log short.
     """
 
     def __init__(self, given: dict) -> None:  # type: ignore[type-arg]
@@ -253,6 +268,7 @@ class Plan:
         self.parent = int(given.get("parent", 0))
         self.adopt_grace = float(given.get("adopt_grace", 0))
         self.name: str = given.get("name", "guard")
+        self.cap_log = bool(given.get("cap_log", True))
 
     def now(self) -> float:
         boottime = self.clock == "boottime"
@@ -530,7 +546,7 @@ class Guard:
 
     def _cap_log(self) -> None:
         """Keep the log under its cap: its content moves to ``.1``, writers append on."""
-        if not self.plan.log:
+        if not self.plan.log or not self.plan.cap_log:
             return
         try:
             if os.fstat(2).st_size > LOG_CAP:
@@ -582,7 +598,7 @@ def append_log(path: str) -> None:
 
 def spawn(plan: Plan, stdin: int) -> int:
     """Start the plan's command in a session of its own; only 0, 1 and 2 are inherited."""
-    env = {**os.environ, **plan.env}
+    env = {**os.environ, **plan.env, "RBEE_GUARD": str(os.getpid())}
     default = [signal.SIGPIPE, signal.SIGXFSZ, *STOP_SIGNALS, signal.SIGCHLD]
     return os.posix_spawn(
         plan.argv[0],

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 BEAT = 2.0
 WAKE = 0.5
+DYING = 2.0  # seconds for a killed process to go
 GUARD = (sys.executable, "-I", "-S", guard.__file__)
 LOG_TAIL = 2000
 
@@ -103,7 +104,8 @@ class Process:
         if not was_enough:
             log.warning("process %d did not end within %.1f s, killing it", self.pid, grace)
             self.signal(signal.SIGKILL)
-        await self.wait()  # reaps it
+        with trio.move_on_after(DYING):  # one that is stuck in the kernel goes later
+            await self.wait()  # reaps it
         return was_enough
 
     async def _wait_awake(self) -> None:
@@ -184,7 +186,7 @@ async def open_guarded(
                 nursery.cancel_scope.cancel(reason="the body ended")
     finally:
         # Bounded cleanup: the guard inside kills at its own grace, `stop` kills the guard after.
-        with trio.CancelScope(shield=True):
+        with trio.move_on_after(2 * graces[0] + 3 * DYING, shield=True):
             guard_lived = not process.ended()
             await process.stop(graces[0] + 0.5)
             if run_dir is not None:
@@ -258,6 +260,7 @@ def _guard_lines(
             "log": str(log_file),
             "parent": parent if depth == 0 else 0,
             "adopt_grace": adopt_grace if innermost else 0,
+            "cap_log": innermost,
         }
         if run_dir is not None:
             plan |= {"record": str(run_dir), "remove": [str(run_dir)]}
@@ -304,7 +307,7 @@ async def _read_hello(process: Process, output: IO[bytes], log_file: Path) -> He
         await trio.lowlevel.wait_readable(output.fileno())
         more = os.read(output.fileno(), 65536)
         if not more:
-            raise child_exited("daemon", await process.wait(), log_file)
+            raise child_exited(log_file.stem, await process.wait(), log_file)
         data += more
     line = data.partition(b"\n")[0].decode("utf-8", "replace")
     kind, _, text = line.partition(" ")

@@ -97,3 +97,28 @@ async def cancel_when(
     await wait()
     log.info("stopping: %s", why)
     scope.cancel(reason=why)
+
+
+class TaskOwner:
+    """An object whose tasks live in a nursery of its own, from `open` to the end of its body."""
+
+    _tasks: trio.Nursery | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Hold the tasks; leaving cancels them all, side by side, and waits for them."""
+        async with trio.open_nursery() as nursery:
+            self._tasks = nursery
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel(reason="their owner stops")
+
+    @property
+    def tasks(self) -> trio.Nursery:
+        assert self._tasks is not None, "used outside of open()"
+        return self._tasks
+
+    @property
+    def takes_tasks(self) -> bool:
+        return self._tasks is not None and not self._tasks.cancel_scope.cancel_called

@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from rbee import guard
+from rbee.errors import MachineError
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,10 @@ def abandoned(directory: Path) -> bool:
 async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) -> int:
     """End what the journal below ``directory`` names and all below that; remove the directory.
 
-    Returns how many were killed. The directory stays, for the next sweep, if any of them does.
+    Returns how many were killed.
+
+    Raises:
+        MachineError: some do not end (code ``stuck``); the directory stays for the next sweep.
 
     Call it for directories of your own children or for `abandoned` ones only.
 
@@ -119,12 +123,16 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
                 one.signal(signal.SIGKILL)
             killed |= alive
             await trio.sleep(POLL)
-    if left := journal.living():
-        log.warning("%d processes of %s do not end", len(left), directory.name)
-    else:
-        journal.remove()
     if killed:
         log.warning("swept %d processes that %s had left", len(killed), directory.name)
+    if left := journal.living():
+        pids = " ".join(str(one.pid) for one in left)
+        raise MachineError(
+            f"{len(left)} processes of {directory.name} do not end, not even killed: {pids}",
+            code="stuck",
+            hint=f"ps -o pid,stat,wchan,args -p {pids.replace(' ', ',')}",
+        )
+    journal.remove()
     return len(killed)
 
 
@@ -193,7 +201,10 @@ async def sweep_abandoned(run: Path) -> int:
     total = 0
     for directory in sorted(path for path in run.iterdir() if path.is_dir()):
         if not _is_new(directory) and abandoned(directory) and not _in_use(directory):
-            total += await sweep(directory)
+            try:
+                total += await sweep(directory)
+            except MachineError as exc:  # it must not keep a daemon from starting
+                log.warning("%s", exc)
     return total
 
 

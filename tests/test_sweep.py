@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rbee import guard, sweep
+from rbee.errors import MachineError
 from rbee.home import Home
 from rbee.sweep import Identity, abandoned, claim, records, sweep_abandoned
 from rbee.testing.processes import LeakCheck
@@ -120,7 +121,9 @@ async def test_a_process_that_cannot_be_ended_keeps_its_journal(
     with planted() as child:
         path = write(run_dir, child=process(child))
         monkeypatch.setattr(Identity, "signal", lambda self, number: False)
-        assert await sweep.sweep(run_dir, within=0.1) == 1
+        with pytest.raises(MachineError, match=str(child)) as caught:
+            await sweep.sweep(run_dir, within=0.1)
+        assert caught.value.code == "stuck"
         assert path.exists()
         monkeypatch.undo()
         assert await sweep.sweep(run_dir) == 1

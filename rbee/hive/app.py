@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable
 
 from rbee import __version__
-from rbee.errors import NotFoundError
+from rbee.errors import ConflictError, NotFoundError
 from rbee.hive.detect import devices
 from rbee.hive.owners import Owners
 from rbee.hive.workers import HiveSetup, Workers
@@ -16,6 +16,7 @@ from rbee.wire import messages, sse
 from rbee.wire.messages import Health, OwnerLease, StartWorker, WorkerIds, WorkerReady
 
 LOG_BYTES = 64 * 1024
+OPERATOR = "operator"
 
 
 def make_app(
@@ -35,7 +36,14 @@ def make_app(
         return json_response(workers.infos())
 
     async def start_worker(request: Request) -> Response:
-        return json_response(workers.start(await request.read(StartWorker)), 202)
+        body = await request.read(StartWorker)
+        if setup.owner == OPERATOR and body.owner and owners.get(body.owner) is None:
+            raise ConflictError(  # nobody would end its worker
+                f"queen {body.owner} has no lease on this hive",
+                code="no_lease",
+                hint=f"PUT {messages.HIVE_OWNERS}/{body.owner}",
+            )
+        return json_response(workers.start(body), 202)
 
     async def stop_worker(request: Request) -> Response:
         await workers.stop(request.params["worker"])

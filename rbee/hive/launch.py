@@ -62,7 +62,8 @@ async def fork_worker(
         process = await _fork(zygote, config, log_file)
         yield process
     finally:
-        with trio.CancelScope(shield=True):  # bounded: the guard inside kills at its grace
+        # Bounded: the guard inside kills at its grace.
+        with trio.move_on_after(config.grace.worker_guard + 6, shield=True):
             if process is not None:
                 await process.stop(config.grace.worker_guard + 0.5)
             await sweep(Path(config.run_dir))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +27,7 @@ from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.models.reference import shown
 from rbee.process import Process, child_exited, log_tail
+from rbee.scopes import TaskOwner
 from rbee.web.client import keep_probing, open_client
 from rbee.wire.messages import (
     ErrorDetail,
@@ -118,7 +118,7 @@ class Worker:
         return WorkerId(self.info.worker_id)
 
 
-class Workers:
+class Workers(TaskOwner):
     """All workers of one hive. Their tasks live in the nursery that `open` holds."""
 
     def __init__(
@@ -133,20 +133,9 @@ class Workers:
         self._provision = provision
         self._warm_up = warm_up
         self._workers: dict[WorkerId, Worker] = {}
-        self._nursery: trio.Nursery | None = None
         self.url = ""
         self.news: Broadcast[News] = Broadcast()
         self.on_ready: Callable[[WorkerInfo], None] = lambda info: None
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[None, None]:
-        """Hold the workers; leaving stops them all, side by side."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel(reason="hive stops")
 
     def infos(self) -> list[WorkerInfo]:
         return [worker.info for worker in self._workers.values()]
@@ -168,7 +157,7 @@ class Workers:
         Raises:
             RbeeError: it cannot work on this machine (engine, backend, device).
         """
-        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+        if not self.takes_tasks:
             raise UnavailableError("this hive is stopping", code="stopping")
         spec = self._spec(request)
         engine_kind(request.engine).check(spec)
@@ -179,7 +168,7 @@ class Workers:
         )  # fmt: skip
         worker = Worker(info, request, self._setup.home.log_file(spec.id))
         self._workers[spec.id] = worker
-        self._nursery.start_soon(self._keep, worker, spec)
+        self.tasks.start_soon(self._keep, worker, spec)
         self._tell(worker)
         return info
 

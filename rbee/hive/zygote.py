@@ -24,7 +24,6 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import setproctitle
@@ -35,6 +34,7 @@ from rbee.worker.engine import engine_kind
 log = logging.getLogger("rbee.hive.zygote")
 
 MAX_MESSAGE = 1 << 18
+OOM_SCORE = 500  # the OOM killer spares queen, hive, guards and sshd
 
 
 def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
@@ -171,6 +171,7 @@ def become_guard(message: dict[str, Any], lifeline: int, log_fd: int, parent: in
         if os.getppid() != parent:
             os._exit(1)
         setproctitle.setproctitle("rbee-guard")
+        guard.set_oom_score(0)  # it must outlive its worker
         plan = guard.Plan({**message["fork"], "parent": parent})
         code = guard.Guard(plan, lifeline).run(lambda stdin: fork_worker(message["config"], stdin))
     except BaseException:
@@ -195,7 +196,7 @@ def fork_worker(config: dict[str, Any], stdin: int) -> int:
         os.dup2(null, 0)
         guard.close_all_but([stdin])
         os.setsid()
-        _spare_others_from_oom()
+        guard.set_oom_score(OOM_SCORE)
         code = run_worker(config, stdin)
     except BaseException:
         logging.exception("worker failed")
@@ -214,18 +215,13 @@ def run_worker(config: dict[str, Any], lifeline: int) -> int:
     return code
 
 
-def _spare_others_from_oom() -> None:
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
-
-
 def main() -> int:
     engine, fd, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     guard.die_with_parent(signal.SIGKILL, parent)
     guard.become_subreaper()
     setproctitle.setproctitle("rbee-zygote")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
-    _spare_others_from_oom()
+    guard.set_oom_score(OOM_SCORE)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the hive ends us, with the socket
     sock = socket.socket(fileno=fd)

@@ -20,7 +20,7 @@ import trio
 
 from rbee.errors import ChildExitedError, MachineError
 from rbee.hive import zygote as protocol
-from rbee.process import Lifeline, Process
+from rbee.process import Lifeline, Process, log_tail
 from rbee.wire import codec
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Zygote:
 
     engine: str
     _sock: trio.socket.SocketType
+    _log_file: Path
     ready: trio.Event = attrs.field(factory=trio.Event)
     gone: bool = False
     _forks: dict[str, _Fork] = attrs.field(factory=dict)
@@ -75,7 +76,7 @@ class Zygote:
 
     def _process(self, fork: _Fork, writer: int) -> Process:
         if self.gone and not fork.pid:
-            raise ChildExitedError(f"the zygote of engine {self.engine} died")
+            raise self._died()
         if fork.error:
             raise CannotForkError(fork.error)
         os.set_blocking(writer, False)
@@ -89,6 +90,13 @@ class Zygote:
 
         return Process(fork.pid, fork.pidfd, Lifeline(writer), reap)
 
+    def _died(self) -> ChildExitedError:
+        return ChildExitedError(
+            f"the zygote of engine {self.engine} died",
+            hint=f"tail -n 50 {self._log_file}",
+            log=log_tail(self._log_file),
+        )
+
     def _drop(self, fork: _Fork) -> None:
         if fork.pid:
             os.close(fork.pidfd)
@@ -96,12 +104,12 @@ class Zygote:
 
     async def _send(self, message: dict[str, Any], *fds: int) -> None:
         if self.gone:
-            raise ChildExitedError(f"the zygote of engine {self.engine} died")
+            raise self._died()
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         try:
             await self._sock.sendmsg([json.dumps(message).encode()], ancillary)
         except OSError as exc:
-            raise ChildExitedError(f"the zygote of engine {self.engine} died") from exc
+            raise self._died() from exc
 
     async def _listen(self) -> None:
         """Take messages until the zygote's end of the socket closes."""
@@ -189,7 +197,7 @@ async def run_zygote(
     theirs.close()
     pidfd = os.pidfd_open(child.pid)
     sock = trio.socket.from_stdlib_socket(ours)
-    zygote = Zygote(engine, sock)
+    zygote = Zygote(engine, sock, log_file)
     try:
         task_status.started(zygote)
         await zygote._listen()
@@ -203,8 +211,9 @@ async def run_zygote(
             with trio.move_on_after(END if imported else 0):
                 await trio.lowlevel.wait_readable(pidfd)
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            await trio.lowlevel.wait_readable(pidfd)
-        log.info("zygote %s ended with %d", engine, child.wait())
+            with trio.move_on_after(END):  # one that is stuck in the kernel goes later
+                await trio.lowlevel.wait_readable(pidfd)
+        log.info("zygote %s ended with %s", engine, child.poll())
         os.close(pidfd)
 
 

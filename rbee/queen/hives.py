@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from rbee.home import Home, read_token_file, short_name
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
+from rbee.scopes import TaskOwner
 from rbee.web.client import call, keep_probing, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
@@ -40,6 +40,7 @@ from rbee.wire.messages import (
 log = logging.getLogger(__name__)
 
 RENEW = 2.0
+STOP = 20.0  # seconds for a worker to be stopped
 FOLLOW_AGAIN = 0.2
 KEPT_FAILURES = 100
 Narrate = Callable[[Narration], None]
@@ -88,7 +89,7 @@ class Hive:
 
     async def stop_worker(self, worker_id: str) -> None:
         path = f"{messages.HIVE_WORKERS}/{worker_id}"
-        await call(self.client, "DELETE", path, type(None), what=self.name)
+        await call(self.client, "DELETE", path, type(None), what=self.name, limit=STOP)
 
     def note_answering(self, answers: bool) -> None:
         log.warning("%s %s", self.name, "answers again" if answers else "does not answer")
@@ -99,29 +100,18 @@ class Hive:
         return f"hive on {self.info.node}"
 
 
-class Hives:
+class Hives(TaskOwner):
     """All hives of one queen and the workers it asked them for."""
 
     def __init__(self, setup: QueenSetup) -> None:
         self._setup = setup
         self._hives: dict[str, Hive] = {}
         self._locks: dict[str, trio.Lock] = {}
-        self._nursery: trio.Nursery | None = None
         self.queen_id = setup.id
         self.url = ""
         self.workers: Registry[WorkerId, WorkerInfo] = Registry()
         self.failures: OrderedDict[str, WorkerInfo] = OrderedDict()
         self.narrations: Broadcast[WorkerNarration] = Broadcast()
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[None, None]:
-        """Hold the hives; leaving ends those that are owned, side by side."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel(reason="queen stops")
 
     def infos(self) -> list[HiveInfo]:
         return [hive.info for hive in self._hives.values()]
@@ -145,11 +135,10 @@ class Hives:
                 code="unknown_node",
                 hint="rbee-keeper infer --node localhost …",
             )
-        assert self._nursery is not None
         async with self._locks.setdefault(node, trio.Lock()):
             hive = self._hives.get(node)
             if hive is None or hive.gone:
-                hive = await self._nursery.start(partial(self._keep, node, narrate))
+                hive = await self.tasks.start(partial(self._keep, node, narrate))
             return hive
 
     # one hive's life -------------------------------------------------------------------------
@@ -289,7 +278,8 @@ class Hives:
         hive = self._hives.pop(node, None)
         if hive is not None:
             hive.gone = True
-        detail = ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}")
+        details = error.details if isinstance(error, RbeeError) else {}
+        detail = ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}", details=details)
         for info in self.workers:
             if info.node == node:
                 self._fail(info, detail)

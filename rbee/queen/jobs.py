@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
 from typing import TypeVar
 
 import attrs
@@ -29,7 +29,8 @@ from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
 from rbee.queen.hives import Hive, Hives
 from rbee.queen.placement import choose, start_for
-from rbee.web.client import open_client, open_events
+from rbee.scopes import TaskOwner
+from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
 from rbee.wire.messages import (
     Error,
@@ -46,6 +47,8 @@ T = TypeVar("T")
 
 BUFFER = 64  # chunks between a worker and a slow reader; beyond, the worker's socket waits
 LOG_LINES = 12
+STALL = 65.0  # seconds of silence; a worker itself gives up after 60 without a token
+TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
 
 
 @attrs.define(eq=False)
@@ -99,23 +102,13 @@ def open_job(request: TaskRequest) -> Job:
     return Job(JobId(new_id("job")), request, send, receive)
 
 
-class Jobs:
+class Jobs(TaskOwner):
     """All jobs of one queen; their tasks live in the nursery that `open` holds."""
 
     def __init__(self, hives: Hives, ending: Callable[[], RbeeError]) -> None:
         self._hives = hives
         self._ending = ending
         self._jobs: dict[JobId, Job] = {}
-        self._nursery: trio.Nursery | None = None
-
-    @asynccontextmanager
-    async def open(self) -> AsyncGenerator[None, None]:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            try:
-                yield
-            finally:
-                nursery.cancel_scope.cancel(reason="queen stops")
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -135,11 +128,11 @@ class Jobs:
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
-        if self._nursery is None or self._nursery.cancel_scope.cancel_called:
+        if not self.takes_tasks:
             raise self._ending()
         job = open_job(request)
         self._jobs[job.id] = job
-        self._nursery.start_soon(self._keep, job)
+        self.tasks.start_soon(self._keep, job)
         return job
 
     async def _keep(self, job: Job) -> None:
@@ -234,31 +227,44 @@ class Jobs:
         what = f"worker {worker.worker_id}"
         body = _execute(job)
         headers = {messages.WORKER_ID_HEADER: worker.worker_id}
-        async with (
-            self._client(worker) as client,
-            open_events(
-                client, "POST", messages.EXECUTE, body, what=what, headers=headers
-            ) as events,
-        ):
+        async with self._client(worker) as client, AsyncExitStack() as stack:
+            opened = open_events(client, "POST", messages.EXECUTE, body, what=what, headers=headers)
+            with answering_within(STALL, what):
+                events = await stack.enter_async_context(opened)
             job.streaming = True
             try:
-                while chunk := await events.chunk():
+                while chunk := await self._next_chunk(events, what):
                     await job.emit(chunk)
             except PeerError as exc:
-                raise self._broken(worker) from exc
+                raise await self._broken(worker) from exc
         if not job.watch.seen:
-            raise self._broken(worker)
+            raise await self._broken(worker)
+
+    async def _next_chunk(self, events: EventStream, what: str) -> bytes:
+        """Wait for the worker only: a reader that lags is not a stall."""
+        with answering_within(STALL, what):
+            return await events.chunk()
 
     def _client(self, worker: WorkerInfo) -> httpx.AsyncClient:
         hive = self._hives.running(worker.node)
         return open_client(worker.url, hive.token if hive else "")
 
-    def _broken(self, worker: WorkerInfo) -> RbeeError:
-        return ChildExitedError(
+    async def _broken(self, worker: WorkerInfo) -> RbeeError:
+        """Make the error of an answer that broke off, with the worker's own end if it is told."""
+        error: RbeeError = ChildExitedError(
             f"worker {worker.worker_id} on {worker.node} ended in the middle of the answer",
             code="worker_died",
             hint=f"rbee-keeper logs --worker {worker.worker_id}",
         )
+        with trio.move_on_after(TOLD_WITHIN):
+            ended = await self._hives.workers.wait_until(lambda: self._over(worker.worker_id))
+            error.message += f": {_failure(ended).message}"
+        return error
+
+    def _over(self, worker_id: str) -> WorkerInfo | None:
+        if self._hives.workers.get(WorkerId(worker_id)) is not None:
+            return None
+        return self._hives.failures.get(worker_id)
 
 
 async def _for_each(items: trio.MemoryReceiveChannel[T], take: Callable[[T], None]) -> None:

@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,65 +24,26 @@ from typing import Any
 import attrs
 import trio
 
-from rbee.guard import children
-from rbee.home import find_home
+from rbee.guard import send_signal
 from rbee.process import log_tail
-from rbee.testing.processes import (
-    Identity,
-    LeakCheck,
-    LeakError,
-    Tree,
-    identify,
-    is_running,
-    title_of,
-)
+from rbee.testing.cluster import PROCESSES, Cluster, Workload, keeper_argv, open_cluster
+from rbee.testing.processes import Identity, LeakError, Tree, is_running, title_of
+from rbee.testing.verdict import Fault, problems
 
-PROCESSES = (
-    "keeper", "queen guard", "queen", "guard A", "guard B", "hive", "zygote", "worker guard",
-    "worker", "engine",
-)  # fmt: skip
-GUARD_MARKS = ("rbee-guard", "guard.py")
-MARKS = {
-    "queen guard": GUARD_MARKS,
-    "queen": ("queen-rbee", "rbee.queen"),
-    "guard A": GUARD_MARKS,
-    "guard B": GUARD_MARKS,
-    "hive": ("rbee-hive", "rbee.hive"),
-    "zygote": ("rbee-zygote", "rbee.hive.zygote"),
-    "worker guard": GUARD_MARKS[:1],
-    "worker": ("llm-worker-rbee",),
-    "engine": ("echo-engine", "EngineCore"),
-}
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGSTOP)
 STATES = ("starting", "loading", "idle", "streaming", "stopping")
 OWNERS = ("keeper", "queen guard", "queen")  # with one of them everything goes
 BUDGET = 10.0  # seconds from the order until nothing is left
 PART_BUDGET = 8.0  # seconds until what lay under a killed process is gone
+IGNORED = {  # who lives on after which signal, with all below; everybody else goes
+    "zygote": (signal.SIGINT, signal.SIGHUP),  # once it has set that: the hive ends it
+}
+IGNORING = 1.0  # seconds in which a process that does not ignore a signal would have gone
 
 
 @attrs.frozen
-class Workload:
-    """What the cluster of a cell runs. ``loading`` must take long enough to be hit."""
-
-    engine: str
-    model: str
-    slow_model: str
-    patience: float  # seconds to wait for a state
-
-    @classmethod
-    def echo(cls) -> Workload:
-        return cls("echo", "echo?rate=25", "echo?rate=25&load=3", 30)
-
-    @classmethod
-    def vllm(cls, model_dir: Path) -> Workload:
-        return cls("vllm", str(model_dir), str(model_dir), 180)
-
-
-@attrs.frozen
-class Cell:
-    process: str
-    signal: signal.Signals
-    state: str
+class Cell(Fault):
+    """One process × one signal × one state."""
 
     def __str__(self) -> str:
         return f"{self.signal.name} {self.process} {self.state}"
@@ -121,115 +79,6 @@ def rotated_cells() -> list[Cell]:
     ]
 
 
-# one cluster ----------------------------------------------------------------------------------
-class Cluster:
-    """A keeper in conversation, and everything below it."""
-
-    def __init__(self, keeper: subprocess.Popen[bytes], check: LeakCheck, tree: Tree) -> None:
-        self.keeper = keeper
-        self.check = check
-        self.tree = tree
-        self.output = b""
-        self._more = trio.Event()
-
-    def say(self, text: str) -> None:
-        assert self.keeper.stdin is not None
-        self.keeper.stdin.write(text.encode() + b"\n")
-        self.keeper.stdin.flush()
-
-    async def keep_reading(self) -> None:
-        assert self.keeper.stdout is not None
-        async with trio.lowlevel.FdStream(os.dup(self.keeper.stdout.fileno())) as stream:
-            async for data in stream:
-                self.output += data
-                self._more.set()
-                self._more = trio.Event()
-
-    async def until_output(self, size: int) -> None:
-        while len(self.output) < size:
-            await self._more.wait()
-
-    def locate(self, process: str) -> Identity | None:
-        """Find a process by its place in the tree; None while it is not there."""
-        for name, identity in self.places():
-            if name == process:
-                return identity
-        return None
-
-    def places(self) -> Iterator[tuple[str, Identity]]:
-        pid = self.keeper.pid
-        for depth, name in enumerate(PROCESSES):
-            if depth:
-                pid = next((p for p in children(pid) if self._is(name, p)), 0)
-            identity = identify(pid) if pid else None
-            if identity is None or not is_running(identity):
-                return
-            yield name, identity
-
-    def _is(self, name: str, pid: int) -> bool:
-        """Tell a lasting child from a passing one, and from the fork that it was a moment ago.
-
-        A signal between fork and exec meets the parent's handler and is lost.
-        """
-        title = title_of(pid)
-        return any(mark in title for mark in MARKS[name])
-
-    async def until_there(self, process: str) -> Identity:
-        while (found := self.locate(process)) is None:
-            await trio.sleep(0.002)
-        return found
-
-
-@asynccontextmanager
-async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Cluster, None]:
-    """Start a conversation in a home of its own; whatever is left afterwards is killed."""
-    base = Path(tempfile.mkdtemp(prefix="rbee-d-", dir="/tmp"))
-    nonce = secrets.token_hex(8)
-    environ = {
-        **os.environ, "RBEE_HOME": str(base / "home"), "XDG_RUNTIME_DIR": str(base),
-        "RBEE_NONCE": nonce, "SPT_NOENV": "1", "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
-    home = find_home(base / "home", environ)
-    with Tree() as tree:
-        check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
-        model = workload.slow_model if slow else workload.model
-        with (base / "keeper.log").open("wb") as stderr:
-            keeper = subprocess.Popen(
-                keeper_argv("run", model, workload),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                env=environ,
-                start_new_session=True,
-            )
-        cluster = Cluster(keeper, check, tree)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(cluster.keep_reading)
-                nursery.start_soon(keep_noting, cluster)
-                yield cluster
-                nursery.cancel_scope.cancel()
-        finally:
-            check.kill()
-            keeper.wait()
-            for pipe in (keeper.stdin, keeper.stdout):
-                if pipe:
-                    pipe.close()
-            shutil.rmtree(base, ignore_errors=True)
-
-
-async def keep_noting(cluster: Cluster) -> None:
-    while True:
-        cluster.tree.refresh(cluster.keeper.pid)
-        await trio.sleep(0.1)
-
-
-def keeper_argv(verb: str, model: str, workload: Workload) -> list[str]:
-    argv = [sys.executable, "-m", "rbee", verb]
-    argv += ["--model", model] if verb == "infer" else [model]
-    return [*argv, "--engine", workload.engine, "--max-tokens", "400", "--temperature", "0"]
-
-
 # one cell -------------------------------------------------------------------------------------
 async def run_cell(cell: Cell, workload: Workload) -> Result:
     """Run one cell; what did not hold is in the result, not raised."""
@@ -240,6 +89,7 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
                 victim = await reach(cell, cluster, workload)
                 titles = frozenset(title_of(one.pid) for one in cluster.tree.running())
                 seconds = await strike(cell, victim, cluster, workload)
+                check_end(cell, cluster)
                 return Result(cell, seconds, titles=titles)
             except (CellError, LeakError, trio.TooSlowError) as exc:
                 exc.add_note(explain(cluster))
@@ -253,12 +103,20 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
         return Result(cell, trio.current_time() - began, problem)
 
 
+def check_end(cell: Cell, cluster: Cluster) -> None:
+    """Hold the keeper's end and all logs to what such a cell must leave."""
+    assert cluster.check.home is not None
+    code, said = cluster.keeper.poll(), cluster.keeper_log
+    if wrong := list(problems(cell, code, said, cluster.check.home)):
+        raise CellError("\n".join(wrong))
+
+
 def explain(cluster: Cluster) -> str:
     """Return what is there and the ends of the logs, for a cell that did not hold."""
     home = cluster.check.home
     assert home is not None
     lines = [str(left) for left in cluster.check.find()]
-    for path in [home.root.parent / "keeper.log", *sorted(home.logs.glob("*.log"))]:
+    for path in [cluster.keeper_log, *sorted(home.logs.glob("*.log"))]:
         lines += [f"--- {path.name}", log_tail(path, 1500)]
     return "\n".join(lines)
 
@@ -303,7 +161,8 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
     began = trio.current_time()
     below = _below(victim)
     spared = [one for name, one in cluster.places() if name in survivors(cell.process)]
-    _send(victim, cell.signal)
+    # While stopping it may have gone already.
+    send_signal(victim.pid, victim.start, cell.signal)
     if cell.state == "stopping":
         await _all_gone(cluster, cell)
     elif cell.signal == signal.SIGSTOP:
@@ -315,7 +174,7 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
         await _interrupt_again(cell, cluster)
         await _all_gone(cluster, cell)
     else:
-        await _part_gone(victim, below)
+        await _part_gone(cell, victim, below)
         _check_alive(spared)
         await _next_infer_works(cluster, workload)
         _check_alive(spared)
@@ -347,14 +206,6 @@ def _check_alive(spared: Sequence[Identity]) -> None:
         raise CellError(f"{len(dead)} died that must live: {dead}")
 
 
-def _send(victim: Identity, number: signal.Signals) -> None:
-    if is_running(victim):  # while stopping it may have gone already
-        try:
-            os.kill(victim.pid, number)
-        except ProcessLookupError:
-            return
-
-
 def _below(victim: Identity) -> list[Identity]:
     with Tree(victim.pid) as tree:
         return list(tree.noted)
@@ -372,15 +223,19 @@ def _end_owner(cell: Cell, cluster: Cluster) -> None:
     cluster.keeper.send_signal(signal.SIGKILL if cell.process == "keeper" else signal.SIGTERM)
 
 
-async def _part_gone(victim: Identity, below: Sequence[Identity]) -> None:
-    """A stop signal ends the process and all below it, unless it ignores that signal."""
-    with trio.move_on_after(PART_BUDGET):
+async def _part_gone(cell: Cell, victim: Identity, below: Sequence[Identity]) -> None:
+    """The signal ends the process and all below it, unless the table says that it ignores it."""
+    ignores = cell.signal in IGNORED.get(cell.process, ())
+    with trio.move_on_after(IGNORING if ignores else PART_BUDGET):
         while any(is_running(one) for one in (victim, *below)):
             await trio.sleep(0.02)
         return
-    if is_running(victim) and all(is_running(one) for one in below):
-        return  # it ignores this signal, and everything lives on
-    raise CellError(f"under the fault {[o for o in below if is_running(o)]} live on")
+    if not is_running(victim):
+        raise CellError(f"under the fault {[o for o in below if is_running(o)]} live on")
+    if not ignores:
+        raise CellError(f"{cell.process} ignores {cell.signal.name}")
+    if dead := [one for one in below if not is_running(one)]:
+        raise CellError(f"it ignores {cell.signal.name}, but below it went {dead}")
 
 
 async def _next_infer_works(cluster: Cluster, workload: Workload) -> None:

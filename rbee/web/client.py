@@ -17,6 +17,7 @@ T = TypeVar("T")
 
 CONNECT = 5.0
 PROBE = 5.0
+ANSWER = 10.0  # seconds for a control call
 
 
 def open_client(base_url: str = "", token: str = "") -> httpx.AsyncClient:
@@ -62,12 +63,23 @@ def error_of(response: httpx.Response) -> RbeeError:
 
 
 async def call(
-    client: httpx.AsyncClient, method: str, path: str, kind: type[T], body: Any = None, *, what: str
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    kind: type[T],
+    body: Any = None,
+    *,
+    what: str,
+    limit: float = ANSWER,
 ) -> T:
-    """Send one request and return its typed answer; ``what`` names the peer in errors."""
+    """Send one request and return its typed answer; ``what`` names the peer in errors.
+
+    Raises:
+        UnavailableError: nobody answers, or not within ``limit`` seconds (a frozen process).
+    """
     content = None if body is None else codec.dumps(body)
     headers = {} if body is None else {"content-type": "application/json"}
-    with translated(what):
+    with answering_within(limit, what), translated(what):
         response = await client.request(method, path, content=content, headers=headers)
     if response.status_code >= 400:
         raise error_of(response)
@@ -77,6 +89,15 @@ async def call(
         return codec.loads(response.content, kind)
     except BadInputError as exc:  # of the peer's, not of whoever called us
         raise PeerError(f"{what} gave a wrong answer: {exc.message}") from exc
+
+
+@contextmanager
+def answering_within(limit: float, what: str) -> Iterator[None]:
+    """Raise `UnavailableError` if the body, which waits for a peer, takes longer."""
+    with trio.move_on_after(limit) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise UnavailableError(f"{what} did not answer within {limit:g} s", code="unresponsive")
 
 
 @asynccontextmanager

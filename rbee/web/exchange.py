@@ -19,6 +19,7 @@ import trio
 from rbee.errors import BadInputError, PeerError, UnavailableError
 
 CONNECT = 5.0
+BROKEN = "stream_broken"  # the one we talk to went away in the middle
 MAX_HEAD = 1 << 16
 
 
@@ -66,14 +67,16 @@ class Exchange:
     async def read_head(self) -> None:
         while not self._has_head:
             if not await self._receive():
-                raise PeerError(f"{self._what} closed the connection before it answered")
+                raise PeerError(
+                    f"{self._what} closed the connection before it answered", code=BROKEN
+                )
 
     async def chunk(self) -> bytes:
         """Return what has come of the body, b"" at its end; raise `PeerError` if it breaks off."""
         while not self._chunks and not self._complete:
             if not await self._receive():
                 if "content-length" in self.headers or "transfer-encoding" in self.headers:
-                    raise PeerError(f"{self._what} broke the connection")
+                    raise PeerError(f"{self._what} broke the connection", code=BROKEN)
                 self._complete = True
         data = b"".join(self._chunks)
         self._chunks.clear()
@@ -90,7 +93,7 @@ class Exchange:
             data = await self._stream.receive_some(65536)
             self._parser.feed_data(data)
         except (trio.BrokenResourceError, OSError) as exc:
-            raise PeerError(f"{self._what} broke the connection") from exc
+            raise PeerError(f"{self._what} broke the connection", code=BROKEN) from exc
         except httptools.HttpParserError as exc:
             raise PeerError(f"{self._what} does not speak HTTP: {exc}") from exc
         self._head_size += 0 if self._has_head else len(data)

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TITLE = "llm-worker-rbee"
 CANARY_LIMIT = 120.0  # a first token may compile kernels
-TELL_DELAYS = (0.0, 0.2, 0.4, 0.8, 1.6, 3.2)
+TELL_DELAYS = (0.0, 0.2, 0.4, 0.8, 1.6, *[3.2] * 100)  # a frozen hive may thaw
 TELL_LIMIT = 5.0  # seconds for the hive's answer
 ENDING = 0.5  # seconds in which jobs send their terminal event; also HTTP's own grace
 

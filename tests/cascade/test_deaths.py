@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from rbee.testing.cluster import PROCESSES, Workload
 from rbee.testing.deaths import (
-    PROCESSES,
     SIGNALS,
     STATES,
     Cell,
-    Workload,
     all_cells,
     rotated_cells,
     run_cells,

@@ -177,6 +177,7 @@ async def test_a_stream_that_is_refused_raises_the_refusal() -> None:
             await collect(url)
 
 
+@pytest.mark.filterwarnings("error:Async generator")
 async def test_a_stream_may_be_left_early_and_when_cancelled() -> None:
     async with peer(HEAD + EVENTS) as (url, _), open_client(url) as client:
         async with open_events(client, "GET", "/x", what="w") as events:
