@@ -94,7 +94,10 @@ def make(**options: Any) -> App:
 
 async def test_a_route_gets_its_parameters_whatever_the_query() -> None:
     answer = await ask(make(), "DELETE", "/v1/workers/w1/jobs/j1?a=1&c=%ff")
+    assert answer.status == 200
     assert json.loads(answer.body)["params"] == {"worker": "w1", "job": "j1"}
+    assert answer.headers[b"content-type"] == b"application/json"
+    assert answer.headers[b"content-length"] == str(len(answer.body)).encode()
 
 
 async def test_an_unknown_path_is_404() -> None:
