@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 from contextlib import suppress
@@ -27,6 +28,7 @@ from rbee.keeper.queen import (
     wait_unlocked,
 )
 from rbee.model import LOCALHOST, Grace
+from rbee.process import own_environment
 from rbee.wire.messages import RunFile
 
 START_LIMIT = 30.0
@@ -54,6 +56,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             return _already(running)
     read_token(home)  # made here if there is none, where it can be told that there is no room
     log_file = home.log_file("queen")
+    nonce = os.environ.get("RBEE_NONCE") or secrets.token_hex(8)
     with writing(home.logs), log_file.open("ab") as log:
         begin = log.tell()
         # Not `trio.run_process`: this child is to outlive us, and nothing of it is awaited.
@@ -63,7 +66,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "RBEE_HOME": str(home.root), "SPT_NOENV": "1"},
+            env={**os.environ, **own_environment(home.root, nonce)},
         )
     try:
         record = await _wait_until_up(home, popen)

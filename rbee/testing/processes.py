@@ -29,6 +29,7 @@ import trio
 from rbee.home import Home
 
 POLL = 0.05
+USES_VENV = "an orphan with files of"
 SHM = Path("/dev/shm")
 SHM_PREFIXES = ("psm_", "sem.mp-", "torch_", "nccl-", "vllm", "cuda.shm.", "rbee")
 
@@ -290,6 +291,11 @@ class Leftover:
     def __str__(self) -> str:
         return f"{self.kind} {self.what} ({self.why})"
 
+    @property
+    def is_certain(self) -> bool:
+        """Whether it is a process that was noted or carries the test's mark."""
+        return self.kind == "process" and not self.why.startswith(USES_VENV)
+
 
 @attrs.frozen
 class Baseline:
@@ -367,12 +373,16 @@ class LeakCheck:
         return time.monotonic() - start
 
     def kill(self) -> list[Leftover]:
-        """Kill -9 every process that `find` reports, and return what it found before."""
+        """Kill -9 every process that is certainly the test's; return what `find` found before.
+
+        An orphan that was only seen to use the virtual environment may be somebody's daemon: it is
+        reported, and left alone.
+        """
         before = found = self.find()
         deadline = time.monotonic() + 5.0  # a process in the kernel (state D) may outlast it
         with Tree() as tree:
             while time.monotonic() < deadline:
-                if not (pids := [item.pid for item in found if item.kind == "process"]):
+                if not (pids := [item.pid for item in found if item.is_certain]):
                     break
                 tree.refresh(*pids)
                 tree.kill()
@@ -391,7 +401,7 @@ class LeakCheck:
             if self.nonce and carries(pid, self.marker, self.nonce):
                 reasons[pid] = f"started with {self.marker}={self.nonce}"
             elif self.venv and self._is_orphan_of_venv(pid, stats, spared):
-                reasons[pid] = f"an orphan with files of {self.venv} mapped"
+                reasons[pid] = f"{USES_VENV} {self.venv} mapped"
         return reasons
 
     def _is_orphan_of_venv(
