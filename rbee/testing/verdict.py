@@ -56,8 +56,10 @@ class Fault:
             return (asked,)
         if self.signal in STOPS:
             code = asked if self.state == "stopping" else 128 + self.signal
+            if self.state != "starting":
+                return (code,)
             # Python itself starts first, without any handler of ours.
-            return (code, -self.signal) if self.state == "starting" else (code,)
+            return (code, -self.signal, 1) if self.hits_python else (code, -self.signal)
         killed = -signal.SIGKILL
         return (killed, asked) if self.state == "stopping" else (killed,)
 
