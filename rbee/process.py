@@ -185,16 +185,18 @@ async def open_guarded(
             finally:
                 nursery.cancel_scope.cancel(reason="the body ended")
     finally:
-        # Bounded cleanup: the guard inside kills at its own grace, `stop` kills the guard after.
-        with trio.move_on_after(2 * graces[0] + 3 * DYING, shield=True):
-            guard_lived = not process.ended()
-            await process.stop(graces[0] + 0.5)
-            if run_dir is not None:
-                # A command that has just lost its guard is on its way out by itself.
-                await sweep(run_dir, patience=0 if guard_lived else graces[-1])
-        if popen.stdout is not None:
-            popen.stdout.close()
-        process.close()
+        try:
+            # Bounded: the guard inside kills at its own grace, `stop` kills the guard after.
+            with trio.move_on_after(2 * graces[0] + 3 * DYING, shield=True):
+                guard_lived = not process.ended()
+                await process.stop(graces[0] + 0.5)
+                if run_dir is not None:
+                    # A command that has just lost its guard is on its way out by itself.
+                    await sweep(run_dir, patience=0 if guard_lived else graces[-1])
+        finally:  # also if something of it does not end
+            if popen.stdout is not None:
+                popen.stdout.close()
+            process.close()
 
 
 def _popen_guard(

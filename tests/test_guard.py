@@ -434,6 +434,7 @@ def test_the_command_inherits_its_environment_and_three_descriptors(leaks: LeakC
     with guarded(command, leaks, env={"A": "b c"}) as one:
         assert one.popen.stdout.readline() == "3 True\n"
         assert one.popen.stdout.readline() == f"b c {leaks.nonce}\n"
+        assert one.wait() == 0
 
 
 @slow

@@ -268,6 +268,20 @@ async def test_no_file_descriptor_stays_open(leaks: LeakCheck) -> None:
 
 
 @slow
+async def test_descriptors_are_closed_also_if_something_does_not_end(
+    leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stuck(directory: Path, *, patience: float) -> int:
+        raise MachineError("stuck")
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("rbee.process.sweep", stuck)
+    with pytest.raises(MachineError, match="stuck"):
+        await live(leaks)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@slow
 async def test_a_child_that_ended_before_it_is_stopped_is_reaped(leaks: LeakCheck) -> None:
     async with open_guarded(code("pass"), graces=[0.5], log_file=leaks.home.log_file("x")) as (
         process,

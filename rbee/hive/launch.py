@@ -62,13 +62,15 @@ async def fork_worker(
         process = await _fork(zygote, config, log_file)
         yield process
     finally:
-        # Bounded: the guard inside kills at its grace.
-        with trio.move_on_after(config.grace.worker_guard + 6, shield=True):
+        try:
+            # Bounded: the guard inside kills at its grace.
+            with trio.move_on_after(config.grace.worker_guard + 6, shield=True):
+                if process is not None:
+                    await process.stop(config.grace.worker_guard + 0.5)
+                await sweep(Path(config.run_dir))
+        finally:  # also if something of it does not end
             if process is not None:
-                await process.stop(config.grace.worker_guard + 0.5)
-            await sweep(Path(config.run_dir))
-        if process is not None:
-            process.close()
+                process.close()
 
 
 async def _fork(zygote: Zygote, config: WorkerConfig, log_file: Path) -> Process:

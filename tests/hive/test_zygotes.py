@@ -96,10 +96,8 @@ async def test_workers_are_forked_below_guards_and_leave_nothing(leaks: LeakChec
                 await engine_below(process)
                 assert title_of(process.pid) == "rbee-guard"
                 assert process.pid in guard.children(zygote)
-            titles = count_titles(leaks.nonce)
-            assert titles == {
-                "rbee-zygote": 1, "rbee-guard": 2, "llm-worker-rbee": 2, "echo-engine": 2,
-            }  # fmt: skip
+            titles = {"rbee-zygote": 1, "rbee-guard": 2, "llm-worker-rbee": 2, "echo-engine": 2}
+            await until(lambda: count_titles(leaks.nonce) == titles)
             leaks.tree.refresh(os.getpid())
         assert count_titles(leaks.nonce) == {"rbee-zygote": 1}
         assert os.listdir(leaks.home.run) == []
