@@ -293,8 +293,8 @@ class Leftover:
 
     @property
     def is_certain(self) -> bool:
-        """Whether it is a process that was noted or carries the test's mark."""
-        return self.kind == "process" and not self.why.startswith(USES_VENV)
+        """Whether it was noted while it ran or carries the test's mark."""
+        return not self.why.startswith(USES_VENV)
 
 
 @attrs.frozen
@@ -372,17 +372,19 @@ class LeakCheck:
             time.sleep(POLL)
         return time.monotonic() - start
 
-    def kill(self) -> list[Leftover]:
+    def kill(self, *, guesses: bool = False) -> list[Leftover]:
         """Kill -9 every process that is certainly the test's; return what `find` found before.
 
         An orphan that was only seen to use the virtual environment may be somebody's daemon: it is
-        reported, and left alone.
+        reported, and left alone unless ``guesses`` are to be killed too.
         """
         before = found = self.find()
         deadline = time.monotonic() + 5.0  # a process in the kernel (state D) may outlast it
         with Tree() as tree:
             while time.monotonic() < deadline:
-                if not (pids := [item.pid for item in found if item.is_certain]):
+                running = [item for item in found if item.kind == "process"]
+                pids = [item.pid for item in running if guesses or item.is_certain]
+                if not pids:
                     break
                 tree.refresh(*pids)
                 tree.kill()
