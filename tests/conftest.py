@@ -68,7 +68,7 @@ def leaks(home: Home, nonce: str) -> Iterator[LeakCheck]:
     with Tree() as tree:
         check = LeakCheck(home=home, nonce=nonce, tree=tree)
         yield check
-        left = [item for item in check.kill() if item.kind == "process"]
+        left = [i for i in check.kill() if i.kind == "process" and i.is_certain]
         if left:
             raise LeakError(left, 0)
 
