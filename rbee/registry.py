@@ -32,8 +32,12 @@ class Registry(Generic[K, V]):
         self._wake()
 
     def remove(self, key: K) -> None:
-        if self._values.pop(key, None) is not None:
-            self._wake()
+        """Remove a value if it is there; who waits looks again in any case.
+
+        What he looks at may be more than this registry: why a value went, say.
+        """
+        self._values.pop(key, None)
+        self._wake()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -73,6 +73,16 @@ async def test_a_removal_is_a_change() -> None:
         registry.remove("a")
 
 
+async def test_removing_what_is_gone_lets_everybody_look_again() -> None:
+    registry: Registry[str, int] = Registry()
+    reasons: dict[str, int] = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(registry.wait_until, lambda: reasons.get("a"))
+        await wait_all_tasks_blocked()
+        reasons["a"] = 1
+        registry.remove("a")
+
+
 async def test_a_change_between_two_looks_is_not_lost() -> None:
     registry: Registry[str, int] = Registry()
     looks: list[int | None] = []
