@@ -77,7 +77,8 @@ def problems(fault: Fault, code: int | None, keeper_log: Path, home: Home) -> It
     for path in [keeper_log, *sorted(home.logs.rglob("*.log*"))]:
         text = _read(path)
         for found in TRACEBACK.findall(text):
-            if not (fault.hits_python and found.endswith("KeyboardInterrupt")):
+            # An interpreter that is interrupted while it starts may fail anywhere, in many words.
+            if not fault.hits_python:
                 yield f"a traceback in {path.name}:\n{found[:2000]}"
         if fault.asked and UNASKED in text:
             yield f"{path.name} says {UNASKED!r} of what was asked to end"
