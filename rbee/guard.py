@@ -16,6 +16,7 @@ time was compared, never by a bare pid. The guard never blocks: a full pipe lose
 logs to a file.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -87,11 +88,15 @@ def children(pid: int) -> list[int]:
     """Return the pids of ``pid``'s children; cheap, and empty if it is gone."""
     found: list[int] = []
     try:
-        for task in os.listdir(f"/proc/{pid}/task"):
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        try:
             with open(f"/proc/{pid}/task/{task}/children") as file:
                 found += map(int, file.read().split())
-    except OSError:
-        pass
+        except OSError:  # this thread has ended; its children are another thread's now
+            pass
     return found
 
 
@@ -126,6 +131,24 @@ def die_with_guard() -> None:
     """Arm PR_SET_PDEATHSIG towards the guard that started this program, if one did."""
     if parent := os.environ.pop("RBEE_GUARD", ""):
         die_with_parent(signal.SIGKILL, int(parent))
+
+
+@contextlib.contextmanager
+def held_interrupt():  # type: ignore[no-untyped-def]
+    """Let SIGINT wait in what is started in here, until it calls `release_interrupt`.
+
+    A Python that is interrupted while it starts fails anywhere, in any words.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def release_interrupt() -> None:
+    """Take the SIGINT that has waited: our own handlers are there now."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 def set_oom_score(score: int) -> None:
@@ -250,6 +273,7 @@ class Plan:
     remove: paths removed when nothing is left. run_file: removed if it is the command's.
     log: file for the guard's and the command's stderr, "" to keep what the guard has.
     parent: arm PR_SET_PDEATHSIG (TERM) towards this pid, 0 = no.
+    hold_interrupt: whether SIGINT waits until the command calls `release_interrupt`.
     adopt_grace: seconds that an orphan adopted while the command runs may live; 0 = till the end.
     name: what log lines call this guard. cap_log: whether it keeps the log short.
     """
@@ -267,6 +291,7 @@ class Plan:
         self.log: str = given.get("log", "")
         self.parent = int(given.get("parent", 0))
         self.adopt_grace = float(given.get("adopt_grace", 0))
+        self.hold_interrupt = bool(given.get("hold_interrupt", False))
         self.name: str = given.get("name", "guard")
         self.cap_log = bool(given.get("cap_log", True))
 
@@ -344,6 +369,7 @@ class Guard:
         for number in (*STOP_SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        release_interrupt()
         return reader
 
     def _watch(self, wakeup: int) -> None:
@@ -606,7 +632,7 @@ def spawn(plan: Plan, stdin: int) -> int:
         env,
         file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)],
         setsid=True,
-        setsigmask=[],
+        setsigmask=[signal.SIGINT] if plan.hold_interrupt else [],
         setsigdef=default,
     )
 

@@ -154,6 +154,7 @@ async def open_guarded(
     adopt_grace: float = 0.0,
     die_with_us: bool = False,
     piped: bool = False,
+    hold_interrupt: bool = False,
 ) -> AsyncGenerator[tuple[Process, IO[bytes] | None], None]:
     """Run ``argv`` below one guard per grace (outermost first) while the body runs.
 
@@ -164,6 +165,7 @@ async def open_guarded(
         lease: seconds without our beat after which the outermost guard ends it (each inner one
             allows a second more); 0 = none.
         die_with_us: the guard also ends when the thread that called us ends.
+        hold_interrupt: whether the command is a program of ours, which takes SIGINT when it can.
         piped: yield the command's output; otherwise it goes to the log as well.
 
     Yields the outermost guard's process and, if asked for, the command's output.
@@ -172,6 +174,7 @@ async def open_guarded(
     line = _guard_lines(
         argv, first=first, graces=graces, log_file=log_file, run_dir=run_dir, lease=lease,
         run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
+        hold_interrupt=hold_interrupt,
     )  # fmt: skip
     with writing(log_file.parent), log_file.open("ab") as stderr:
         popen = _popen_guard(subprocess.PIPE if piped else stderr, stderr, environment)
@@ -204,10 +207,11 @@ def _popen_guard(
 ) -> subprocess.Popen[bytes]:
     try:
         # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
-        return subprocess.Popen(
-            GUARD, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=env,
-            start_new_session=True,
-        )  # fmt: skip
+        with guard.held_interrupt():
+            return subprocess.Popen(
+                GUARD, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, env=env,
+                start_new_session=True,
+            )  # fmt: skip
     except OSError as exc:  # no memory, or too many processes
         raise MachineError(f"cannot start a guard: {exc.strerror}") from exc
 
@@ -247,6 +251,7 @@ def _guard_lines(
     run_file: Path | None,
     adopt_grace: float,
     parent: int,
+    hold_interrupt: bool,
 ) -> str:
     """Nest one plan per guard, the innermost around the command itself."""
     names = ["guard"] if len(graces) == 1 else [f"guard-{chr(97 + i)}" for i in range(len(graces))]
@@ -263,6 +268,7 @@ def _guard_lines(
             "parent": parent if depth == 0 else 0,
             "adopt_grace": adopt_grace if innermost else 0,
             "cap_log": innermost,
+            "hold_interrupt": hold_interrupt or not innermost,
         }
         if run_dir is not None:
             plan |= {"record": str(run_dir), "remove": [str(run_dir)]}
@@ -295,7 +301,7 @@ async def open_daemon(
     async with open_guarded(
         argv, first=f"start {codec.dumps(start).decode()}", graces=graces, log_file=log_file,
         run_dir=run_dir, lease=start.lease, env=env, run_file=run_file, adopt_grace=adopt_grace,
-        piped=True,
+        piped=True, hold_interrupt=True,
     ) as (process, output):  # fmt: skip
         assert output is not None
         hello = await _read_hello(process, output, log_file)

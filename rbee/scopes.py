@@ -10,6 +10,8 @@ from typing import Any
 
 import trio
 
+from rbee import guard
+
 log = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,6 +63,7 @@ async def cancel_on_signal(
 
     numbers = _stop_signals()
     with _noted(numbers) as early, trio.open_signal_receiver(*numbers) as signals:
+        guard.release_interrupt()
         task_status.started()
         for number in early:
             stop(number)

@@ -101,6 +101,7 @@ async def exec_worker(config: WorkerConfig, log_file: Path) -> AsyncGenerator[Pr
         log_file=log_file,
         run_dir=Path(config.run_dir),
         die_with_us=True,
+        hold_interrupt=True,
     ) as (process, _):
         yield process
 

@@ -224,6 +224,7 @@ def main() -> int:
     guard.set_oom_score(OOM_SCORE)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the hive ends us, with the socket
+    guard.release_interrupt()
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
     began = time.monotonic()

@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 import trio
 
+from rbee import guard
 from rbee.errors import ChildExitedError, MachineError
 from rbee.hive import zygote as protocol
 from rbee.process import Lifeline, Process, log_tail
@@ -189,7 +190,7 @@ async def run_zygote(
         str(theirs.fileno()),
         str(os.getpid()),
     ]
-    with log_file.open("ab") as output:
+    with log_file.open("ab") as output, guard.held_interrupt():
         child = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
             pass_fds=[theirs.fileno()], start_new_session=True,

@@ -15,11 +15,11 @@ import sys
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import trio
 
+from rbee import guard
 from rbee.errors import BadInputError, PeerError
 from rbee.model import WorkerId, WorkerSpec
 from rbee.wire.messages import ExecuteRequest, Message
@@ -38,8 +38,7 @@ def ask(**given: Any) -> ExecuteRequest:
 
 def children() -> set[int]:
     """Return the pids of this process's children, whichever thread forked them."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    return set(guard.children(os.getpid()))
 
 
 async def collect(engine: Engine, request: ExecuteRequest) -> tuple[int, list[Chunk]]:

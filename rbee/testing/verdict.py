@@ -44,8 +44,8 @@ class Fault:
 
     @property
     def hits_python(self) -> bool:
-        """Whether the signal may meet Python's own handler: it starts before any code of ours."""
-        return self.signal == signal.SIGINT and self.state == "starting"
+        """Whether the signal may meet Python's own handler: the user's shell holds back none."""
+        return (self.process, self.signal, self.state) == ("keeper", signal.SIGINT, "starting")
 
     def exit_codes(self) -> tuple[int, ...]:
         """Return what the keeper may exit with."""

@@ -161,10 +161,16 @@ async def generate_canary(engine: Engine, config: WorkerConfig) -> None:
         return
     request = ExecuteRequest(new_id("canary"), prompt="Hi", raw=True, max_tokens=1, temperature=0.0)
     with trio.move_on_after(CANARY_LIMIT):
-        async with engine.generate(request) as generation:
-            async for chunks in generation:
-                if any(chunk.finish for chunk in chunks):
-                    return
+        try:
+            async with engine.generate(request) as generation:
+                async for chunks in generation:
+                    if any(chunk.finish for chunk in chunks):
+                        return
+        except PeerError as exc:
+            if exc.code != "engine_died":
+                raise
+            # Its watcher, which ends us, also knows of what it died.
+            await trio.sleep_forever()
     raise PeerError("the engine has loaded but generates nothing", code="canary_failed")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from rbee import guard
 from rbee.errors import (
     ChildExitedError,
     MachineError,
@@ -29,8 +30,7 @@ from .conftest import TOKEN, make_config
 
 
 def engine_pids():
-    tasks = Path("/proc/self/task").iterdir()
-    pids = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    pids = guard.children(os.getpid())
     return [p for p in pids if b"echo-engine" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
@@ -111,9 +111,7 @@ async def test_the_engines_death_ends_streams_and_worker_within_a_second(tmp_pat
     error_records.clear()
 
 
-@pytest.mark.parametrize(
-    ("fail", "error"), [("load", MachineError), ("canary", (ChildExitedError, PeerError))]
-)
+@pytest.mark.parametrize(("fail", "error"), [("load", MachineError), ("canary", ChildExitedError)])
 async def test_a_worker_that_cannot_generate_never_becomes_ready(
     tmp_path, fail, error, error_records
 ):
@@ -123,6 +121,18 @@ async def test_a_worker_that_cannot_generate_never_becomes_ready(
         assert info.group_contains(error)
     assert engine_pids() == []
     error_records.clear()
+
+
+async def test_an_engine_that_dies_at_its_first_token_is_told_by_who_watches_it(
+    tmp_path, autojump_clock
+):
+    class Dying:
+        def generate(self, request):
+            raise PeerError("the engine process has died", code="engine_died")
+
+    with trio.move_on_after(daemon.CANARY_LIMIT / 2) as scope:
+        await daemon.generate_canary(Dying(), make_config(tmp_path))
+    assert scope.cancelled_caught  # its own words say less than the watcher's
 
 
 def hive_app(answers, got):
