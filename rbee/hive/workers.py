@@ -165,6 +165,9 @@ class Workers(TaskOwner):
             worker_id=spec.id, model=request.model, served_names=(request.model,),
             state=WorkerState.STARTED.value, engine=spec.engine, backend=spec.backend,
             device=spec.device, owner=request.owner, node=self._setup.node,
+            max_model_len=request.max_model_len, dtype=request.dtype,
+            kv_cache_bytes=request.kv_cache_bytes, max_num_seqs=request.max_num_seqs,
+            engine_args=request.engine_args,
         )  # fmt: skip
         worker = Worker(info, request, self._setup.home.log_file(spec.id))
         self._workers[spec.id] = worker

@@ -56,10 +56,41 @@ class QueenFlags(DataFlags):
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
-class AnswerFlags(QueenFlags):
-    """Flags of the commands that have a model answer."""
+class StartFlags(QueenFlags):
+    """Flags of the commands that may start a worker: where it runs, and how."""
 
     node: Annotated[str | None, Parameter(help="The node to run on.")] = None
+    backend: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="What to run on.")] = None
+    device: Annotated[str | None, Parameter(help="0, or 0,1 for tensor parallel.")] = None
+    engine: Annotated[str | None, Parameter(help="The engine (default: vllm).")] = None
+    max_model_len: Annotated[int | None, Parameter(help="The context, in tokens.")] = None
+    dtype: Annotated[str | None, Parameter(help="Of the weights: float32, bfloat16, …")] = None
+    kv_cache: Annotated[
+        str | None, Parameter(help="The size of the KV cache: bytes, or 512M, 4G, …")
+    ] = None
+    max_num_seqs: Annotated[int | None, Parameter(help="Requests it works on at once.")] = None
+    engine_arg: Annotated[
+        tuple[str, ...],
+        Parameter(
+            help="Any other option of the engine, as key=value (repeatable).",
+            negative_iterable=(),
+            env_var_split=_one_or_json,
+        ),
+    ] = ()
+    keep_alive: Annotated[
+        str | None,
+        Parameter(
+            help="How long the worker stays without work: seconds, 10m, 2h; -1 is for ever.",
+            allow_leading_hyphen=True,
+        ),
+    ] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class AnswerFlags(StartFlags):
+    """Flags of the commands that have a model answer."""
+
     max_tokens: Annotated[int | None, Parameter(help="End after so many tokens.")] = None
     temperature: Annotated[float | None, Parameter(help="0 always takes the likeliest.")] = None
     top_p: Annotated[float | None, Parameter(help="Nucleus sampling, above 0 up to 1.")] = None
@@ -79,9 +110,6 @@ class AnswerFlags(QueenFlags):
     system: Annotated[
         str | None, Parameter(help="The system message.", allow_leading_hyphen=True)
     ] = None
-    backend: Annotated[Literal["cpu", "cuda"] | None, Parameter(help="What to run on.")] = None
-    device: Annotated[str | None, Parameter(help="0, or 0,1 for tensor parallel.")] = None
-    engine: Annotated[str | None, Parameter(help="The engine (default: vllm).")] = None
 
 
 @Parameter(name="*")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +9,8 @@ from typing import Any
 
 from rbee.errors import BadInputError
 from rbee.keeper.flags import AnswerFlags, InferFlags
-from rbee.model import node_name
+from rbee.keeper.start import start_settings
 from rbee.wire.messages import Message, TaskRequest
-
-_ENGINE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_DEVICE = re.compile(r"\d{1,4}(,\d{1,4})*")
 
 
 def infer_task(flags: InferFlags) -> TaskRequest:
@@ -50,10 +46,9 @@ def chat_task(flags: AnswerFlags, model: str, messages: Iterable[Message]) -> Ta
 def _settings(flags: AnswerFlags, model: str) -> dict[str, Any]:
     _check_model(model)
     _check_sampling(flags)
-    _check_placement(flags)
     return {
+        **start_settings(flags),
         "model": _absolute(model),
-        "node": flags.node,
         "max_tokens": flags.max_tokens,
         "temperature": flags.temperature,
         "top_p": flags.top_p,
@@ -62,9 +57,6 @@ def _settings(flags: AnswerFlags, model: str) -> dict[str, Any]:
         "repetition_penalty": flags.repetition_penalty,
         "seed": flags.seed,
         "stop": flags.stop,
-        "backend": flags.backend,
-        "device": flags.device,
-        "engine": flags.engine,
     }
 
 
@@ -112,20 +104,6 @@ def _out_of_range(name: str, value: float, needed: str, example: float) -> BadIn
     return BadInputError(
         f"--{name} must be {needed}, got {value}", hint=f"rbee-keeper infer --{name} {example} …"
     )
-
-
-def _check_placement(flags: AnswerFlags) -> None:
-    if flags.node is not None:
-        node_name(flags.node)
-    if flags.engine is not None and not _ENGINE.fullmatch(flags.engine):
-        raise BadInputError(
-            f"{flags.engine!r} is not an engine's name", hint="rbee-keeper infer --engine vllm …"
-        )
-    if flags.device is not None and not _DEVICE.fullmatch(flags.device):
-        raise BadInputError(
-            f"--device must be an index or several with commas between, got {flags.device!r}",
-            hint="rbee-keeper infer --device 0,1 …",
-        )
 
 
 def _read_stdin() -> str:

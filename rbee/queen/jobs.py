@@ -200,7 +200,7 @@ class Jobs(TaskOwner):
 
         def forward(item: WorkerNarration) -> None:
             if item.worker_id == worker_id:
-                job.narrate(Narration(item.actor, item.action, item.text))
+                job.narrate(Narration(item.actor, item.action, item.text, item.share))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_for_each, narrations, forward)
@@ -277,7 +277,7 @@ def _execute(job: Job) -> ExecuteRequest:
     return ExecuteRequest(
         job_id=job.id, prompt=r.prompt, messages=r.messages, raw=r.raw, max_tokens=r.max_tokens,
         temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p,
-        repetition_penalty=r.repetition_penalty, stop=r.stop, seed=r.seed,
+        repetition_penalty=r.repetition_penalty, stop=r.stop, seed=r.seed, keep_alive=r.keep_alive,
     )  # fmt: skip
 
 

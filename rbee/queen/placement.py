@@ -8,6 +8,7 @@ from rbee.model import WorkerState
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
 DEFAULT_ENGINE = "vllm"
+OPTIONS = ("max_model_len", "dtype", "kv_cache_bytes", "max_num_seqs")
 _ORDER = (WorkerState.READY.value, WorkerState.LOADING.value, WorkerState.STARTED.value)
 
 
@@ -21,6 +22,15 @@ def fits(worker: WorkerInfo, request: TaskRequest) -> bool:
         and (request.engine or DEFAULT_ENGINE) == worker.engine
         and (request.backend is None or worker.backend == request.backend)
         and (request.device is None or worker.device == request.device)
+        and _was_started_so(worker, request)
+    )
+
+
+def _was_started_so(worker: WorkerInfo, request: TaskRequest) -> bool:
+    """Tell whether a worker has the options that a request names."""
+    asked = {name: getattr(request, name) for name in OPTIONS}
+    return request.engine_args.items() <= worker.engine_args.items() and all(
+        value is None or getattr(worker, name) == value for name, value in asked.items()
     )
 
 
@@ -39,4 +49,7 @@ def start_for(request: TaskRequest, owner: str) -> StartWorker:
         device=request.device,
         owner=owner,
         node=request.node,
+        engine_args=request.engine_args,
+        keep_alive=request.keep_alive,
+        **{name: getattr(request, name) for name in OPTIONS},
     )

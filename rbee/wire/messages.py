@@ -26,6 +26,9 @@ HIVE_WORKER_READY = "/v1/workers/ready"
 HIVE_OWNERS = "/v1/owners"
 HIVE_DEVICES = "/v1/devices"
 HIVE_LOGS = "/v1/logs"
+HIVE_MODELS = "/v1/models"
+
+KEEP_ALIVE = 300.0  # seconds that a worker stays without work, where nobody says otherwise
 
 JOB_ID_HEADER = "x-rbee-job-id"
 WORKER_ID_HEADER = "x-rbee-worker-id"  # on /execute: whom it is meant for, ports are used again
@@ -99,7 +102,11 @@ class HiveInfo:
 # workers --------------------------------------------------------------------------------------
 @attrs.frozen
 class StartWorker:
-    """``POST`` to a hive's or a queen's workers. Answer: 202 and `WorkerInfo`."""
+    """``POST`` to a hive's or a queen's workers. Answer: 202 and `WorkerInfo`.
+
+    ``keep_alive``: seconds that the worker stays without work; None means the default, a negative
+    number for ever.
+    """
 
     model: str
     engine: str = "vllm"
@@ -113,11 +120,20 @@ class StartWorker:
     kv_cache_bytes: int | None = None
     max_num_seqs: int | None = None
     engine_args: dict[str, str] = attrs.field(factory=dict)
+    keep_alive: float | None = None
 
 
 @attrs.frozen
 class WorkerInfo:
-    """One worker as its hive sees it. ``state`` is a `rbee.model.WorkerState` value."""
+    """One worker as its hive sees it.
+
+    Attributes:
+        state: a `rbee.model.WorkerState` value.
+        max_model_len, dtype, kv_cache_bytes, max_num_seqs, engine_args: as they were asked for.
+        keep_alive: seconds that it stays without work; negative: for ever.
+        running: requests that it is at, as last seen.
+        idle: seconds since its last request ended, as last seen; 0 while one runs.
+    """
 
     worker_id: str
     model: str
@@ -130,6 +146,14 @@ class WorkerInfo:
     owner: str = ""
     node: str = "localhost"
     pid: int = 0
+    max_model_len: int | None = None
+    dtype: str | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
+    engine_args: dict[str, str] = attrs.field(factory=dict)
+    keep_alive: float = KEEP_ALIVE
+    running: int = 0
+    idle: float = 0.0
     error: ErrorDetail | None = None
 
 
@@ -142,12 +166,16 @@ class WorkerIds:
 
 @attrs.frozen
 class WorkerNarration:
-    """What is being done for a worker that is not ready yet, for people who wait for it."""
+    """What is being done for a worker that is not ready yet, for people who wait for it.
+
+    ``share``: how much of it is done, 0 … 1; None where nobody knows.
+    """
 
     worker_id: str
     actor: str
     action: str
     text: str
+    share: float | None = None
 
 
 @attrs.frozen
@@ -186,11 +214,74 @@ class WorkerReady:
 
 @attrs.frozen
 class ReadyState:
-    """``GET /v1/ready`` of a worker: 200 with ``ready``, else 503 with what it is doing."""
+    """``GET /v1/ready`` of a worker: 200 with ``ready``, else 503 with what it is doing.
+
+    Attributes:
+        share: how much of ``progress`` is done, 0 … 1; None where nobody knows.
+        running: requests that it is at.
+        idle: seconds since the last one ended (or since it is ready); 0 while one runs.
+        keep_alive: seconds without work after which it is to go; negative: for ever.
+    """
 
     worker_id: str
     state: str
     progress: str = ""
+    share: float | None = None
+    running: int = 0
+    idle: float = 0.0
+    keep_alive: float = KEEP_ALIVE
+
+
+# models ---------------------------------------------------------------------------------------
+@attrs.frozen
+class ModelInfo:
+    """One model on a node's disk; ``GET`` of a hive's or a queen's models lists them.
+
+    Attributes:
+        model: canonical reference, such as ``hf:org/repo``.
+        name: its record on disk; `DELETE` takes it as well as ``model``.
+        version: revision of the repository or version of the package; "" where there is none.
+        size: bytes on disk.
+        context: longest sequence in tokens; 0 when unknown.
+        last_used, created: seconds since the epoch.
+        in_use: whether a worker on that node, of any hive, has it loaded.
+        damage: why it cannot be used; "" if it can. ``model pull`` repairs it.
+    """
+
+    model: str
+    name: str
+    node: str
+    directory: str
+    source: str = ""
+    version: str = ""
+    size: int = 0
+    dtype: str = ""
+    architecture: str = ""
+    parameters: int = 0
+    context: int = 0
+    chat_template: bool = False
+    created: float = 0.0
+    last_used: float = 0.0
+    in_use: bool = False
+    files: tuple[str, ...] = ()
+    damage: str = ""
+
+
+@attrs.frozen
+class PullModel:
+    """``POST`` to a hive's or a queen's models: narration events, then `Pulled` or an error."""
+
+    model: str
+    node: str | None = None
+    dtype: str | None = None
+
+
+@attrs.frozen
+class Pulled:
+    """The last event of a pull."""
+
+    model: str
+    directory: str
 
 
 # jobs -----------------------------------------------------------------------------------------
@@ -202,7 +293,10 @@ class Message:
 
 @attrs.frozen
 class ExecuteRequest:
-    """``POST /execute``. Exactly one of ``prompt`` and ``messages``; ``raw`` skips the template."""
+    """``POST /execute``. Exactly one of ``prompt`` and ``messages``; ``raw`` skips the template.
+
+    ``keep_alive``: seconds that the worker stays after this request; None leaves it as it is.
+    """
 
     job_id: str
     prompt: str | None = None
@@ -216,11 +310,17 @@ class ExecuteRequest:
     repetition_penalty: float | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    keep_alive: float | None = None
 
 
 @attrs.frozen
 class TaskRequest:
-    """``POST /v2/tasks``: an `ExecuteRequest` less its id, plus the model and the placement."""
+    """``POST /v2/tasks``: an `ExecuteRequest` less its id, plus the model and the placement.
+
+    ``max_model_len`` … ``engine_args`` are what a worker is started with if none fits; one that
+    runs fits if it was started with what is given here. ``keep_alive`` sets how long the worker
+    stays after this request (seconds; negative: for ever).
+    """
 
     model: str
     prompt: str | None = None
@@ -238,6 +338,12 @@ class TaskRequest:
     backend: str | None = None
     device: str | None = None
     engine: str | None = None
+    max_model_len: int | None = None
+    dtype: str | None = None
+    kv_cache_bytes: int | None = None
+    max_num_seqs: int | None = None
+    engine_args: dict[str, str] = attrs.field(factory=dict)
+    keep_alive: float | None = None
     priority: int = 0
     deadline: float | None = None
 
@@ -251,9 +357,12 @@ class Queued:
 
 @attrs.frozen
 class Narration:
+    """``share``: how much of the action is done, 0 … 1; None where nobody knows."""
+
     actor: str
     action: str
     text: str
+    share: float | None = None
 
 
 @attrs.frozen
