@@ -7,11 +7,13 @@ the top for every command, in a table named after a command (``[infer]``) for th
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from rbee.alias import Defaults, read_alias
 from rbee.errors import UsageError
 from rbee.model import HIVE_PORT, LOCALHOST, QUEEN_PORT, WORKER_PORT
 
@@ -77,11 +79,14 @@ class Config:
 
     Attributes:
         aliases: a model's short name → its sources, tried in order.
+        defaults: the same names → what holds for requests that say nothing else; only those that
+            set something.
         flags: what is not one of the tables above, as parsed.
         source: the file's path, for errors.
     """
 
     aliases: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
+    defaults: dict[str, Defaults] = attrs.field(factory=dict)
     queen: QueenConfig = attrs.field(factory=QueenConfig)
     hive: HiveConfig = attrs.field(factory=HiveConfig)
     worker: WorkerFlags = attrs.field(factory=WorkerFlags)
@@ -117,8 +122,10 @@ def _structure(data: dict[str, Any], path: Path) -> Config:
     # `worker = "…"` at the top is a flag of the keeper's (`logs --worker`), `[worker]` a table.
     is_flag = not isinstance(data.get("worker", {}), dict)
     own = {key for key in data if key in OWN_TABLES and not (key == "worker" and is_flag)}
+    aliases = _aliases(data.get("aliases", {}), path)
     return Config(
-        aliases=_aliases(data.get("aliases", {}), path),
+        aliases={name: sources for name, (sources, _) in aliases.items()},
+        defaults={name: defaults for name, (_, defaults) in aliases.items() if defaults.said()},
         queen=_table(data.get("queen", {}), "queen", QueenConfig, path),
         hive=_table(data.get("hive", {}), "hive", HiveConfig, path),
         worker=_table(data["worker"] if "worker" in own else {}, "worker", WorkerFlags, path),
@@ -148,21 +155,10 @@ def _table(data: Any, name: str, kind: type[Any], path: Path) -> Any:
         ) from exc
 
 
-def _aliases(data: Any, path: Path) -> dict[str, tuple[str, ...]]:
+def _aliases(data: Any, path: Path) -> dict[str, tuple[tuple[str, ...], Defaults]]:
     if not isinstance(data, dict):
         raise wrong(path, "aliases", "must be a table [aliases]")
-    return {name: _sources(name, value, path) for name, value in data.items()}
-
-
-def _sources(name: str, value: Any, path: Path) -> tuple[str, ...]:
-    sources = [value] if isinstance(value, str) else value
-    if (
-        isinstance(sources, list)
-        and sources
-        and all(isinstance(source, str) and source for source in sources)
-    ):
-        return tuple(sources)
-    raise wrong(path, f"aliases.{name}", 'must be a model name or a list of them ("pypi:…")')
+    return {name: read_alias(name, value, partial(wrong, path)) for name, value in data.items()}
 
 
 def wrong(path: Path | str, key: str, what: str) -> ConfigError:

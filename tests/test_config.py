@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rbee.alias import Defaults
 from rbee.config import Config, ConfigError, HiveConfig, QueenConfig, WorkerFlags, load_config
 
 
@@ -46,6 +47,41 @@ def test_its_own_tables_become_values_and_the_rest_stays_flags(tmp_path: Path) -
     assert config.flags == {"temperature": 0.5, "infer": {"max-tokens": 7}}
 
 
+def test_an_alias_may_be_a_table_with_defaults(tmp_path: Path) -> None:
+    config = load_config(
+        written(
+            tmp_path,
+            """
+            [aliases]
+            plain = "pypi:a"
+            [aliases.bee]
+            source = ["hf:org/repo", "plain"]
+            system = "You are a bee."
+            temperature = 1
+            top-k = 40
+            stop = "END"
+            kv_cache = "512M"
+            keep-alive = "1h"
+            engine_args = { gpu_memory_utilization = 0.5, enable-lora = true, "load-format" = "x" }
+            """,
+        )
+    )
+    assert config.aliases == {"plain": ("pypi:a",), "bee": ("hf:org/repo", "plain")}
+    assert config.defaults == {
+        "bee": Defaults(
+            system="You are a bee.",
+            temperature=1.0,
+            top_k=40,
+            stop=("END",),
+            kv_cache=512 << 20,
+            keep_alive=3600.0,
+            engine_args={
+                "gpu-memory-utilization": "0.5", "enable-lora": "true", "load-format": "x",
+            },
+        )
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -58,6 +94,16 @@ def test_its_own_tables_become_values_and_the_rest_stays_flags(tmp_path: Path) -
         ("aliases = 3", "'aliases'"),
         ("[aliases]\na = 3", "aliases.a"),
         ("[aliases]\na = []", "aliases.a"),
+        ("[aliases.a]\ntop_k = 1", "'aliases.a' needs source"),
+        ("[aliases.a]\nsource = 3", "aliases.a.source"),
+        ("[aliases.a]\nsource = 'x'\ntop_q = 1", "'aliases.a.top_q' is unknown"),
+        ("[aliases.a]\nsource = 'x'\ntop_k = 'x'", "'aliases.a' is wrong: expected int, got str"),
+        ("[aliases.a]\nsource = 'x'\ntop_k = 'x'", "$.top_k"),
+        ("[aliases.a]\nsource = 'x'\ntop-p = 1.5", "'aliases.a.top_p' must be above 0"),
+        ("[aliases.a]\nsource = 'x'\nkeep_alive = 'soon'", "'soon' is not a time"),
+        ("[aliases.a]\nsource = 'x'\nkv_cache = '1X'", "'1X' is not a size"),
+        ("[aliases.a]\nsource = 'x'\nbackend = 'tpu'", "cpu or cuda"),
+        ("[aliases.a]\nsource = 'x'\nengine_args = 'x'", "aliases.a"),
         ("x = ", "is not TOML"),
         ("x = 1\nx = 2", "is not TOML"),
     ],
