@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 from rbee.errors import OwnerGoneError, PeerError, RbeeError, from_wire
 from rbee.web.exchange import Address, Exchange, open_exchange
@@ -144,8 +145,9 @@ class AsyncClient:
                 raise error_of(exchange.status, await exchange.body())
             yield exchange
 
-    async def _call(self, method: str, path: str, kind: Any) -> Any:
-        async with self._open(method, path) as exchange:
+    async def _call(self, method: str, path: str, kind: Any, message: Any = None) -> Any:
+        sent = b"" if message is None else codec.dumps(message)
+        async with self._open(method, path, sent) as exchange:
             body = await exchange.body()
         return codec.loads(body, kind) if kind is not None else None
 
@@ -167,6 +169,66 @@ class AsyncClient:
             "GET", messages.QUEEN_WORKERS, list[messages.WorkerInfo]
         )
         return found
+
+    async def start_worker(self, start: messages.StartWorker) -> messages.WorkerInfo:
+        """Have a worker started; it is on its way when this returns."""
+        info: messages.WorkerInfo = await self._call(
+            "POST", messages.QUEEN_WORKERS, messages.WorkerInfo, start
+        )
+        return info
+
+    async def start_ready_worker(
+        self, start: messages.StartWorker, tell: Callable[[messages.Narration], Awaitable[None]]
+    ) -> messages.WorkerInfo:
+        """Have a worker started and wait until it is ready; it goes on when this is cancelled.
+
+        Raises:
+            RbeeError: it did not become ready, and why.
+        """
+        accept = sse.CONTENT_TYPE.decode()
+        decoder = sse.Decoder()
+        async with self._open(
+            "POST", messages.QUEEN_WORKERS, codec.dumps(start), accept=accept
+        ) as exchange:
+            while chunk := await exchange.chunk():
+                for name, data in decoder.feed(chunk):
+                    if name == "workerinfo":
+                        return codec.loads(data, messages.WorkerInfo)
+                    event = sse.event_from(name, data)
+                    if isinstance(event, messages.Error):
+                        raise _error_of(event)
+                    if isinstance(event, messages.Narration):
+                        await tell(event)
+        raise PeerError("the stream ended before the worker was ready", code="stream_broken")
+
+    async def stop_worker(self, worker_id: str) -> None:
+        """Stop a worker; nothing of it is left when this returns.
+
+        Raises:
+            NotFoundError: there is none of that name, or no more.
+        """
+        await self._call("DELETE", f"{messages.QUEEN_WORKERS}/{quote(worker_id, safe='')}", None)
+
+    async def start_hive(self, node: str) -> messages.HiveInfo:
+        """Have a hive run on a node; one that does already is fine."""
+        info: messages.HiveInfo = await self._call(
+            "POST", messages.QUEEN_HIVES, messages.HiveInfo, messages.StartHive(node)
+        )
+        return info
+
+    async def stop_hive(self, node: str) -> None:
+        """End a node's hive and its workers; nothing of them is left when this returns.
+
+        Raises:
+            ConflictError: an operator's hive is not the queen's to end.
+        """
+        await self._call("DELETE", f"{messages.QUEEN_HIVES}/{quote(node, safe='')}", None)
+
+    async def nodes(self) -> list[str]:
+        found: list[dict[str, Any]] = await self._call(
+            "GET", messages.QUEEN_NODES, list[dict[str, Any]]
+        )
+        return [str(node["name"]) for node in found]
 
     async def hives(self) -> list[messages.HiveInfo]:
         found: list[messages.HiveInfo] = await self._call(

@@ -16,6 +16,7 @@ JobId = NewType("JobId", str)
 NodeName = NewType("NodeName", str)
 
 LOCALHOST = NodeName("localhost")
+DEFAULT_ENGINE = "vllm"
 QUEEN_PORT, HIVE_PORT, WORKER_PORT = 8080, 9200, 8001
 
 
@@ -61,7 +62,7 @@ class WorkerSpec:
     model: str
     model_dir: str = ""
     served_names: tuple[str, ...] = ()
-    engine: str = "vllm"
+    engine: str = DEFAULT_ENGINE
     backend: str = "cpu"
     device: str = "0"
     task: str = "generate"

@@ -30,9 +30,16 @@ def env_name(flag: str) -> str:
 def flags_of(arguments: ArgumentCollection) -> Iterator[Argument]:
     """Yield what has a ``--name``: a positional is said, never inherited (``model rm``).
 
-    Neither is ``--owned``: only an owner says it, on the command line.
+    Neither is ``--owned``, which only an owner says, nor what chooses the things to end: those are
+    declared with ``show_env_var=False``.
     """
-    return (a for a in arguments if a.name.startswith("--") and a.name != "--owned")
+    return (
+        argument
+        for argument in arguments
+        if argument.name.startswith("--")
+        and argument.name != "--owned"
+        and argument.parameter.show_env_var is not False
+    )
 
 
 class Environment(Env):

@@ -16,6 +16,7 @@ from tests.programs import DAEMONS, KEEPER, Program, key_of
 
 REQUIRED = {"--model": "m", "--prompt": "p"}
 FILE, ENVIRONMENT, FLAG = 0, 1, 2
+JSON_LISTS = {"--stop", "--engine-arg"}
 NOT_IN_FILES = {"home", "owned"}
 
 
@@ -75,8 +76,9 @@ def default(program: Program, path: tuple[str, ...], name: str) -> Any:
         ("queen", "start", "--host"): "127.0.0.1",
         ("queen", "start", "--port"): 8080,
         ("logs", "--lines"): 50,
+        ("worker", "logs", "--lines"): 50,
     }
-    of_all = {"--stop": (), "--json": False, "--raw": False, "--follow": False}
+    of_all = {"--stop": (), "--json": False, "--wait": True, "--raw": False, "--follow": False}
     return of_command.get((*path, name), of_all.get(name))
 
 
@@ -93,7 +95,7 @@ def test_a_flag_wins_over_the_environment_over_the_file_over_the_default(
         home.config_file.write_text(toml(program, argument, sample(argument, FILE)))
     value = sample(argument, ENVIRONMENT)
     told = " ".join(value) if isinstance(value, tuple) else str(value)
-    if name == "--stop":
+    if program is KEEPER and name in JSON_LISTS:
         told = '["stop-1", "b"]'
     said, unsaid = (line_for(program, path, argument, flag=flag) for flag in (True, False))
     with monkeypatch.context() as patch:

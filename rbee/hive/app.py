@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable
 
+import attrs
+
 from rbee import __version__
 from rbee.errors import ConflictError, NotFoundError
 from rbee.hive.detect import devices
 from rbee.hive.owners import Owners
+from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers
+from rbee.model import DEFAULT_ENGINE
 from rbee.process import log_tail
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages, sse
@@ -20,7 +24,11 @@ OPERATOR = "operator"
 
 
 def make_app(
-    setup: HiveSetup, workers: Workers, owners: Owners, stop: Callable[[str], None]
+    setup: HiveSetup,
+    workers: Workers,
+    owners: Owners,
+    pulse: Pulse,
+    stop: Callable[[str], None],
 ) -> App:
     """Wire one hive's routes; ``stop`` begins the end of the daemon."""
     app = App(token=setup.token, hosts=(setup.host,))
@@ -32,11 +40,12 @@ def make_app(
 
     async def list_workers(request: Request) -> Response | Stream:
         if request.accepts_events():
-            return Stream(_news(workers))
+            return Stream(_news(workers, pulse))
         return json_response(workers.infos())
 
     async def start_worker(request: Request) -> Response:
         body = await request.read(StartWorker)
+        body = attrs.evolve(body, engine=body.engine or DEFAULT_ENGINE)
         if setup.owner == OPERATOR and body.owner and owners.get(body.owner) is None:
             raise ConflictError(  # nobody would end its worker
                 f"queen {body.owner} has no lease on this hive",
@@ -88,8 +97,8 @@ def make_app(
     return app
 
 
-def _news(workers: Workers) -> Callable[[Emit], Awaitable[None]]:
-    """Make the stream of a hive's news: all its workers now, then every change."""
+def _news(workers: Workers, pulse: Pulse) -> Callable[[Emit], Awaitable[None]]:
+    """Make the stream of a hive's news: all its workers now, then every change and heartbeat."""
 
     async def run(emit: Emit) -> None:
         with workers.news.subscribe() as news:
@@ -97,6 +106,7 @@ def _news(workers: Workers) -> Callable[[Emit], Awaitable[None]]:
             await emit(sse.encode(WorkerIds(tuple(info.worker_id for info in infos))))
             for info in infos:
                 await emit(sse.encode(info))
+            await emit(sse.encode(pulse.heartbeat()))
             async for item in news:
                 await emit(sse.encode(item))
 

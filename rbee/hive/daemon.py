@@ -19,6 +19,7 @@ from rbee.hive.app import make_app
 from rbee.hive.launch import fork_or_exec
 from rbee.hive.models import provisioner
 from rbee.hive.owners import Owners
+from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers
 from rbee.hive.zygotes import Zygotes
 from rbee.process import own_environment
@@ -50,7 +51,10 @@ async def serve(
     workers = Workers(setup, fork_or_exec(zygotes.get), provisioner(setup), zygotes.warm_up)
     workers.url = url_of(listener)
     owners = Owners(workers.stop_owned_by)
-    serving = partial(serve_http, make_app(setup, workers, owners, stop), listener, grace=0.5)
+    pulse = Pulse(setup, workers)
+    serving = partial(
+        serve_http, make_app(setup, workers, owners, pulse, stop), listener, grace=0.5
+    )
     # Zygotes outlive the workers' orderly end, and HTTP their last news and answers.
     async with (
         zygotes.open(),
@@ -59,6 +63,7 @@ async def serve(
         owners.open(),
         trio.open_nursery() as nursery,
     ):
+        nursery.start_soon(pulse.keep_beating)
         workers.on_ready = ReadyCallbacks(setup, owners, nursery).send
         task_status.started(
             Hello("hive", setup.id, __version__, os.getpid(), url, {"node": setup.node})

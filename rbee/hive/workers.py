@@ -31,6 +31,7 @@ from rbee.scopes import TaskOwner
 from rbee.web.client import keep_probing, open_client
 from rbee.wire.messages import (
     ErrorDetail,
+    Heartbeat,
     StartWorker,
     WorkerInfo,
     WorkerNarration,
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 LOAD_LIMIT = 600.0  # seconds from the launch to the ready callback
 KEPT_LOGS = 30
 
-News = WorkerInfo | WorkerNarration
+News = WorkerInfo | WorkerNarration | Heartbeat
 ACTIVE = frozenset({WorkerState.STARTED, WorkerState.LOADING, WorkerState.READY})
 
 

@@ -18,7 +18,11 @@ from rbee.keeper.flags import (
     InferFlags,
     ListenFlags,
     LogFlags,
+    NodeFlags,
     QueenFlags,
+    TailFlags,
+    WorkerStartFlags,
+    WorkerStopFlags,
 )
 from rbee.keeper.sources import ConfigFile
 from rbee.sources import Environment
@@ -26,7 +30,12 @@ from rbee.sources import Environment
 # What a positional means is said on the spot, never inherited: `model rm` would follow RBEE_MODEL.
 Positional = Parameter(show_env_var=False)
 Shell = Literal["bash", "zsh", "fish"]
-ModelName = Annotated[str, Positional, Parameter(help="A directory, an alias or pypi:package.")]
+ModelName = Annotated[
+    str,
+    Positional,
+    Parameter(help="A directory, a GGUF file, an alias, hf:org/repo or pypi:package."),
+]
+WorkerName = Annotated[str, Positional, Parameter(help="The worker's id.")]
 
 app = App(
     name="rbee-keeper",
@@ -38,9 +47,10 @@ app = App(
     result_action="return_value",
 )
 queen = App(name="queen", help="Start, stop and show the queen that outlives commands.")
-worker = App(name="worker", help="Show workers.")
+hive = App(name="hive", help="Start, stop and show the hives of the running queen.")
+worker = App(name="worker", help="Start, stop and show workers.")
 model = App(name="model", help="Fetch, show and remove models.")
-for group in (queen, worker, model):
+for group in (queen, hive, worker, model):
     app.command(group)
 
 
@@ -93,6 +103,76 @@ def queen_status(*, flags: QueenFlags | None = None) -> int:
     return _list("show_queen", flags)
 
 
+@hive.command(name="start")
+def hive_start(*, flags: NodeFlags | None = None) -> int:
+    """Have a hive run on a node; print its URL."""
+    return _hive("start_hive", flags)
+
+
+@hive.command(name="stop")
+def hive_stop(*, flags: NodeFlags | None = None) -> int:
+    """Stop a node's hive and its workers; print the seconds until it was clean."""
+    return _hive("stop_hive", flags)
+
+
+@hive.command(name="status")
+def hive_status(*, flags: NodeFlags | None = None) -> int:
+    """Show a node's hive: when it was last heard, its workers, memory and disk."""
+    return _hive("show_hive", flags)
+
+
+@hive.command(name="list")
+def hive_list(*, flags: NodeFlags | None = None) -> int:
+    """Show the hives of all nodes."""
+    return _hive("list_hives", flags)
+
+
+def _hive(name: str, flags: NodeFlags | None) -> int:
+    from rbee.keeper import hives
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(getattr(hives, name), flags or NodeFlags()))
+
+
+@worker.command(name="start")
+def worker_start(model: ModelName, /, *, flags: WorkerStartFlags | None = None) -> int:
+    """Start a worker, one more each time; print its id when it is ready."""
+    from rbee.keeper import workers
+    from rbee.keeper.root import run_command
+
+    flags = flags or WorkerStartFlags()
+    request = workers.start_request(flags, model)
+    return run_command(partial(workers.start_worker, flags, request))
+
+
+@worker.command(name="stop")
+def worker_stop(*ids: WorkerName, flags: WorkerStopFlags | None = None) -> int:
+    """Stop workers; print the seconds until nothing of each was left."""
+    from rbee.keeper import workers
+    from rbee.keeper.root import run_command
+
+    flags = flags or WorkerStopFlags()
+    workers.check_choice(flags, ids)
+    return run_command(partial(workers.stop_workers, flags, ids))
+
+
+@worker.command(name="logs")
+def worker_logs(name: WorkerName, /, *, flags: TailFlags | None = None) -> int:
+    """Show what a worker has logged, also after its end."""
+    from rbee.keeper.logs import show_logs
+    from rbee.keeper.root import run_command
+
+    flags = flags or TailFlags()
+    return run_command(partial(show_logs, of_worker(flags, name)))
+
+
+def of_worker(flags: TailFlags, worker: str) -> LogFlags:
+    """Return the flags of ``logs --worker`` that mean the same."""
+    return LogFlags(
+        home=flags.home, json=flags.json, lines=flags.lines, follow=flags.follow, worker=worker
+    )
+
+
 @worker.command(name="list")
 def worker_list(*, flags: QueenFlags | None = None) -> int:
     """Show the workers of all nodes."""
@@ -133,6 +213,15 @@ def model_list(*, flags: DataFlags | None = None) -> int:
     from rbee.keeper.models import print_models
 
     print_models(flags or DataFlags())
+    return 0
+
+
+@model.command(name="aliases")
+def model_aliases(*, flags: DataFlags | None = None) -> int:
+    """Show the short names of models, what they lead to and where each comes from."""
+    from rbee.keeper.aliases import print_aliases
+
+    print_aliases(flags or DataFlags())
     return 0
 
 

@@ -88,6 +88,35 @@ class StartFlags(QueenFlags):
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
+class WorkerStartFlags(StartFlags):
+    """Flags of ``worker start``."""
+
+    wait: Annotated[bool, Parameter(help="Wait until it is ready.")] = True
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class WorkerStopFlags(QueenFlags):
+    """Flags of ``worker stop``. What to stop is said on the spot, never inherited."""
+
+    model: Annotated[
+        str | None, Parameter(help="Stop the workers of this model.", show_env_var=False)
+    ] = None
+    all: Annotated[bool, Parameter(help="Stop all workers.", negative=(), show_env_var=False)] = (
+        False
+    )
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class NodeFlags(QueenFlags):
+    """Flags of the commands about one node's hive."""
+
+    node: Annotated[str | None, Parameter(help="The node (default: localhost).")] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
 class AnswerFlags(StartFlags):
     """Flags of the commands that have a model answer."""
 
@@ -117,7 +146,9 @@ class AnswerFlags(StartFlags):
 class InferFlags(AnswerFlags):
     """Flags of ``infer``."""
 
-    model: Annotated[str, Parameter(help="A directory, an alias or pypi:package.")]
+    model: Annotated[
+        str, Parameter(help="A directory, a GGUF file, an alias, hf:org/repo or pypi:package.")
+    ]
     prompt: Annotated[
         str, Parameter(help='The prompt; "-" reads it from stdin.', allow_leading_hyphen=True)
     ]
@@ -138,17 +169,24 @@ class ListenFlags(DataFlags):
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
-class LogFlags(DataFlags):
-    """Flags of ``logs``."""
+class TailFlags(DataFlags):
+    """Flags of ``worker logs``."""
 
-    node: Annotated[str | None, Parameter(help="The logs of this node.")] = None
-    worker: Annotated[str | None, Parameter(help="The log of this worker.")] = None
     lines: Annotated[int, Parameter(help="Begin with so many last lines of each.")] = 50
     follow: Annotated[bool, Parameter(help="Go on with what comes.", negative=())] = False
 
 
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class LogFlags(TailFlags):
+    """Flags of ``logs``."""
+
+    node: Annotated[str | None, Parameter(help="The logs of this node.")] = None
+    worker: Annotated[str | None, Parameter(help="The log of this worker.")] = None
+
+
 def every_flag() -> set[str]:
     """Return the names, without dashes, of all flags of all commands."""
-    kinds = (InferFlags, ListenFlags, LogFlags)
+    kinds = (InferFlags, ListenFlags, LogFlags, WorkerStartFlags)
     fields = [field for kind in kinds for field in attrs.fields(kind)]
     return {field.name.replace("_", "-") for field in fields}

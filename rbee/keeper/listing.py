@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import AbstractAsyncContextManager
 from typing import Any
+
+import attrs
 
 from rbee import __version__
 from rbee.config import load_config
 from rbee.home import Home, find_home
 from rbee.keeper.flags import QueenFlags
 from rbee.keeper.operator import queen_facts
-from rbee.keeper.output import note, print_facts, print_rows
+from rbee.keeper.output import human_bytes, note, print_facts, print_rows
 from rbee.keeper.queen import QueenAccess, open_running_queen
 from rbee.model import LOCALHOST
-from rbee.wire.messages import WorkerInfo
+from rbee.wire.messages import HiveInfo, WorkerInfo
 
 NO_QUEEN = "no queen running"
+WORKER_COLUMNS = (
+    "worker_id", "node", "state", "model", "engine", "backend", "device", "running", "idle",
+    "keep_alive", "pid", "url",
+)  # fmt: skip
 
 
 async def list_workers(flags: QueenFlags) -> None:
     """Print the workers of the queen's nodes."""
-    async with _open_queen(flags) as queen:
+    async with open_queen(flags) as queen:
         if queen is None:
             note(NO_QUEEN)
         workers = await queen.client.workers() if queen else []
         if queen and not workers:
             note("no workers yet; the first answer starts one")
-    columns = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
-    print_rows(columns, [_worker_row(worker) for worker in workers], as_json=flags.json)
+    rows = [_worker_facts(w) if flags.json else _worker_row(w) for w in workers]
+    print_rows(WORKER_COLUMNS, rows, as_json=flags.json)
 
 
 async def list_processes(flags: QueenFlags) -> None:
     """Print queen, hives and workers, one line each."""
     home = find_home(flags.home)
-    async with _open_queen(flags) as queen:
+    async with open_queen(flags) as queen:
         if queen is None:
             note(NO_QUEEN)
-            rows = _operator_hive(home)
+            alone = operators_hive(home)
+            rows = [_hive_row(alone)] if alone else []
         else:
             rows = await _rows(queen)
     columns = ("component", "node", "pid", "state", "owner", "model", "url")
@@ -46,33 +55,54 @@ async def show_status(flags: QueenFlags) -> None:
     """Print how this home stands."""
     home = find_home(flags.home)
     facts: dict[str, Any] = {"version": __version__, "home": str(home.root)}
-    async with _open_queen(flags) as queen:
+    async with open_queen(flags) as queen:
         if queen is None:
             note(NO_QUEEN)
         told = queen_facts(queen)
-        facts["queen"] = told if flags.json else _in_words(told)
-        facts["hives"] = len(await queen.client.hives()) if queen else 0
+        hives = await queen.client.hives() if queen else []
         workers = await queen.client.workers() if queen else []
-    facts["workers"] = len(workers)
+    facts["queen"] = told if flags.json else _in_words(told)
+    facts["hives"] = len(hives) if flags.json else _hives_in_words(hives)
+    facts["workers"] = len(workers) if flags.json else _workers_in_words(workers)
     facts["ready"] = sum(worker.state == "ready" for worker in workers)
+    facts["running"] = sum(worker.running for worker in workers)
     facts["aliases"] = len(load_config(home.config_file).aliases)
+    if flags.json:
+        facts["nodes"] = [attrs.asdict(hive) for hive in hives]
     print_facts(facts, as_json=flags.json)
+
+
+def _hives_in_words(hives: list[HiveInfo]) -> str:
+    return ", ".join([str(len(hives)), *map(_hive_in_words, hives)])
+
+
+def _hive_in_words(hive: HiveInfo) -> str:
+    room = f"{human_bytes(hive.memory_free)} of memory free" if hive.memory_total else "no news yet"
+    return f"{hive.node} {hive.state} ({room})"
+
+
+def _workers_in_words(workers: list[WorkerInfo]) -> str:
+    states = Counter(worker.state for worker in workers)
+    return ", ".join([str(len(workers)), *(f"{n} {state}" for state, n in states.items())])
 
 
 async def show_queen(flags: QueenFlags) -> None:
     """Print who the queen is."""
-    async with _open_queen(flags) as queen:
+    async with open_queen(flags) as queen:
         if queen is None:
             note(NO_QUEEN)
         print_facts(queen_facts(queen), as_json=flags.json)
 
 
-def _open_queen(flags: QueenFlags) -> Any:
+def open_queen(
+    flags: QueenFlags, *, any_version: bool = True
+) -> AbstractAsyncContextManager[QueenAccess | None]:
+    """Open the queen that a command's flags mean, None if none runs."""
     return open_running_queen(
         find_home(flags.home),
         url=flags.queen_url or "",
         token_file=flags.token_file or "",
-        any_version=True,
+        any_version=any_version,
     )
 
 
@@ -85,15 +115,16 @@ def _in_words(told: dict[str, Any]) -> str:
 async def _rows(queen: QueenAccess) -> list[dict[str, Any]]:
     health = queen.health
     rows = [_row("queen", health.id, LOCALHOST, health.pid, health.state, health.owner, queen.url)]
-    rows += [
-        _row("hive", hive.hive_id, hive.node, hive.pid, hive.state, hive.owner, hive.url)
-        for hive in await queen.client.hives()
-    ]
+    rows += [_hive_row(hive) for hive in await queen.client.hives()]
     rows += [
         _row("worker", w.worker_id, w.node, w.pid, w.state, w.owner, w.url) | {"model": w.model}
         for w in await queen.client.workers()
     ]
     return rows
+
+
+def _hive_row(hive: HiveInfo) -> dict[str, Any]:
+    return _row("hive", hive.hive_id, hive.node, hive.pid, hive.state, hive.owner, hive.url)
 
 
 def _row(
@@ -111,22 +142,26 @@ def _row(
     }
 
 
-def _operator_hive(home: Home) -> list[dict[str, Any]]:
+def operators_hive(home: Home) -> HiveInfo | None:
     """Return the hive that an operator runs here: it needs no queen."""
     if not home.hive_file.exists():
-        return []
+        return None
     from rbee.daemon import read_run_file
 
-    record = read_run_file(home.hive_file)
-    if record is None:
-        return []
-    return [
-        _row("hive", record.id, LOCALHOST, record.pid, "ready", record.owner, record.url),
-    ]
+    found = read_run_file(home.hive_file)
+    if found is None:
+        return None
+    return HiveInfo(LOCALHOST, found.id, found.url, "ready", found.owner, found.pid, found.version)
+
+
+def _worker_facts(worker: WorkerInfo) -> dict[str, Any]:
+    return attrs.asdict(worker) | {"error": worker.error.message if worker.error else None}
 
 
 def _worker_row(worker: WorkerInfo) -> dict[str, Any]:
-    names = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
-    row = {name: getattr(worker, name) for name in (*names, "owner", "served_names")}
-    row["error"] = worker.error.message if worker.error else None
+    """Write times for people; what a worker that cannot be used was at is not told."""
+    row = {name: getattr(worker, name, None) for name in WORKER_COLUMNS}
+    for_ever = worker.keep_alive < 0
+    row["keep_alive"] = "for ever" if for_ever else f"{worker.keep_alive:.0f} s"
+    row["idle"] = f"{worker.idle:.0f} s" if worker.state == "ready" else None
     return row

@@ -28,8 +28,15 @@ BUILT_IN: dict[str, tuple[str, ...]] = {
     "smollm2-1.7b": ("hf:HuggingFaceTB/SmolLM2-1.7B-Instruct",),
     "tinyllama": ("hf:TinyLlama/TinyLlama-1.1B-Chat-v1.0",),
     "qwen2.5-0.5b": ("hf:Qwen/Qwen2.5-0.5B-Instruct",),
+    "qwen2.5-1.5b": ("hf:Qwen/Qwen2.5-1.5B-Instruct",),
+    "qwen2.5-7b": ("hf:Qwen/Qwen2.5-7B-Instruct",),
     "qwen3-0.6b": ("hf:Qwen/Qwen3-0.6B",),
+    "qwen3-1.7b": ("hf:Qwen/Qwen3-1.7B",),
+    "qwen3-4b": ("hf:Qwen/Qwen3-4B",),
+    "qwen3-8b": ("hf:Qwen/Qwen3-8B",),
     "llama3.2-1b": ("hf:meta-llama/Llama-3.2-1B-Instruct",),
+    "llama3.2-3b": ("hf:meta-llama/Llama-3.2-3B-Instruct",),
+    "llama3.1-8b": ("hf:meta-llama/Llama-3.1-8B-Instruct",),
 }
 _PACKAGE = re.compile(
     r"(?P<name>[A-Za-z0-9](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9])?)"
@@ -39,6 +46,7 @@ _HUB = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w][\w./-]{0,127}))?"
 )
 _LOOK = "rbee-keeper model list"
+_ALIASES = "rbee-keeper model aliases"
 
 
 @attrs.frozen
@@ -108,11 +116,11 @@ def parse(name: str, aliases: Aliases | None = None) -> Reference:
     if path is not None and (name not in known or _is_model(path)):
         return Reference((local_path(path),))
     if name in known:
-        return Reference(_alias_sources(name, known[name]), alias=name)
+        return Reference(_alias_sources(name, known), alias=name)
     if source := _prefixed(name):
         return Reference((source,))
     if alias := _alias_of_hub_id(name, known):
-        return Reference(_alias_sources(alias, known[alias]), alias=alias)
+        return Reference(_alias_sources(alias, known), alias=alias)
     raise _unknown(name, known)
 
 
@@ -252,10 +260,51 @@ def _hub_repo(name: str) -> HubRepo:
     return HubRepo(match["repo"], match["revision"] or "")
 
 
-def _alias_sources(alias: str, value: str | Sequence[str]) -> tuple[Source, ...]:
+def spread(alias: str, known: Aliases, seen: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Return the texts of an alias's sources; those that are aliases themselves are spread.
+
+    An own alias that names itself means the built-in one, which it hides.
+
+    Raises:
+        BadInputError: it names no source, or leads back to itself.
+    """
+    hidden = seen[-1:] == (alias,) and alias in BUILT_IN
+    if alias in seen and not hidden:
+        raise BadInputError(
+            f"alias {alias!r} leads back to itself: {' → '.join((*seen, alias))}",
+            code="bad_alias",
+            hint=_ALIASES,
+        )
+    value = BUILT_IN[alias] if hidden else known[alias]
     texts = (value,) if isinstance(value, str) else tuple(value)
     if not texts:
-        raise BadInputError(f"alias {alias!r} names no source", code="bad_alias", hint=_LOOK)
+        raise BadInputError(f"alias {alias!r} names no source", code="bad_alias", hint=_ALIASES)
+    found: list[str] = []
+    for text in texts:
+        found += spread(text, known, (*seen, alias)) if text in known else [text]
+    return tuple(dict.fromkeys(found))
+
+
+def meanings(name: str, aliases: Aliases | None = None) -> frozenset[str]:
+    """Return every name of what ``name`` means, without a look at the disk; never raises.
+
+    Itself, the canonical references of its sources, hub ids. Paths count as they are written.
+    """
+    known = {**BUILT_IN, **(aliases or {})}
+    found = {name}
+    try:
+        alias = name if name in known else _alias_of_hub_id(name, known)
+        for text in spread(alias, known) if alias else (name,):
+            source = _prefixed(text)
+            found |= {text if source is None else str(source)}
+            found |= {source.repo} if isinstance(source, HubRepo) and not source.revision else set()
+    except BadInputError:
+        return frozenset((name,))
+    return frozenset(found)
+
+
+def _alias_sources(alias: str, known: Aliases) -> tuple[Source, ...]:
+    texts = spread(alias, known)
     return tuple(_alias_source(alias, text, only=len(texts) == 1) for text in texts)
 
 
@@ -265,10 +314,10 @@ def _alias_source(alias: str, text: str, *, only: bool) -> Source:
     path = _typed_path(text)
     if path is None or not path.is_absolute():
         raise BadInputError(
-            f"alias {alias!r} leads to {text!r} (needed: hf:org/repo, pypi:package, "
+            f"alias {alias!r} leads to {text!r} (needed: hf:org/repo, pypi:package, another alias, "
             "or an absolute path)",
             code="bad_alias",
-            hint=_LOOK,
+            hint=_ALIASES,
         )
     # a later source may still work, so a missing path is only found out when its turn comes
     return local_path(path) if only or path.exists() else LocalPath(path)

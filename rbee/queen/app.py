@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 
 from rbee import __version__
 from rbee.errors import NotFoundError
-from rbee.model import LOCALHOST, WorkerId, WorkerState
+from rbee.model import DEFAULT_ENGINE, WorkerId, WorkerState
 from rbee.models.catalog import list_models as catalog
+from rbee.queen.aliases import Aliases
 from rbee.queen.hives import Hives, QueenSetup
 from rbee.queen.jobs import Job, Jobs
+from rbee.queen.starts import ask, until_ready
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages
-from rbee.wire.messages import Health, StartWorker, TaskRequest, WorkerReady
+from rbee.wire.messages import Health, StartHive, StartWorker, TaskRequest, WorkerReady
 
 
-def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], None]) -> App:
+def make_app(
+    setup: QueenSetup, hives: Hives, jobs: Jobs, aliases: Aliases, stop: Callable[[str], None]
+) -> App:
     """Wire one queen's routes; ``stop`` begins the end of the daemon."""
     app = App(token=setup.token, hosts=(setup.host,))
 
@@ -44,15 +49,24 @@ def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], 
     async def list_hives(request: Request) -> Response:
         return json_response(hives.infos())
 
+    async def start_hive(request: Request) -> Response:
+        body = await request.read(StartHive)
+        hive = await hives.get(body.node, lambda narration: None)
+        return json_response(hive.told())
+
+    async def stop_hive(request: Request) -> Response:
+        await hives.stop(request.params["node"])
+        return Response(status=204)
+
     async def list_workers(request: Request) -> Response:
         return json_response(list(hives.workers))
 
-    async def start_worker(request: Request) -> Response:
-        body = await request.read(StartWorker)
-        hive = await hives.get(body.node or LOCALHOST, lambda narration: None)
-        info = await hive.start_worker(attrs.evolve(body, owner=setup.id))
-        hives.note_started(info)
-        return json_response(info, 202)
+    async def start_worker(request: Request) -> Response | Stream:
+        body = aliases.fill_start(await request.read(StartWorker))
+        body = attrs.evolve(body, engine=body.engine or DEFAULT_ENGINE, owner=setup.id)
+        if request.accepts_events():
+            return Stream(partial(until_ready, hives, jobs, body))
+        return json_response(await ask(hives, body, lambda narration: None), 202)
 
     async def stop_worker(request: Request) -> Response:
         worker = _worker(hives, request.params["worker"])
@@ -83,6 +97,8 @@ def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], 
     app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
     app.add("GET", messages.QUEEN_NODES, list_nodes)
     app.add("GET", messages.QUEEN_HIVES, list_hives)
+    app.add("POST", messages.QUEEN_HIVES, start_hive)
+    app.add("DELETE", messages.QUEEN_HIVES + "/{node}", stop_hive)
     app.add("GET", messages.QUEEN_WORKERS, list_workers)
     app.add("POST", messages.QUEEN_WORKERS, start_worker)
     app.add("DELETE", messages.QUEEN_WORKERS + "/{worker}", stop_worker)

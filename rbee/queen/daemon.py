@@ -14,6 +14,7 @@ from rbee import __version__, daemon
 from rbee.errors import OwnerGoneError, RbeeError, UnavailableError
 from rbee.guard import remove_tree
 from rbee.home import write_atomic
+from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
 from rbee.queen.hives import Hives, QueenSetup
 from rbee.queen.jobs import Jobs
@@ -44,8 +45,9 @@ async def serve(
     daemon.remove_stale(setup.home.hive_file, "hive")
     hives = Hives(setup)
     hives.url = url_of(listener)
-    jobs = Jobs(hives, ending)
-    serving = partial(serve_http, make_app(setup, hives, jobs, stop), listener, grace=0.5)
+    aliases = Aliases(setup.home.config_file)
+    jobs = Jobs(hives, aliases, ending)
+    serving = partial(serve_http, make_app(setup, hives, jobs, aliases, stop), listener, grace=0.5)
     # HTTP outlives the jobs: each open stream still gets its terminal event.
     async with open_service(serving) as url, hives.open(), jobs.open():
         task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))

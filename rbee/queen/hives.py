@@ -15,18 +15,26 @@ import trio
 
 from rbee.broadcast import Broadcast
 from rbee.daemon import read_run_file
-from rbee.errors import NotFoundError, PeerError, RbeeError, UnavailableError, leaves
+from rbee.errors import (
+    ConflictError,
+    NotFoundError,
+    PeerError,
+    RbeeError,
+    UnavailableError,
+    leaves,
+)
 from rbee.home import Home, read_token_file, short_name
 from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
 from rbee.process import open_daemon, own_environment
 from rbee.registry import Registry
 from rbee.scopes import TaskOwner
-from rbee.web.client import call, keep_probing, open_client, open_events
+from rbee.web.client import call, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
     DaemonStart,
     ErrorDetail,
     Health,
+    Heartbeat,
     HiveInfo,
     Narration,
     OwnerLease,
@@ -42,6 +50,7 @@ log = logging.getLogger(__name__)
 RENEW = 2.0
 STOP = 20.0  # seconds for a worker to be stopped
 FOLLOW_AGAIN = 0.2
+SILENT = 11.0  # seconds without a heartbeat, which come every 5: it does not answer
 KEPT_FAILURES = 100
 Narrate = Callable[[Narration], None]
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
@@ -79,8 +88,10 @@ class Hive:
     owned: bool
     token: str
     client: httpx.AsyncClient
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     starting: trio.Lock = attrs.field(factory=trio.Lock)
-    gone: bool = False
+    gone: trio.Event = attrs.field(factory=trio.Event)
+    heard: float = attrs.field(factory=trio.current_time)
 
     async def start_worker(self, request: StartWorker) -> WorkerInfo:
         return await call(
@@ -91,9 +102,20 @@ class Hive:
         path = f"{messages.HIVE_WORKERS}/{worker_id}"
         await call(self.client, "DELETE", path, type(None), what=self.name, limit=STOP)
 
+    def note_beat(self, beat: Heartbeat) -> None:
+        self.info = attrs.evolve(
+            self.info, workers=len(beat.workers), memory_total=beat.memory_total,
+            memory_free=beat.memory_free, disk_free=beat.disk_free,
+        )  # fmt: skip
+
     def note_answering(self, answers: bool) -> None:
-        log.warning("%s %s", self.name, "answers again" if answers else "does not answer")
-        self.info = attrs.evolve(self.info, state="ready" if answers else "unresponsive")
+        state = "ready" if answers else "unresponsive"
+        if self.info.state not in (state, "stopping"):
+            log.warning("%s %s", self.name, "answers again" if answers else "does not answer")
+            self.info = attrs.evolve(self.info, state=state)
+
+    def told(self) -> HiveInfo:
+        return attrs.evolve(self.info, last_seen=round(trio.current_time() - self.heard, 3))
 
     @property
     def name(self) -> str:
@@ -114,7 +136,7 @@ class Hives(TaskOwner):
         self.narrations: Broadcast[WorkerNarration] = Broadcast()
 
     def infos(self) -> list[HiveInfo]:
-        return [hive.info for hive in self._hives.values()]
+        return [hive.told() for hive in self._hives.values()]
 
     def nodes(self) -> list[str]:
         return [LOCALHOST]
@@ -129,17 +151,46 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             RbeeError: its hive cannot be started.
         """
+        async with self._lock(node):
+            hive = self._hives.get(node)
+            if hive is None:
+                hive = await self.tasks.start(partial(self._keep, node, narrate))
+            return hive
+
+    async def stop(self, node: str) -> None:
+        """End the node's hive with all its workers; return when nothing of it is left.
+
+        Raises:
+            NotFoundError: there is no such node.
+            ConflictError: an operator has started it, so it is not ours to end.
+        """
+        async with self._lock(node):
+            hive = self._hives.get(node)
+            found = read_run_file(self._setup.home.hive_file)
+            pid = hive.info.pid if hive else found.pid if found else 0
+            if pid and (hive is None or not hive.owned):
+                raise _operators(node, pid)
+            if hive is not None:
+                self._note_stopping(hive)
+                hive.scope.cancel(reason="asked to stop")
+                await hive.gone.wait()
+
+    def _note_stopping(self, hive: Hive) -> None:
+        """Place nothing there any more."""
+        hive.info = attrs.evolve(hive.info, state="stopping")
+        for info in self.workers:
+            if info.node == hive.info.node:
+                self.take_info(attrs.evolve(info, state=WorkerState.STOPPING.value))
+
+    def _lock(self, node: str) -> trio.Lock:
+        """Return what lets one at a time start or stop a node's hive."""
         if node not in self.nodes():
             raise NotFoundError(
                 f"no node {node!r}; known: {', '.join(self.nodes())}",
                 code="unknown_node",
                 hint="rbee-keeper infer --node localhost …",
             )
-        async with self._locks.setdefault(node, trio.Lock()):
-            hive = self._hives.get(node)
-            if hive is None or hive.gone:
-                hive = await self.tasks.start(partial(self._keep, node, narrate))
-            return hive
+        return self._locks.setdefault(node, trio.Lock())
 
     # one hive's life -------------------------------------------------------------------------
     async def _keep(
@@ -149,7 +200,10 @@ class Hives(TaskOwner):
         status = _Started(task_status)
         error: BaseException = PeerError(f"the hive on {node} ended")
         try:
-            await self._run(node, narrate, status)
+            with status.scope:  # `stop` cancels it
+                await self._run(node, narrate, status)
+            if status.scope.cancelled_caught:
+                error = UnavailableError(f"the hive on {node} was stopped", code="hive_stopped")
         except* RbeeError as group:
             error = next(leaves(group))
         if not status.done:
@@ -172,11 +226,11 @@ class Hives(TaskOwner):
             info = HiveInfo(
                 node, health.id, found.url, health.state, health.owner, health.pid, health.version
             )
-            hive = Hive(info, False, token, client)
+            hive = Hive(info, False, token, client, status.scope)
             await self._renew(hive)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_lease, hive)
-                nursery.start_soon(keep_probing, client, hive.note_answering)
+                nursery.start_soon(_keep_watching, hive)
                 try:
                     await self._follow(hive, status)
                 finally:
@@ -209,10 +263,10 @@ class Hives(TaskOwner):
             hello = daemon.hello
             info = HiveInfo(node, hello.id, hello.url, "ready", setup.id, hello.pid, hello.version)
             async with open_client(hello.url, setup.token) as client:
-                hive = Hive(info, True, setup.token, client)
+                hive = Hive(info, True, setup.token, client, status.scope)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._keep_following, hive, status)
-                    nursery.start_soon(keep_probing, client, hive.note_answering)
+                    nursery.start_soon(_keep_watching, hive)
                     ended = await daemon.wait()
                     raise daemon.ended(ended)
 
@@ -236,7 +290,13 @@ class Hives(TaskOwner):
         raise UnavailableError(f"{hive.name} ended its news")
 
     def _take(self, hive: Hive, name: str, data: str) -> None:
-        if name == "workerids":
+        hive.heard = trio.current_time()
+        if name == "heartbeat":
+            beat = codec.loads(data, Heartbeat)
+            hive.note_beat(beat)
+            for info in beat.workers:
+                self.take_info(info)
+        elif name == "workerids":
             self._forget_others(hive, set(codec.loads(data, WorkerIds).worker_ids))
         elif name == "workernarration":
             self.narrations.send(codec.loads(data, WorkerNarration))
@@ -275,14 +335,14 @@ class Hives(TaskOwner):
 
     def _lose(self, node: str, error: BaseException) -> None:
         """Forget a hive and its workers; whoever waits for one of them is told."""
-        hive = self._hives.pop(node, None)
-        if hive is not None:
-            hive.gone = True
         details = error.details if isinstance(error, RbeeError) else {}
         detail = ErrorDetail("hive_lost", f"the hive on {node} is gone: {error}", details=details)
         for info in self.workers:
             if info.node == node:
                 self._fail(info, detail)
+        hive = self._hives.pop(node, None)
+        if hive is not None:
+            hive.gone.set()
 
     # an operator's hive ----------------------------------------------------------------------
     async def _keep_lease(self, hive: Hive) -> None:
@@ -303,12 +363,28 @@ class Hives(TaskOwner):
             log.info("goodbye to %s: %s", hive.name, exc)
 
 
+async def _keep_watching(hive: Hive) -> None:
+    """See when a hive falls silent, though its connections stand: a frozen process keeps them."""
+    while True:
+        hive.note_answering(trio.current_time() - hive.heard < SILENT)
+        await trio.sleep(1)
+
+
+def _operators(node: str, pid: int) -> ConflictError:
+    return ConflictError(
+        f"the hive on {node} (pid {pid}) was started by an operator: it is not this queen's to end",
+        code="not_owned",
+        hint=f"kill {pid}   # on {node}; it ends with all its workers, other queens' too",
+    )
+
+
 @attrs.define(eq=False)
 class _Started:
-    """A task status that remembers whether it was used."""
+    """A task status that remembers whether it was used, and the scope of what was started."""
 
     _status: trio.TaskStatus[Hive]
     done: bool = False
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     def started(self, hive: Hive) -> None:
         self.done = True

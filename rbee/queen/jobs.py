@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from typing import TypeVar
@@ -27,6 +28,7 @@ from rbee.errors import (
 )
 from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
+from rbee.queen.aliases import Aliases
 from rbee.queen.hives import Hive, Hives
 from rbee.queen.placement import choose, start_for
 from rbee.scopes import TaskOwner
@@ -105,8 +107,9 @@ def open_job(request: TaskRequest) -> Job:
 class Jobs(TaskOwner):
     """All jobs of one queen; their tasks live in the nursery that `open` holds."""
 
-    def __init__(self, hives: Hives, ending: Callable[[], RbeeError]) -> None:
+    def __init__(self, hives: Hives, aliases: Aliases, ending: Callable[[], RbeeError]) -> None:
         self._hives = hives
+        self._aliases = aliases
         self._ending = ending
         self._jobs: dict[JobId, Job] = {}
 
@@ -123,14 +126,14 @@ class Jobs(TaskOwner):
         """Accept a request; the job belongs to whoever reads it.
 
         Raises:
-            BadInputError: its deadline has passed before it begins.
+            BadInputError: its deadline has passed before it begins, or config.toml is wrong.
             RbeeError: the queen is stopping.
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
         if not self.takes_tasks:
             raise self._ending()
-        job = open_job(request)
+        job = open_job(self._aliases.fill(request))
         self._jobs[job.id] = job
         self.tasks.start_soon(self._keep, job)
         return job
@@ -178,14 +181,18 @@ class Jobs(TaskOwner):
         """Return a ready worker for the job, started if there is none."""
         request = job.request
         if request.node is None:
-            ready = choose(self._hives.workers, request)
+            ready = self._choose(request)
             if ready is not None and ready.state == WorkerState.READY.value:
                 return ready
         hive = await self._hives.get(request.node or LOCALHOST, job.narrate)
         with self._hives.narrations.subscribe() as narrations:
             async with hive.starting:  # two jobs for one model are one start
-                worker = choose(self._hives.workers, request) or await self._start(job, hive)
-            return await self._until_ready(job, worker.worker_id, narrations)
+                worker = self._choose(request) or await self._start(job, hive)
+            return await self.until_ready(worker.worker_id, narrations, job.narrate)
+
+    def _choose(self, request: TaskRequest) -> WorkerInfo | None:
+        running = Counter(job.worker_id for job in self._jobs.values())
+        return choose(self._hives.workers, request, self._aliases.meanings, running)
 
     async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
         job.narrate(Narration("queen", "start", f"a worker for {shown(job.request.model)}"))
@@ -193,14 +200,18 @@ class Jobs(TaskOwner):
         self._hives.note_started(worker)
         return worker
 
-    async def _until_ready(
-        self, job: Job, worker_id: str, narrations: trio.MemoryReceiveChannel[WorkerNarration]
+    async def until_ready(
+        self,
+        worker_id: str,
+        narrations: trio.MemoryReceiveChannel[WorkerNarration],
+        narrate: Callable[[Narration], None],
     ) -> WorkerInfo:
+        """Wait for a worker, telling how it goes on; raise why it did not become ready."""
         began = trio.current_time()
 
         def forward(item: WorkerNarration) -> None:
             if item.worker_id == worker_id:
-                job.narrate(Narration(item.actor, item.action, item.text, item.share))
+                narrate(Narration(item.actor, item.action, item.text, item.share))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_for_each, narrations, forward)
@@ -211,7 +222,7 @@ class Jobs(TaskOwner):
                 forward(narrations.receive_nowait())
         if worker.state != WorkerState.READY.value:
             raise _failure(worker)
-        job.narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
+        narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
         return worker
 
     def _settled(self, worker_id: str) -> WorkerInfo | None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from rbee.model import WorkerState
+from rbee.model import DEFAULT_ENGINE, WorkerState
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
-DEFAULT_ENGINE = "vllm"
+Meanings = Callable[[str], Collection[str]]
+"""All names of what a name means, itself among them."""
 OPTIONS = ("max_model_len", "dtype", "kv_cache_bytes", "max_num_seqs")
 _ORDER = (WorkerState.READY.value, WorkerState.LOADING.value, WorkerState.STARTED.value)
 
 
-def fits(worker: WorkerInfo, request: TaskRequest) -> bool:
+def _itself(name: str) -> Collection[str]:
+    return (name,)
+
+
+def fits(worker: WorkerInfo, request: TaskRequest, meanings: Meanings = _itself) -> bool:
     """Tell whether a worker serves what a request asks for; what it does not name is free."""
-    names = {worker.model, *worker.served_names}
     return (
-        request.model in names
+        not _names(worker, meanings).isdisjoint(meanings(request.model))
         and worker.state in _ORDER
         and (request.node is None or worker.node == request.node)
         and (request.engine or DEFAULT_ENGINE) == worker.engine
@@ -24,6 +28,12 @@ def fits(worker: WorkerInfo, request: TaskRequest) -> bool:
         and (request.device is None or worker.device == request.device)
         and _was_started_so(worker, request)
     )
+
+
+def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
+    """Return what a worker is called: before its model is found, all that it may turn out to be."""
+    names = {worker.model, *worker.served_names}
+    return names if len(names) > 1 else names.union(meanings(worker.model))
 
 
 def _was_started_so(worker: WorkerInfo, request: TaskRequest) -> bool:
@@ -34,10 +44,23 @@ def _was_started_so(worker: WorkerInfo, request: TaskRequest) -> bool:
     )
 
 
-def choose(workers: Iterable[WorkerInfo], request: TaskRequest) -> WorkerInfo | None:
-    """Take a ready worker before one that is still on its way; None if there is neither."""
-    fitting = [worker for worker in workers if fits(worker, request)]
-    return min(fitting, key=lambda worker: _ORDER.index(worker.state), default=None)
+def choose(
+    workers: Iterable[WorkerInfo],
+    request: TaskRequest,
+    meanings: Meanings = _itself,
+    running: Mapping[str, int] | None = None,
+) -> WorkerInfo | None:
+    """Take a ready worker before one that is still on its way; None if there is neither.
+
+    Of several the one with the fewest requests: as it says, or as ``running`` knows better.
+    """
+
+    def order(worker: WorkerInfo) -> tuple[int, int]:
+        at = max(worker.running, (running or {}).get(worker.worker_id, 0))
+        return _ORDER.index(worker.state), at
+
+    fitting = (worker for worker in workers if fits(worker, request, meanings))
+    return min(fitting, key=order, default=None)
 
 
 def start_for(request: TaskRequest, owner: str) -> StartWorker:

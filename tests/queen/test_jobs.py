@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -23,6 +24,7 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.home import Home
+from rbee.queen.aliases import Aliases
 from rbee.queen.hives import Hives, QueenSetup
 from rbee.queen.jobs import BUFFER, Job, Jobs, open_job
 from rbee.registry import Registry
@@ -115,7 +117,11 @@ async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, Fa
         await stream.aclose()
 
     hives = FakeHives()
-    jobs = Jobs(hives, ending=lambda: OwnerGoneError("the queen ended"))
+    jobs = Jobs(
+        hives,
+        Aliases(Path("/nowhere/config.toml")),
+        ending=lambda: OwnerGoneError("the queen ended"),
+    )
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, connection, listeners)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rbee.model import WorkerState
+from rbee.models.reference import meanings
 from rbee.queen.placement import choose, fits, start_for
 from rbee.wire.messages import TaskRequest, WorkerInfo
 
@@ -67,6 +70,31 @@ def test_the_choice_fits_and_is_the_readiest(found: list[WorkerInfo], request: T
         order = ["ready", "loading", "started"]
         assert chosen in fitting
         assert order.index(chosen.state) == min(order.index(one.state) for one in fitting)
+
+
+def test_of_several_ready_workers_the_one_with_the_fewest_requests_is_taken() -> None:
+    found = [
+        attrs.evolve(READY, worker_id="worker-2", running=2),
+        attrs.evolve(READY, worker_id="worker-1", running=1),
+        attrs.evolve(READY, worker_id="worker-0", state="loading"),
+    ]
+    assert choose(found, REQUEST) == found[1]
+    assert choose(found, REQUEST, running={"worker-1": 3}) == found[0]  # the queen knows first
+    assert choose(found[::-1], REQUEST, running={"worker-1": 2}) == found[1]  # no worse: the first
+
+
+def test_aliases_hub_id_and_reference_of_a_model_share_a_worker() -> None:
+    aliases = {"a": ["hf:org/repo"], "b": ["a"], "other": ["hf:org/other"]}
+    means = partial(meanings, aliases=aliases)
+    found = attrs.evolve(READY, model="hf:org/repo", served_names=("hf:org/repo", "a", "org/repo"))
+    on_its_way = attrs.evolve(READY, state="started", model="a", served_names=("a",))
+    for worker in (found, on_its_way):
+        for name in ("a", "b", "org/repo", "hf:org/repo"):
+            assert fits(worker, TaskRequest(name), means), name
+            longer = TaskRequest(name, max_model_len=512)
+            assert not fits(worker, longer, means), name
+        assert not fits(worker, TaskRequest("other"), means)
+        assert not fits(worker, TaskRequest("hf:org/repo@v1"), means)
 
 
 @given(requests)

@@ -1,0 +1,131 @@
+"""``worker start|stop``: workers that somebody wants by name, not by a question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from rbee.client import OPERATOR, AsyncClient
+from rbee.config import load_config
+from rbee.errors import NotFoundError, UnavailableError, UsageError
+from rbee.home import Home, find_home
+from rbee.keeper.flags import WorkerStartFlags, WorkerStopFlags
+from rbee.keeper.listing import NO_QUEEN, open_queen
+from rbee.keeper.output import Output, note, print_data, print_json
+from rbee.keeper.queen import QueenAccess
+from rbee.keeper.start import start_settings
+from rbee.models.reference import absolute, meanings
+from rbee.wire.messages import Narration, StartWorker, WorkerInfo
+
+
+def start_request(flags: WorkerStartFlags, model: str) -> StartWorker:
+    """Make the request of ``worker start``.
+
+    Raises:
+        BadInputError: a value that no queen would take.
+    """
+    settings = start_settings(flags)
+    return StartWorker(model=absolute(model), **settings | {"engine": settings["engine"] or ""})
+
+
+async def start_worker(flags: WorkerStartFlags, request: StartWorker) -> None:
+    """``worker start``: the worker's id on stdout, when it is ready."""
+    output = Output()
+    async with open_queen(flags, any_version=False) as found:
+        queen = needed(found, "a worker")
+
+        async def tell(narration: Narration) -> None:
+            await output.narrate(narration.actor, narration.action, narration.text)
+
+        if flags.wait:
+            info = await queen.client.start_ready_worker(request, tell)
+        else:
+            info = await queen.client.start_worker(request)
+    if flags.json:
+        print_json({"worker_id": info.worker_id, "state": info.state, "url": info.url})
+    else:
+        print_data(info.worker_id)
+
+
+def needed(queen: QueenAccess | None, what: str) -> QueenAccess:
+    """Return the queen that is to keep ``what``; tell if she will not for long.
+
+    Raises:
+        UnavailableError: none runs, and one of this command's own would end with it.
+    """
+    if queen is None:
+        raise UnavailableError(
+            f"{NO_QUEEN}, and {what} belongs to one: it would end with this command",
+            code="no_queen",
+            hint="rbee-keeper queen start",
+        )
+    if queen.owner != OPERATOR:
+        note(f"note: the queen at {queen.url} ends with the command that owns it ({queen.owner})")
+    return queen
+
+
+def check_choice(flags: WorkerStopFlags, ids: tuple[str, ...]) -> None:
+    """Refuse a ``worker stop`` that does not say what, or says it twice.
+
+    Raises:
+        UsageError: which it is.
+    """
+    said = [bool(ids), flags.model is not None, flags.all]
+    if sum(said) != 1:
+        raise UsageError(
+            "worker stop needs one of: ids of workers, --model M, --all"
+            + ("" if not any(said) else "; there was more than one"),
+            hint="rbee-keeper worker list",
+        )
+
+
+async def stop_workers(flags: WorkerStopFlags, ids: tuple[str, ...]) -> None:
+    """``worker stop``: the seconds that each took on stdout; what is gone already is fine."""
+    async with open_queen(flags) as queen:
+        if queen is None:
+            note(NO_QUEEN)
+        rows: list[dict[str, Any]] = []
+        wanted = await _wanted(queen.client, flags, ids) if queen else ()
+        async with trio.open_nursery() as nursery:
+            for worker_id in dict.fromkeys(wanted):
+                assert queen is not None
+                nursery.start_soon(_stop, queen.client, worker_id, rows, flags.json)
+    if queen and not rows:
+        note("no such worker" if flags.model else "no workers")
+    if flags.json:
+        print_json(rows)
+
+
+async def _wanted(
+    client: AsyncClient, flags: WorkerStopFlags, ids: tuple[str, ...]
+) -> tuple[str, ...]:
+    if ids:
+        return ids
+    workers = await client.workers()
+    if flags.model is not None:
+        workers = of_model(workers, flags.model, find_home(flags.home))
+    return tuple(worker.worker_id for worker in workers)
+
+
+def of_model(workers: list[WorkerInfo], model: str, home: Home) -> list[WorkerInfo]:
+    """Return those that serve a model, whichever of its names is given."""
+    names = meanings(absolute(model), load_config(home.config_file).aliases)
+    return [
+        worker for worker in workers if not names.isdisjoint((worker.model, *worker.served_names))
+    ]
+
+
+async def _stop(
+    client: AsyncClient, worker_id: str, rows: list[dict[str, Any]], as_json: bool
+) -> None:
+    begin, stopped = trio.current_time(), True
+    try:
+        await client.stop_worker(worker_id)
+    except NotFoundError:
+        stopped = False
+        note(f"{worker_id} does not run")
+    seconds = round(trio.current_time() - begin, 2) if stopped else 0.0
+    rows.append({"worker_id": worker_id, "stopped": stopped, "seconds": seconds})
+    if stopped and not as_json:
+        print_data(f"{worker_id} stopped in {seconds:.2f} s")

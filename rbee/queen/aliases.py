@@ -1,0 +1,97 @@
+"""What the names in requests stand for here: `config.toml`'s aliases and their defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import attrs
+
+from rbee.alias import Defaults
+from rbee.config import Config, load_config
+from rbee.models.reference import meanings
+from rbee.wire.messages import Message, StartWorker, TaskRequest
+
+OPTIONS = ("max_model_len", "dtype", "max_num_seqs", "backend", "device", "engine", "keep_alive")
+SAMPLING = (
+    "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed",
+)  # fmt: skip
+Request = TypeVar("Request", TaskRequest, StartWorker)
+
+
+def with_defaults(request: TaskRequest, defaults: Defaults) -> TaskRequest:
+    """Fill what a request leaves open; what it says wins."""
+    return _with_system(_filled(request, defaults, (*OPTIONS, *SAMPLING)), defaults.system)
+
+
+def with_start_defaults(request: StartWorker, defaults: Defaults) -> StartWorker:
+    """Fill what the start of a worker leaves open."""
+    return _filled(request, defaults, OPTIONS)
+
+
+def _filled(request: Request, defaults: Defaults, names: tuple[str, ...]) -> Request:
+    changes = {
+        name: getattr(defaults, name)
+        for name in names
+        if getattr(request, name) in (None, (), "") and getattr(defaults, name) not in (None, ())
+    }
+    if request.kv_cache_bytes is None:
+        changes["kv_cache_bytes"] = defaults.kv_cache
+    changes["engine_args"] = {**defaults.engine_args, **request.engine_args}
+    return attrs.evolve(request, **changes)
+
+
+def _with_system(request: TaskRequest, system: str | None) -> TaskRequest:
+    """Put the system message first, unless the request has one or wants no template."""
+    said = request.messages
+    if said is None and request.prompt:
+        said = (Message("user", request.prompt),)
+    if not system or request.raw or not said or said[0].role == "system":
+        return request
+    return attrs.evolve(request, prompt=None, messages=(Message("system", system), *said))
+
+
+class Aliases:
+    """The aliases of one home, read again when the file has changed."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._config = Config()
+        self._seen: tuple[int, ...] | None = None
+
+    def fill(self, request: TaskRequest) -> TaskRequest:
+        """Apply the defaults of the alias that a request names.
+
+        Raises:
+            ConfigError: the file is wrong.
+        """
+        defaults = self._read().defaults.get(request.model)
+        return request if defaults is None else with_defaults(request, defaults)
+
+    def fill_start(self, request: StartWorker) -> StartWorker:
+        """Apply the start options of the alias that a request names.
+
+        Raises:
+            ConfigError: the file is wrong.
+        """
+        defaults = self._read().defaults.get(request.model)
+        return request if defaults is None else with_start_defaults(request, defaults)
+
+    def meanings(self, name: str) -> frozenset[str]:
+        """Return every name of what ``name`` means, as the file was when it was last read."""
+        return meanings(name, self._config.aliases)
+
+    def _read(self) -> Config:
+        seen = self._stamp()
+        if seen != self._seen:
+            self._config = load_config(self._file)
+            self._seen = seen
+        return self._config
+
+    def _stamp(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self._file)  # noqa: PTH116  # once per request: half of Path.stat
+        except OSError:
+            return ()
+        return (found.st_mtime_ns, found.st_size, found.st_ino)
