@@ -78,7 +78,14 @@ def default(program: Program, path: tuple[str, ...], name: str) -> Any:
         ("logs", "--lines"): 50,
         ("worker", "logs", "--lines"): 50,
     }
-    of_all = {"--stop": (), "--json": False, "--wait": True, "--raw": False, "--follow": False}
+    of_all = {
+        "--stop": (),
+        "--engine-arg": (),
+        "--json": False,
+        "--wait": True,
+        "--raw": False,
+        "--follow": False,
+    }
     return of_command.get((*path, name), of_all.get(name))
 
 
