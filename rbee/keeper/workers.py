@@ -110,10 +110,14 @@ async def _wanted(
 
 def of_model(workers: list[WorkerInfo], model: str, home: Home) -> list[WorkerInfo]:
     """Return those that serve a model, whichever of its names is given."""
-    names = meanings(absolute(model), load_config(home.config_file).aliases)
-    return [
-        worker for worker in workers if not names.isdisjoint((worker.model, *worker.served_names))
-    ]
+    aliases = load_config(home.config_file).aliases
+    wanted = meanings(absolute(model), aliases)
+
+    def serves(worker: WorkerInfo) -> bool:
+        names = {worker.model, *worker.served_names, *meanings(worker.model, aliases)}
+        return not names.isdisjoint(wanted)
+
+    return [worker for worker in workers if serves(worker)]
 
 
 async def _stop(

@@ -39,7 +39,7 @@ def check_memory(required: int, *, what: str = "the model", available: int | Non
         raise InsufficientError(
             f"not enough memory for {what}: needed {human(required)}, available {human(available)}",
             code="insufficient_memory",
-            hint="rbee-keeper queen stop   # ends its workers, which hold memory",
+            hint="rbee-keeper worker stop --all   # gives back the memory that they hold",
             required=required,
             available=available,
         )

@@ -198,12 +198,12 @@ class Hives(TaskOwner):
     ) -> None:
         """Survive a hive's end: it is told to whoever waits for its workers."""
         status = _Started(task_status)
-        error: BaseException = PeerError(f"the hive on {node} ended")
+        error: BaseException = PeerError("it ended")
         try:
             with status.scope:  # `stop` cancels it
                 await self._run(node, narrate, status)
             if status.scope.cancelled_caught:
-                error = UnavailableError(f"the hive on {node} was stopped", code="hive_stopped")
+                error = UnavailableError("it was stopped")
         except* RbeeError as group:
             error = next(leaves(group))
         if not status.done:

@@ -32,8 +32,7 @@ def fits(worker: WorkerInfo, request: TaskRequest, meanings: Meanings = _itself)
 
 def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
     """Return what a worker is called: before its model is found, all that it may turn out to be."""
-    names = {worker.model, *worker.served_names}
-    return names if len(names) > 1 else names.union(meanings(worker.model))
+    return {worker.model, *worker.served_names, *meanings(worker.model)}
 
 
 def _was_started_so(worker: WorkerInfo, request: TaskRequest) -> bool:

@@ -16,6 +16,7 @@ import attrs
 import trio
 
 from rbee import __version__, guard
+from rbee.errors import ConflictError, NotFoundError
 from rbee.home import Home, open_home, write_atomic
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import open_listener, serve_http
@@ -55,14 +56,23 @@ class FakeQueen:
     tasks: list[messages.TaskRequest] = attrs.field(factory=list)
     cancelled: trio.Event = attrs.field(factory=trio.Event)
     stopping: trio.Event = attrs.field(factory=trio.Event)
+    workers: dict[str, messages.WorkerInfo] = attrs.field(factory=lambda: {"worker-1": WORKER})
+    hives: dict[str, messages.HiveInfo] = attrs.field(factory=lambda: {"localhost": HIVE})
+    starts: list[messages.StartWorker] = attrs.field(factory=list)
+    failure: messages.Error | None = None  # of the next worker
     before_stop: Callable[[], None] = lambda: None
 
     def app(self, token: str = TOKEN) -> App:
         app = App(token=token)
         app.add("GET", messages.HEALTH, self._health, is_open=True)
         app.add("POST", messages.TASKS, self._task)
-        app.add("GET", messages.QUEEN_WORKERS, partial(_list, WORKER))
-        app.add("GET", messages.QUEEN_HIVES, partial(_list, HIVE))
+        app.add("GET", messages.QUEEN_NODES, self._nodes)
+        app.add("GET", messages.QUEEN_WORKERS, partial(self._list, self.workers))
+        app.add("POST", messages.QUEEN_WORKERS, self._start_worker)
+        app.add("DELETE", messages.QUEEN_WORKERS + "/{name}", partial(self._drop, self.workers))
+        app.add("GET", messages.QUEEN_HIVES, partial(self._list, self.hives))
+        app.add("POST", messages.QUEEN_HIVES, self._start_hive)
+        app.add("DELETE", messages.QUEEN_HIVES + "/{name}", self._stop_hive)
         app.add("POST", messages.SHUTDOWN, self._shutdown)
         return app
 
@@ -92,14 +102,47 @@ class FakeQueen:
             self.cancelled.set()
             raise
 
+    async def _nodes(self, _: Request) -> Response:
+        return json_response([{"name": "localhost"}])
+
+    async def _list(self, items: dict[str, object], _: Request) -> Response:
+        return json_response(list(items.values()))
+
+    async def _drop(self, items: dict[str, object], request: Request) -> Response:
+        if items.pop(request.params["name"], None) is None:
+            raise NotFoundError("no such thing")
+        return Response(status=204)
+
+    async def _start_worker(self, request: Request) -> Response | Stream:
+        body = await request.read(messages.StartWorker)
+        self.starts.append(body)
+        info = attrs.evolve(WORKER, worker_id=f"worker-{len(self.workers) + 1}", model=body.model)
+        self.workers[info.worker_id] = info
+        if not request.accepts_events():
+            return json_response(attrs.evolve(info, state="started"), 202)
+
+        async def run(emit: Emit) -> None:
+            await emit(sse.encode(messages.Narration("hive", "load", "a model")))
+            await emit(sse.encode(self.failure or info))
+
+        return Stream(run)
+
+    async def _start_hive(self, request: Request) -> Response:
+        body = await request.read(messages.StartHive)
+        info = attrs.evolve(HIVE, node=body.node, hive_id="hive-2")
+        return json_response(self.hives.setdefault(body.node, info))
+
+    async def _stop_hive(self, request: Request) -> Response:
+        hive = self.hives.get(request.params["name"])
+        if hive is not None and hive.owner == "operator":
+            raise ConflictError("an operator's", code="not_owned", hint="kill 7")
+        self.hives.pop(request.params["name"], None)
+        return Response(status=204)
+
     async def _shutdown(self, _: Request) -> Response:
         self.before_stop()
         self.stopping.set()
         return Response(status=202)
-
-
-async def _list(item: object, _: Request) -> Response:
-    return Response(codec.dumps([item]))
 
 
 @asynccontextmanager

@@ -9,13 +9,19 @@ import sys
 import pytest
 import trio
 
+from rbee import guard
 from rbee.home import Home
-from rbee.testing.processes import LeakCheck
+from rbee.testing.processes import Identity, LeakCheck, Tree
 from tests.keeper.test_infer import keeper, open_keeper, read_until
 
 pytestmark = pytest.mark.slow
 
 ECHO = ("infer", "--model", "echo", "--engine", "echo", "--prompt", "a b", "--max-tokens", "4")
+
+
+def all_below(pid: int) -> list[Identity]:
+    with Tree(pid) as tree:
+        return list(tree.noted)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +54,75 @@ async def test_an_unknown_node_is_refused_with_the_known_ones(home: Home, leaks:
     assert done.returncode == 1
     assert b"elsewhere" in done.stderr
     assert b"localhost" in done.stderr
+    await leaks.wait_clean(1)
+
+
+async def test_workers_are_started_listed_and_stopped_by_name(home: Home, leaks: LeakCheck) -> None:
+    home.config_file.write_text(
+        home.config_file.read_text()
+        + "[aliases.bee]\nsource = 'smollm2-135m'\nengine = 'echo'\nmax_tokens = 2\n"
+        "system = 'Buzz'\nkeep_alive = '1h'\n"
+    )
+    refused = await keeper("worker", "start", "bee")
+    assert refused.returncode == 1
+    assert b"hint: rbee-keeper queen start" in refused.stderr
+    try:
+        assert (await keeper("queen", "start")).returncode == 0
+        started = await keeper("worker", "start", "bee")
+        assert b"queen: ready after" in started.stderr, started.stderr
+        second = await keeper("worker", "start", "bee", "--no-wait", "--keep-alive", "9")
+        ids = [one.stdout.decode().strip() for one in (started, second)]
+        rows = json.loads((await keeper("worker", "list", "--json")).stdout)
+        assert {row["worker_id"]: row["keep_alive"] for row in rows} == {ids[0]: 3600, ids[1]: 9}
+        for model, line in [("bee", ()), ("smollm2-135m", ("--engine", "echo"))]:  # of one source
+            ask = ("infer", "--model", model, "--prompt", "b", "--max-tokens", "2", "--json")
+            answer = json.loads((await keeper(*ask, *line)).stdout)
+            assert answer["worker_id"] in ids
+            assert answer["text"] == ("Buzz b" if model == "bee" else "b b")
+        logs = await keeper("worker", "logs", ids[0], "--lines", "1")
+        assert b"llm-worker-rbee" in logs.stdout
+        refused = await keeper("worker", "start", "bee", "--engine", "none")
+        assert (refused.returncode, refused.stdout) == (1, b"")
+        assert b"no engine 'none'" in refused.stderr
+        stopped = await keeper("worker", "stop", ids[0], "--json")
+        assert json.loads(stopped.stdout)[0]["stopped"]
+        pids = {row["worker_id"]: row["pid"] for row in rows}
+        assert not guard.start_time(pids[ids[0]])
+        again = await keeper("worker", "stop", ids[0])
+        assert (again.returncode, again.stdout) == (0, b"")
+        assert (await keeper("worker", "stop", "--model", "bee")).returncode == 0
+        assert json.loads((await keeper("worker", "list", "--json")).stdout) == []
+    finally:
+        await keeper("queen", "stop")
+    await leaks.wait_clean(1)
+
+
+async def test_a_hive_is_started_shown_and_stopped_with_its_workers(
+    home: Home, leaks: LeakCheck
+) -> None:
+    refused = await keeper("hive", "start")
+    assert b"hint: rbee-keeper queen start" in refused.stderr
+    try:
+        assert (await keeper("queen", "start")).returncode == 0
+        urls = [(await keeper("hive", "start")).stdout for _ in range(2)]
+        assert urls[0] == urls[1] != b""
+        worker = await keeper("worker", "start", "echo", "--engine", "echo")
+        assert worker.returncode == 0, worker.stderr
+        hive = json.loads((await keeper("hive", "status", "--json")).stdout)
+        assert hive["memory_free"] > 0
+        assert hive["disk_free"] > 0
+        assert hive["last_seen"] < 8
+        below = {child.pid for child in all_below(hive["pid"])}
+        assert below
+        stopped = await keeper("hive", "stop", "--json")
+        assert json.loads(stopped.stdout)["stopped"]
+        assert not any(map(guard.start_time, (hive["pid"], *below)))
+        assert json.loads((await keeper("ps", "--json")).stdout)[1:] == []
+        assert (await keeper("hive", "stop")).returncode == 0
+        again = await keeper(*ECHO)
+        assert again.returncode == 0  # the next job has a new one started
+    finally:
+        await keeper("queen", "stop")
     await leaks.wait_clean(1)
 
 

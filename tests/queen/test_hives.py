@@ -1,0 +1,165 @@
+"""A queen's hives: heard of, silent, stopped when asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import attrs
+import pytest
+import trio
+import trio.testing
+
+from rbee import __version__, guard
+from rbee.errors import ConflictError, NotFoundError
+from rbee.home import Home, write_atomic
+from rbee.queen import hives as module
+from rbee.queen.hives import SILENT, Hive, Hives, QueenSetup
+from rbee.web.client import open_client
+from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.web.server import open_listener, serve_http
+from rbee.wire import codec, messages, sse
+from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo
+
+INFO = HiveInfo("localhost", "hive-1", "http://127.0.0.1:9200", "ready", "queen-1", 7, "0")
+WORKER = WorkerInfo("worker-1", "words", "ready", owner="queen-1")
+OTHERS = attrs.evolve(WORKER, worker_id="worker-2", owner="queen-2")
+BEAT = Heartbeat("hive-1", 100, 60, 30, (attrs.evolve(WORKER, running=2, idle=0.0), OTHERS))
+
+
+def make_hives(home: Home) -> Hives:
+    return Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+
+
+# hearing ------------------------------------------------------------------------------------------
+async def test_a_hive_that_falls_silent_is_unresponsive_until_it_is_heard_again(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_client() as client, trio.open_nursery() as nursery:
+        hive = Hive(INFO, True, "secret", client)
+        states: list[tuple[float, str]] = []
+        nursery.start_soon(module._keep_watching, hive)
+        for second in range(31):
+            if second <= 10 or second >= 28:
+                hive.heard = trio.current_time()
+            await trio.sleep(1)
+            if not states or states[-1][1] != hive.info.state:
+                states.append((second + 1, hive.info.state))
+        nursery.cancel_scope.cancel()
+    (_, first), (silent, second_state), (_, last) = states
+    assert [first, second_state, last] == ["ready", "unresponsive", "ready"]
+    assert SILENT <= silent - 10 < 15
+
+
+async def test_a_heartbeat_tells_how_a_hive_and_its_workers_stand(home: Home) -> None:
+    hives = make_hives(home)
+    hives.take_info(WORKER)
+    async with open_client() as client:
+        hive = Hive(INFO, True, "secret", client, heard=trio.current_time() - 100)
+        hives._take(hive, "heartbeat", codec.dumps(BEAT).decode())
+        told = hive.told()
+    assert (told.memory_total, told.memory_free, told.disk_free) == (100, 60, 30)
+    assert told.workers == 2
+    assert told.last_seen < 50
+    assert list(hives.workers) == [BEAT.workers[0]]
+
+
+# an operator's hive -------------------------------------------------------------------------------
+@asynccontextmanager
+async def open_operators_hive(home: Home) -> AsyncGenerator[set[str]]:
+    """Serve a small hive that an operator has started; yields the queens with a lease."""
+    owners: set[str] = set()
+
+    async def health(_: Request) -> Response:
+        return json_response(
+            messages.Health("hive", "hive-1", __version__, "operator", str(home.root), os.getpid())
+        )
+
+    async def renew(request: Request) -> Response:
+        owners.add(request.params["queen"])
+        return Response(status=204)
+
+    async def end(request: Request) -> Response:
+        owners.discard(request.params["queen"])
+        return Response(status=204)
+
+    async def news(_: Request) -> Stream:
+        async def run(emit: Emit) -> None:
+            await emit(sse.encode(messages.WorkerIds(())))
+            await trio.sleep_forever()
+
+        return Stream(run)
+
+    app = App(token="secret")
+    app.add("GET", messages.HEALTH, health, is_open=True)
+    app.add("GET", messages.HIVE_WORKERS, news)
+    app.add("PUT", messages.HIVE_OWNERS + "/{queen}", renew)
+    app.add("DELETE", messages.HIVE_OWNERS + "/{queen}", end)
+    async with trio.open_nursery() as nursery:
+        listener = open_listener("127.0.0.1", 0, exact=True)
+        url = await nursery.start(partial(serve_http, app, listener, grace=0.1))
+        pid = os.getpid()
+        record = messages.RunFile(
+            "hive", "hive-1", url, pid, guard.start_time(pid), guard.boot_id(), __version__,
+            "operator", str(home.token_file),
+        )  # fmt: skip
+        write_atomic(home.token_file, "secret\n")
+        write_atomic(home.hive_file, codec.dumps(record).decode())
+        yield owners
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_operators_hive_is_used_and_not_ended(home: Home) -> None:
+    hives = make_hives(home)
+    async with open_operators_hive(home) as owners, hives.open():
+        with pytest.raises(ConflictError, match=f"pid {os.getpid()}") as caught:
+            await hives.stop("localhost")  # not even used so far
+        hive = await hives.get("localhost", lambda narration: None)
+        assert (hive.owned, owners) == (False, {"queen-1"})
+        with pytest.raises(ConflictError, match="not this queen's to end"):
+            await hives.stop("localhost")
+        assert [info.hive_id for info in hives.infos()] == ["hive-1"]
+    assert caught.value.hint.startswith(f"kill {os.getpid()} ")
+    assert caught.value.code == "not_owned"
+
+
+# stopping -----------------------------------------------------------------------------------------
+async def test_a_hive_is_stopped_with_its_workers_and_started_anew(
+    home: Home, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.abc.Clock
+) -> None:
+    seen: list[object] = []
+
+    async def run(self: Hives, node: str, narrate: object, status: module._Started) -> None:
+        async with open_client() as client:
+            hive = Hive(attrs.evolve(INFO, node=node), True, "secret", client, status.scope)
+            self._hives[node] = hive
+            self.take_info(WORKER)
+            status.started(hive)
+            try:
+                await trio.sleep_forever()
+            finally:
+                seen.extend((hive.info.state, [info.state for info in self.workers]))
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(3)  # what its guards take
+
+    monkeypatch.setattr(Hives, "_run", run)
+    hives = make_hives(home)
+    async with hives.open():
+        await hives.stop("localhost")  # none runs: fine
+        first = await hives.get("localhost", lambda narration: None)
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hives.stop, "localhost")
+            await trio.testing.wait_all_tasks_blocked()
+            second = await hives.get("localhost", lambda narration: None)  # waits for the end
+        assert trio.current_time() - began == pytest.approx(3)
+        assert seen[:2] == ["stopping", ["stopping"]]
+        assert first is not second
+        assert first.gone.is_set()
+        failure = hives.failures["worker-1"].error
+        assert failure is not None
+        assert "the hive on localhost is gone: it was stopped" in failure.message
+        with pytest.raises(NotFoundError, match="no node 'mars'"):
+            await hives.stop("mars")
