@@ -91,7 +91,9 @@ class StartFlags(QueenFlags):
 class WorkerStartFlags(StartFlags):
     """Flags of ``worker start``."""
 
-    wait: Annotated[bool, Parameter(help="Wait until it is ready.")] = True
+    wait: Annotated[bool, Parameter(help="Wait until it is ready; Ctrl+C leaves it loading.")] = (
+        True
+    )
 
 
 @Parameter(name="*")

@@ -17,6 +17,7 @@ OPTIONS = ("max_model_len", "dtype", "max_num_seqs", "backend", "device", "engin
 SAMPLING = (
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed",
 )  # fmt: skip
+KNOWN = 1000  # names whose meanings are kept
 Request = TypeVar("Request", TaskRequest, StartWorker)
 
 
@@ -59,6 +60,7 @@ class Aliases:
         self._file = file
         self._config = Config()
         self._seen: tuple[int, ...] | None = None
+        self._meanings: dict[str, frozenset[str]] = {}
 
     def fill(self, request: TaskRequest) -> TaskRequest:
         """Apply the defaults of the alias that a request names.
@@ -80,12 +82,18 @@ class Aliases:
 
     def meanings(self, name: str) -> frozenset[str]:
         """Return every name of what ``name`` means, as the file was when it was last read."""
-        return meanings(name, self._config.aliases)
+        found = self._meanings.get(name)
+        if found is None:
+            if len(self._meanings) >= KNOWN:
+                self._meanings.clear()
+            found = self._meanings[name] = meanings(name, self._config.aliases)
+        return found
 
     def _read(self) -> Config:
         seen = self._stamp()
         if seen != self._seen:
             self._config = load_config(self._file)
+            self._meanings.clear()
             self._seen = seen
         return self._config
 
