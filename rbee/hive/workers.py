@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +27,7 @@ from rbee.guard import children
 from rbee.hive.launch import Launcher
 from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.hold import take_into_use
 from rbee.models.reference import shown
 from rbee.process import Process, child_exited, log_tail
 from rbee.scopes import TaskOwner
@@ -196,8 +199,10 @@ class Workers(TaskOwner):
             self._prune_logs()
 
     async def _run(self, worker: Worker, spec: WorkerSpec) -> None:
-        with worker.scope:  # `stop` cancels it: an asked-for end is silent
-            local = await self._prepare(worker)
+        # `stop` cancels the scope: an asked-for end is silent
+        with worker.scope, ExitStack() as held:
+            find = partial(self._prepare, worker)
+            local = await take_into_use(find, self._setup.home.models, held)
             spec = self._resolved(worker, spec, local)
             config = WorkerConfig(
                 spec=spec,

