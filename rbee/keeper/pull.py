@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from rbee.home import open_home
 from rbee.keeper.flags import PullFlags
 from rbee.keeper.models import open_queen_for
-from rbee.keeper.output import Output, note, print_data, print_json
+from rbee.keeper.output import note, print_data, print_json
 from rbee.models.reference import absolute
 from rbee.wire import codec
 from rbee.wire.messages import Narration, Pulled, PullModel
@@ -25,16 +27,15 @@ async def _pull(flags: PullFlags, request: PullModel) -> Pulled:
     if flags.node is not None or flags.queen_url:
         async with open_queen_for(flags, home) as queen:
             if queen is not None:
-                output = Output()
 
                 async def tell(event: Narration) -> None:
-                    await output.narrate(event.actor, event.action, event.text)
+                    _say(event.actor, event.action, event.text, event.share)
 
                 return await queen.client.pull(request, tell)
     from rbee.hive.catalog import pull_here
 
-    return await pull_here(home, request, _narrate)
+    return await pull_here(home, request, partial(_say, "model"))
 
 
-def _narrate(action: str, text: str, share: float | None = None) -> None:
-    note(f"model: {action} {text}")
+def _say(actor: str, action: str, text: str, share: float | None = None) -> None:
+    note(f"{actor}: {action} {text}")

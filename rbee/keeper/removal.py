@@ -16,7 +16,7 @@ from rbee.keeper.output import human_bytes, note, print_data, print_json
 from rbee.keeper.start import seconds, size
 from rbee.model import LOCALHOST
 from rbee.models.catalog import Catalog, remove_items
-from rbee.models.prune import choose_unneeded, last_use
+from rbee.models.prune import choose_unneeded
 from rbee.wire import codec
 from rbee.wire.messages import ModelInfo
 
@@ -79,7 +79,7 @@ async def _prune(flags: RemoveFlags, home: Home) -> None:
             if flags.dry_run or await _removed(info, remove):
                 removed.append(info)
                 if not flags.json:
-                    age = ago(last_use(info))
+                    age = ago(info.last_used)
                     print_data(f"{info.model}  {human_bytes(info.size)}  last used {age}")
     _report(flags, infos, removed, max_size)
 

@@ -119,7 +119,10 @@ class Catalog:
 
     def find(self, reference: str) -> list[Item]:
         """Return the readable records of a reference, damaged files or not."""
-        return [i for i in self.items() if i.entry and reference in i.entry.references]
+        # most records need no parsing to see that they are about something else
+        paths = [path for path in sorted(self.models.glob("*.json")) if _names(path, reference)]
+        items = [self.read(path.stem) for path in paths]
+        return [i for i in items if i.entry and reference in i.entry.references]
 
     def save(self, name: str, entry: Entry) -> None:
         write_atomic(self._record(name), codec.dumps(entry).decode() + "\n")
@@ -231,6 +234,13 @@ def _damage(entry: Entry, directory: Path) -> str:
         if size != file.size:
             return f"{path} has {size} bytes, needed {file.size}"
     return ""
+
+
+def _names(record: Path, reference: str) -> bool:
+    try:
+        return reference.encode() in record.read_bytes()
+    except OSError:
+        return False
 
 
 def _references(item: Item) -> set[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from rbee.errors import BadInputError, MachineError, RbeeError
+from rbee.errors import BadInputError, ConflictError, MachineError, RbeeError
 from rbee.home import Home, writing
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Runner, log_tail, told_error
@@ -132,6 +132,8 @@ class _Provider:
         for source in reference.sources:
             try:
                 return await self._fetch_one(source)
+            except ConflictError:  # it is here, but in use: another source is no answer to that
+                raise
             except RbeeError as exc:
                 failures.append((source, exc))
                 if len(reference.sources) > 1:
@@ -245,7 +247,7 @@ class _Provider:
                     raise BadInputError(item.damage)
                 model = _local_model(str(source), inspect_model(item.directory))
             except BadInputError as exc:
-                log.warning("%s is damaged and will be made again: %s", item.name, exc)
+                log.info("%s is damaged and will be made again: %s", item.name, exc)
                 continue
             return model
         return None

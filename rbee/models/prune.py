@@ -18,15 +18,10 @@ def choose_unneeded(
     known = list(infos)
     total = sum(info.size for info in known)
     chosen = []
-    for info in sorted(known, key=last_use):
-        is_old = unused_for is not None and now - last_use(info) > unused_for
+    for info in sorted(known, key=lambda info: info.last_used):
+        is_old = unused_for is not None and now - info.last_used > unused_for
         is_too_much = max_size is not None and total > max_size
         if not info.in_use and (is_old or is_too_much):
             chosen.append(info)
             total -= info.size
     return chosen
-
-
-def last_use(info: ModelInfo) -> float:
-    """Return when a model was last needed; fetching it counts."""
-    return max(info.last_used, info.created)

@@ -34,8 +34,3 @@ def test_the_least_recently_used_go_until_both_bounds_hold(
 ) -> None:
     chosen = choose_unneeded(MODELS, NOW, unused_for=unused_for, max_size=max_size)
     assert " ".join(model.name for model in chosen) == gone
-
-
-def test_fetching_counts_as_a_use() -> None:
-    fetched = info("fetched", 0, created=995)
-    assert choose_unneeded([fetched], NOW, unused_for=100, max_size=None) == []
