@@ -85,6 +85,7 @@ class HiveSetup:
     Attributes:
         token: expected from callers, handed to workers.
         owner: ``operator`` or the id of the queen that owns it.
+        memory: bytes that its workers on the CPU may take in all; None for what is free.
         token_file: where an operator's hive has ``token`` from; None for an owned one.
         queen_url, queen_token: where ready callbacks go; "" until a queen says so.
         run_dir: its private directory; worker directories lie in it.
@@ -100,6 +101,7 @@ class HiveSetup:
     port: int = 0
     exact_port: bool = False
     worker_port: int = 8001
+    memory: int | None = None
     queen_url: str = ""
     token_file: Path | None = None
     grace: Grace = attrs.field(factory=Grace)
