@@ -171,7 +171,12 @@ class RemoveFlags(ModelFlags):
     """Flags of ``model rm``."""
 
     prune: Annotated[
-        bool, Parameter(help="Remove what nobody uses, least recently used first.", negative=())
+        bool,
+        Parameter(
+            help="Remove what nobody uses, least recently used first.",
+            negative=(),
+            show_env_var=False,
+        ),
     ] = False
     unused_for: Annotated[
         str | None,
@@ -187,4 +192,4 @@ def every_flag() -> set[str]:
     """Return the names, without dashes, of all flags of all commands."""
     kinds = (InferFlags, ListenFlags, LogFlags, PullFlags, RemoveFlags)
     fields = [field for kind in kinds for field in attrs.fields(kind)]
-    return {field.name.replace("_", "-") for field in fields}
+    return {field.name.replace("_", "-") for field in fields} - {"prune"}  # only ever said

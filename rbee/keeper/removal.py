@@ -13,10 +13,10 @@ from rbee.home import Home, find_home
 from rbee.keeper.flags import RemoveFlags
 from rbee.keeper.models import ago, find_among, find_infos, open_queen_for, read_disk
 from rbee.keeper.output import human_bytes, note, print_data, print_json
-from rbee.keeper.start import seconds, size
 from rbee.model import LOCALHOST
 from rbee.models.catalog import Catalog, remove_items
 from rbee.models.prune import choose_unneeded
+from rbee.units import seconds, size
 from rbee.wire import codec
 from rbee.wire.messages import ModelInfo
 

