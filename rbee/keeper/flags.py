@@ -185,7 +185,9 @@ class RemoveFlags(ModelFlags):
     max_size: Annotated[
         str | None, Parameter(help="Prune until all models have at most 500M, 50G, …")
     ] = None
-    dry_run: Annotated[bool, Parameter(help="Only tell what would be pruned.", negative=())] = False
+    dry_run: Annotated[bool, Parameter(help="Only tell what would be removed.", negative=())] = (
+        False
+    )
 
 
 def every_flag() -> set[str]:

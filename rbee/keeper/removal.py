@@ -40,11 +40,6 @@ def _check(flags: RemoveFlags, names: Sequence[str]) -> None:
             "model rm takes either one MODEL or more, or --prune",
             hint="rbee-keeper model rm smollm2-135m   # or: rbee-keeper model rm --prune",
         )
-    if not flags.prune and (flags.unused_for or flags.max_size or flags.dry_run):
-        raise UsageError(
-            "--unused-for, --max-size and --dry-run belong to --prune",
-            hint="rbee-keeper model rm --prune --unused-for 30d --dry-run",
-        )
 
 
 async def _remove_named(flags: RemoveFlags, home: Home, names: Sequence[str]) -> None:
@@ -53,8 +48,10 @@ async def _remove_named(flags: RemoveFlags, home: Home, names: Sequence[str]) ->
     _refuse_used(list(found.values()))  # all or none
     async with _open_remover(flags, home) as remove:
         for info in found.values():
-            await remove(info)
-            note(f"removed {info.model} ({human_bytes(info.size)})")
+            if not flags.dry_run:
+                await remove(info)
+            word = "would remove" if flags.dry_run else "removed"
+            note(f"{word} {info.model} ({human_bytes(info.size)})")
     if flags.json:
         print_json(codec.to_dict(list(found.values())))
 

@@ -202,7 +202,10 @@ async def test_a_pull_for_a_node_goes_through_the_queen(
 
 # rm -------------------------------------------------------------------------------------------
 def test_models_are_removed(home: Home, put: Put, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run_line(["model", "rm", put("one"), put("two")]) == 0
+    assert run_line(["model", "rm", put("one"), put("two"), "--dry-run"]) == 0
+    assert capfd.readouterr().err.startswith("would remove pypi:one (")
+    assert len(names(home)) == 2
+    assert run_line(["model", "rm", "pypi:one", "pypi:two"]) == 0
     err = capfd.readouterr().err
     assert err.startswith("removed pypi:one (")
     assert names(home) == []
@@ -235,7 +238,7 @@ async def test_a_model_of_another_node_is_removed_through_the_queen(
 
 @pytest.mark.parametrize(
     "line",
-    [[], ["m", "--prune"], ["m", "--dry-run"], ["--unused-for", "3d"]],
+    [[], ["m", "--prune"], ["--unused-for", "3d"]],
 )
 def test_removal_is_of_names_or_a_pruning(
     home: Home, line: list[str], capfd: pytest.CaptureFixture[str]
