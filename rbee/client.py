@@ -15,8 +15,11 @@ from typing import Any
 from urllib.parse import quote
 
 from rbee.errors import OwnerGoneError, PeerError, RbeeError, from_wire
+from rbee.model import LOCALHOST
 from rbee.web.exchange import Address, Exchange, open_exchange
 from rbee.wire import codec, messages, sse
+
+NarrateAsync = Callable[[messages.Narration], Awaitable[None]]
 
 OPERATOR = "operator"
 KEEP_A_QUEEN = "rbee-keeper queen start   # a queen that does not end with somebody's command"
@@ -79,12 +82,13 @@ class TaskStream:
 
     async def __anext__(self) -> messages.Event:
         while not self._events.ended:
-            event = self._events.event(*await self._next_pair())
+            event = self._events.event(*await self.next_pair())
             if event is not None:
                 return event
         raise StopAsyncIteration
 
-    async def _next_pair(self) -> tuple[str, str]:
+    async def next_pair(self) -> tuple[str, str]:
+        """Return the next event as it came."""
         try:
             while not self._pairs:
                 chunk = await self._exchange.chunk()
@@ -151,6 +155,23 @@ class AsyncClient:
             body = await exchange.body()
         return codec.loads(body, kind) if kind is not None else None
 
+    async def _narrated(
+        self, path: str, message: Any, kind: type[Any], narrate: NarrateAsync | None
+    ) -> Any:
+        """Have something done that takes its time; its last event is a ``kind`` or an error."""
+        accept, body = sse.CONTENT_TYPE.decode(), codec.dumps(message)
+        async with self._open("POST", path, body, accept=accept) as exchange:
+            stream = TaskStream(exchange, self._owner)
+            while True:
+                name, data = await stream.next_pair()
+                if name == kind.__name__.lower():
+                    return codec.loads(data, kind)
+                event = sse.event_from(name, data)
+                if isinstance(event, messages.Error):
+                    raise _error_of(event)
+                if isinstance(event, messages.Narration) and narrate:
+                    await narrate(event)
+
     @asynccontextmanager
     async def stream(self, task: messages.TaskRequest) -> AsyncGenerator[TaskStream, None]:
         """Start a job; leaving the block before its end cancels it."""
@@ -178,28 +199,17 @@ class AsyncClient:
         return info
 
     async def start_ready_worker(
-        self, start: messages.StartWorker, tell: Callable[[messages.Narration], Awaitable[None]]
+        self, start: messages.StartWorker, narrate: NarrateAsync | None = None
     ) -> messages.WorkerInfo:
         """Have a worker started and wait until it is ready; it goes on when this is cancelled.
 
         Raises:
             RbeeError: it did not become ready, and why.
         """
-        accept = sse.CONTENT_TYPE.decode()
-        decoder = sse.Decoder()
-        async with self._open(
-            "POST", messages.QUEEN_WORKERS, codec.dumps(start), accept=accept
-        ) as exchange:
-            while chunk := await exchange.chunk():
-                for name, data in decoder.feed(chunk):
-                    if name == "workerinfo":
-                        return codec.loads(data, messages.WorkerInfo)
-                    event = sse.event_from(name, data)
-                    if isinstance(event, messages.Error):
-                        raise _error_of(event)
-                    if isinstance(event, messages.Narration):
-                        await tell(event)
-        raise PeerError("the stream ended before the worker was ready", code="stream_broken")
+        info: messages.WorkerInfo = await self._narrated(
+            messages.QUEEN_WORKERS, start, messages.WorkerInfo, narrate
+        )
+        return info
 
     async def stop_worker(self, worker_id: str) -> None:
         """Stop a worker; nothing of it is left when this returns.
@@ -236,11 +246,26 @@ class AsyncClient:
         )
         return found
 
-    async def models(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = await self._call(
-            "GET", messages.QUEEN_MODELS, list[dict[str, Any]]
+    async def models(self) -> list[messages.ModelInfo]:
+        """List the models on the disks of all nodes."""
+        found: list[messages.ModelInfo] = await self._call(
+            "GET", messages.QUEEN_MODELS, list[messages.ModelInfo]
         )
         return found
+
+    async def pull(
+        self, request: messages.PullModel, narrate: NarrateAsync | None = None
+    ) -> messages.Pulled:
+        """Have a model on a node's disk; ``narrate`` gets what happens, cancelling ends it."""
+        pulled: messages.Pulled = await self._narrated(
+            messages.QUEEN_MODELS, request, messages.Pulled, narrate
+        )
+        return pulled
+
+    async def remove_model(self, name: str, *, node: str = LOCALHOST) -> None:
+        """Remove a model, by its record's name, from a node's disk unless a worker uses it."""
+        place = "/".join(quote(part, safe="") for part in (node, name))
+        await self._call("DELETE", f"{messages.QUEEN_MODELS}/{place}", None)
 
     async def shutdown(self) -> None:
         """Order the queen to end; it has acknowledged, not ended, when this returns."""

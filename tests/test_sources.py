@@ -85,6 +85,7 @@ def default(program: Program, path: tuple[str, ...], name: str) -> Any:
         "--wait": True,
         "--raw": False,
         "--follow": False,
+        "--dry-run": False,
     }
     return of_command.get((*path, name), of_all.get(name))
 
