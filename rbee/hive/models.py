@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from rbee.config import load_config
 from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
-from rbee.models.preflight import ITEM_SIZES
-from rbee.models.provision import check_model_memory, provision
+from rbee.models.memory import check_room, free_memory, plan_memory, stored_dtype
+from rbee.models.provision import provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
 from rbee.worker.engine import engine_kind
-
-KV_CACHE = 256 << 20  # bytes, where the request names no size
 
 
 def provisioner(setup: HiveSetup) -> Provision:
@@ -28,12 +25,12 @@ def provisioner(setup: HiveSetup) -> Provision:
             request.model,
             setup.home,
             aliases=load_config(setup.home.config_file).aliases,
-            dtype=_stored_dtype(request),
+            dtype=stored_dtype(request.backend, request.dtype),
             run=_run,
             narrate=narrate,
         )
-        if (request.backend or "cpu") == "cpu":
-            check_model_memory(model, _stored_dtype(request), request.kv_cache_bytes or KV_CACHE)
+        plan = plan_memory(model, request)
+        check_room(plan, free_memory(request.backend, request.device), what=model.reference)
         return model
 
     return bring
@@ -41,22 +38,3 @@ def provisioner(setup: HiveSetup) -> Provision:
 
 async def _run(argv: Sequence[str], *, log: Path) -> int:
     return await run_program(argv, log_file=log)
-
-
-def _stored_dtype(request: StartWorker) -> str:
-    """Return what a GGUF is dequantised to; ``auto`` and the like leave it to us."""
-    if request.dtype in ITEM_SIZES:
-        return str(request.dtype)
-    return default_dtype(request.backend or "cpu")
-
-
-@functools.cache
-def default_dtype(backend: str) -> str:
-    """Return the dtype to store dequantised weights in.
-
-    A CPU without AVX512-BF16 or AMX has no fast bfloat16 kernels: float32 is 2.8 times cheaper.
-    """
-    if backend != "cpu":
-        return "bfloat16"
-    flags = Path("/proc/cpuinfo").read_text()
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"

@@ -47,7 +47,7 @@ def print_model(flags: DataFlags, name: str) -> None:
 
 async def pull_model(flags: DataFlags, name: str) -> None:
     """``model pull``: stdout gets the directory."""
-    from rbee.hive.models import default_dtype
+    from rbee.models.memory import stored_dtype
     from rbee.models.provision import provision
 
     home = open_home(flags.home)
@@ -55,7 +55,7 @@ async def pull_model(flags: DataFlags, name: str) -> None:
         name,
         home,
         aliases=load_config(home.config_file).aliases,
-        dtype=default_dtype("cpu"),
+        dtype=stored_dtype("cpu", None),
         run=_run,
         narrate=_narrate,
     )

@@ -16,7 +16,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -27,11 +27,13 @@ import trio
 
 from rbee.aio import Aio, Outbox, open_aio
 from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
+from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker import vllm_plan
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
+from rbee.worker.engine_args import refused, spread_lists
 from rbee.worker.limits import answer_budget, shorter
 
 log = logging.getLogger(__name__)
@@ -100,8 +102,9 @@ class VllmEngineKind:
 
     def check(self, spec: WorkerSpec) -> None:
         vllm_plan.check_backend(spec)
+        vllm_plan.check_asked(spec)
         if spec.model_dir:
-            vllm_plan.arguments(spec, vllm_plan.this_machine())
+            vllm_plan.arguments(spec, this_machine())
 
     @asynccontextmanager
     async def open(
@@ -112,7 +115,7 @@ class VllmEngineKind:
                 f"{spec.model!r} is not a directory with config.json",
                 hint="rbee-keeper model list",
             )
-        machine = vllm_plan.this_machine()
+        machine = this_machine()
         argv = vllm_plan.arguments(spec, machine)
         os.environ.update(vllm_plan.environment(spec, run_dir))
         tempfile.tempdir = run_dir
@@ -121,7 +124,7 @@ class VllmEngineKind:
             def report(text: str) -> None:
                 aio.token.run_sync_soon(progress, text)
 
-            loader = Loader(argv, report, vllm_plan.threads(machine), CLOSE[spec.backend])
+            loader = Loader(argv, report, threads(machine), CLOSE[spec.backend])
             try:
                 loaded = await aio.call(loader.load)
             except BaseException:
@@ -233,15 +236,19 @@ class Loader:
 
     def _parse(self, modules: Any) -> Any:
         parser = modules.make_arg_parser(modules.FlexibleArgumentParser())
+        parser.allow_abbrev = False  # `--max-model` would pass the check of what rbee decides
+        several = {
+            name
+            for action in parser._actions
+            if action.nargs in ("+", "*")
+            for name in action.option_strings
+        }
 
         def refuse(message: str) -> None:
-            raise BadInputError(
-                f"vLLM refuses an argument: {message}",
-                hint="python -m vllm.entrypoints.openai.api_server --help",
-            )
+            raise refused(message, parser._option_string_actions)
 
         parser.error = refuse
-        return parser.parse_args(self.argv)
+        return parser.parse_args(spread_lists(self.argv, several))
 
     def _configure(self, modules: Any, args: Any) -> tuple[Any, Any]:
         context = modules.UsageContext.OPENAI_API_SERVER
@@ -278,10 +285,16 @@ def cache_settings(envs: Any, on: bool) -> None:
 def _first_lines(exc: Exception) -> str:
     """Return the telling part of an error."""
     if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
-        told = (str(error["msg"]).strip().partition("\n")[0] for error in errors())
-        return "; ".join(text.removeprefix("Value error, ") for text in told)
+        return "; ".join(map(_told, errors()))
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    """Return what one of pydantic's errors says, and of which option."""
+    text = str(error["msg"]).strip().partition("\n")[0].removeprefix("Value error, ")
+    where = [str(part).replace("_", "-") for part in error.get("loc", ())]
+    return f"{'.'.join(where)}: {text}, got {error.get('input')!r}" if where else text
 
 
 def _import_vllm() -> SimpleNamespace:

@@ -6,12 +6,10 @@ import pytest
 
 from rbee.errors import InsufficientError
 from rbee.models.preflight import (
-    OVERHEAD,
     available_memory,
     check_disk,
     check_memory,
     human,
-    needed_memory,
 )
 
 
@@ -35,11 +33,6 @@ def test_too_little_memory_tells_needed_and_available() -> None:
 def test_memory_that_the_kernel_does_not_tell_refuses_nothing(tmp_path: Path) -> None:
     assert available_memory(tmp_path / "meminfo") is None
     assert (available_memory() or 0) > 2**20
-
-
-def test_memory_is_weights_in_the_target_dtype_cache_and_overhead() -> None:
-    assert needed_memory(1000, "bfloat16", 5) == 2005 + OVERHEAD
-    assert needed_memory(1000, "float32") == 4000 + OVERHEAD
 
 
 @pytest.mark.parametrize(
