@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rbee.config import load_config
 from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
-from rbee.models.memory import check_room, free_memory, plan_memory, stored_dtype
+from rbee.models.footprint import stored_dtype
+from rbee.models.memory import check_room, free_memory, plan_memory
 from rbee.models.provision import provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker

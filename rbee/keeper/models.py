@@ -47,7 +47,7 @@ def print_model(flags: DataFlags, name: str) -> None:
 
 async def pull_model(flags: DataFlags, name: str) -> None:
     """``model pull``: stdout gets the directory."""
-    from rbee.models.memory import stored_dtype
+    from rbee.models.footprint import stored_dtype
     from rbee.models.provision import provision
 
     home = open_home(flags.home)

@@ -71,8 +71,8 @@ def meminfo(key: str, path: Path = MEMINFO) -> int | None:
 
 def human(size: float) -> str:
     """Write a number of bytes for people: ``1.3 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
-    return f"{size:.1f} GiB"
+    return f"{size:.1f} TiB"

@@ -112,10 +112,11 @@ def _unknown(option: str, known: Collection[str]) -> BadInputError:
             f"vLLM's option {positive} is no switch, so it cannot be turned off",
             hint=f"rbee-keeper infer --engine-arg {positive}=… …",
         )
-    near = [found.removeprefix("--") for found in get_close_matches(option, known, n=1)]
+    names = {found.removeprefix("--") for found in known} - SERVER
+    near = [OURS.get(found, f"--engine-arg {found}") for found in get_close_matches(name, names, 1)]
     return BadInputError(
         f"vLLM has no option {name}" + "".join(f"; did you mean {found}?" for found in near),
-        hint="".join(f"rbee-keeper infer --engine-arg {found}=… …" for found in near)
+        hint="".join(f"rbee-keeper infer {found}=… …" for found in near)
         or f"rbee-keeper infer …   # without --engine-arg {name}",
     )
 

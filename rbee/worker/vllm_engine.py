@@ -44,6 +44,7 @@ CLOSE = {
 }  # seconds for EngineCore to end by itself; a CPU one leaves nothing
 NOTICE = 0.2  # seconds between looks at the engine's health
 LONG_TEXT = 20_000  # characters above which tokenising leaves the main thread
+REFUSALS = (ValueError, TypeError, KeyError, OSError, NotImplementedError)
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
 
 # What a worker needs and vLLM would import late. Some names exist in some versions only.
@@ -223,7 +224,10 @@ class Loader:
         level = logging.getLogger().level
         tasks = await self._llm.get_supported_tasks()
         app = modules.build_app(args, tasks, self._llm.model_config)
-        await modules.init_app_state(self._llm, app.state, args, tasks)
+        try:
+            await modules.init_app_state(self._llm, app.state, args, tasks)
+        except Exception as exc:
+            raise self._refused(exc) from exc
         app.state.server = SimpleNamespace(should_exit=False)  # its error handler ends a server
         logging.getLogger().setLevel(level)  # one of its extensions silences the whole process
         return app
@@ -255,10 +259,19 @@ class Loader:
         try:
             options = modules.AsyncEngineArgs.from_cli_args(args)
             return options.create_engine_config(context), options
-        except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as exc:
-            raise BadInputError(
-                f"vLLM refuses this model or configuration: {_first_lines(exc)}"
-            ) from exc
+        except Exception as exc:
+            raise self._refused(exc) from exc
+
+    def _refused(self, exc: Exception) -> Exception:
+        """Make the error of a configuration that vLLM does not take; a bug stays one."""
+        if not isinstance(exc, REFUSALS) and not type(exc).__name__.startswith("VLLM"):
+            return exc
+        names = _blamed(exc)
+        given = [name for name in names if any(w.startswith(f"--{name}") for w in self.argv)]
+        return BadInputError(
+            f"vLLM refuses this model or configuration: {_first_lines(exc)}",
+            hint="".join(f"rbee-keeper infer --engine-arg {name}=… …" for name in given[:1]),
+        )
 
     def _start(self, modules: Any, config: Any, options: Any) -> Any:
         try:
@@ -285,7 +298,7 @@ def cache_settings(envs: Any, on: bool) -> None:
 def _first_lines(exc: Exception) -> str:
     """Return the telling part of an error."""
     if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
-        return "; ".join(map(_told, errors()))
+        return "; ".join(dict.fromkeys(map(_told, errors())))
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
 
@@ -293,8 +306,20 @@ def _first_lines(exc: Exception) -> str:
 def _told(error: Mapping[str, Any]) -> str:
     """Return what one of pydantic's errors says, and of which option."""
     text = str(error["msg"]).strip().partition("\n")[0].removeprefix("Value error, ")
-    where = [str(part).replace("_", "-") for part in error.get("loc", ())]
-    return f"{'.'.join(where)}: {text}, got {error.get('input')!r}" if where else text
+    name = _option_name(error)
+    return f"{name}: {text}, got {error.get('input')!r}" if name else text
+
+
+def _blamed(exc: Exception) -> list[str]:
+    """Return the options that an error names."""
+    errors = getattr(exc, "errors", None)
+    found = errors() if callable(errors) else [{"loc": (getattr(exc, "parameter", None) or "",)}]
+    return [name for error in found if (name := _option_name(error))]
+
+
+def _option_name(error: Mapping[str, Any]) -> str:
+    where = error.get("loc") or ("",)
+    return str(where[0]).replace("_", "-")
 
 
 def _import_vllm() -> SimpleNamespace:

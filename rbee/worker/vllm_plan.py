@@ -11,7 +11,7 @@ from rbee.errors import BadInputError, MachineError
 from rbee.gpus import chosen_gpus, device_indices, visible_gpus
 from rbee.machine import Machine
 from rbee.model import WorkerSpec
-from rbee.models.memory import Footprint, check_dtype, footprint
+from rbee.models.footprint import Footprint, check_dtype, footprint
 from rbee.worker.engine_args import check_ours, engine_options, option_word
 
 

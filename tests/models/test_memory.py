@@ -11,22 +11,21 @@ import pytest
 
 from rbee.errors import BadInputError, InsufficientError
 from rbee.gpus import Gpu
-from rbee.machine import Machine
+from rbee.machine import Machine, Memory
+from rbee.models import footprint as settling
 from rbee.models import memory
-from rbee.models.kv_cache import cache_shape
-from rbee.models.memory import (
+from rbee.models.footprint import (
     CPU_KV_CACHE,
     CUDA_OVERHEAD,
     DTYPES,
     MIB,
     MemoryPlan,
     check_dtype,
-    check_room,
     footprint,
-    free_memory,
-    plan_memory,
     stored_dtype,
 )
+from rbee.models.kv_cache import cache_shape
+from rbee.models.memory import check_room, free_memory, plan_memory
 from rbee.models.preflight import OVERHEAD
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.wire.messages import StartWorker
@@ -166,11 +165,14 @@ def test_a_cache_of_bytes_takes_half_or_a_quarter(tiny: Path) -> None:
 
 
 def test_a_share_of_the_memory_is_respected(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "meminfo", lambda key: 100 * GIB)
+    monkeypatch.setattr(settling, "node_memory", lambda: Memory(100 * GIB, 0))
     found = footprint(tiny, asked(engine_args={"gpu_memory_utilization": "0.25"}), OLD)
     assert found.fraction == 0.25
     assert found.plan.required == 25 * GIB
     assert footprint(tiny, asked(engine_args={"gpu-memory-utilization": "x"}), OLD).fraction is None
+    with pytest.raises(BadInputError, match=r"=0.001 of 100.0 GiB is too small") as caught:
+        footprint(tiny, asked(engine_args={"device-memory-utilization": "0.001"}), OLD)
+    assert "gpu-memory-utilization=0.01 …" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,15 @@ def test_the_fullest_of_several_gpus_decides(monkeypatch: pytest.MonkeyPatch) ->
     assert (free_memory("cpu", None) or 0) > MIB
 
 
+def test_the_least_of_machine_node_and_container_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"available_memory": 50, "node_memory": Memory(9, 30), "cgroup_memory": None}
+    for name, found in limits.items():
+        monkeypatch.setattr(memory, name, lambda found=found: found)
+    assert free_memory("cpu", None) == 30
+    monkeypatch.setattr(memory, "cgroup_memory", lambda: Memory(9, 20))
+    assert free_memory(None, None) == 20
+
+
 # the check --------------------------------------------------------------------------------------
 @pytest.fixture
 def plan() -> MemoryPlan:
@@ -268,7 +279,8 @@ def test_the_biggest_context_fits_and_one_more_token_does_not(plan: MemoryPlan) 
 def test_the_hint_makes_it_fit_or_frees_memory(plan: MemoryPlan) -> None:
     fixed = attrs.evolve(plan, kv=50 * GIB, kv_floor=50 * GIB)
     cases = [
-        (fixed, 17 * GIB, "--kv-cache 3072M …"),
+        (fixed, 17 * GIB, "infer --kv-cache 3072M …"),
+        (fixed, 22 * GIB, "infer --kv-cache 4096M …"),
         (fixed, 15 * GIB, "--max-model-len 1920 --kv-cache 1024M …"),
         (plan, 13 * GIB, "rbee-keeper worker list"),
     ]
@@ -301,5 +313,5 @@ def test_weights_are_stored_in_what_they_will_be_used_in(monkeypatch: pytest.Mon
     assert stored_dtype("cpu", "half") == "float16"
     assert stored_dtype("cuda", None) == stored_dtype("cuda", "auto") == "bfloat16"
     for own, stored in (("float32", "float32"), ("auto", "bfloat16")):
-        monkeypatch.setattr(memory, "_own_dtype", lambda own=own: own)
+        monkeypatch.setattr(settling, "_own_dtype", lambda own=own: own)
         assert stored_dtype(None, None) == stored

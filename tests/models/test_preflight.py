@@ -36,7 +36,7 @@ def test_memory_that_the_kernel_does_not_tell_refuses_nothing(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (3 * 2**40, "3072.0 GiB")]
+    ("size", "text"), [(0, "0 B"), (1536, "1.5 KiB"), (2**20, "1.0 MiB"), (3 * 2**40, "3.0 TiB")]
 )
 def test_sizes_are_written_for_people(size: int, text: str) -> None:
     assert human(size) == text

@@ -15,7 +15,14 @@ from rbee.worker.engine_args import (
     spread_lists,
 )
 
-KNOWN = ("--block-size", "--enable-lora", "--no-enable-lora", "--hf-overrides")
+KNOWN = (
+    "--block-size",
+    "--enable-lora",
+    "--no-enable-lora",
+    "--hf-overrides",
+    "--max-model-len",
+    "--port",
+)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +68,11 @@ def test_options_of_a_server_that_does_not_run_are_refused(key: str) -> None:
 @pytest.mark.parametrize(
     ("told", "said", "hint"),
     [
-        ("unrecognized arguments: --block-sise=1", "no option block-sise; did you mean block-size?",
-         "--engine-arg block-size=…"),
+        ("unrecognized arguments: --block-sise=1",
+         "no option block-sise; did you mean --engine-arg block-size", "--engine-arg block-size=…"),
+        ("unrecognized arguments: --max-model=5", "did you mean --max-model-len",
+         "--max-model-len=…"),
+        ("unrecognized arguments: --pirt=5", "no option pirt$", "without --engine-arg pirt"),
         ("unrecognized arguments: --zzz", "no option zzz", "without --engine-arg zzz"),
         ("unrecognized arguments: --no-block-size", "block-size is no switch", "block-size=…"),
         ("argument --block-size: invalid int value: 'x'",

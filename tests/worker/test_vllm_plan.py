@@ -7,7 +7,7 @@ from rbee.errors import BadInputError, MachineError
 from rbee.gpus import Gpu
 from rbee.machine import Machine, threads
 from rbee.model import WorkerId, WorkerSpec
-from rbee.models.memory import MIB
+from rbee.models.footprint import MIB
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.worker import vllm_plan
 from rbee.worker.vllm_plan import arguments, check_asked, check_backend
