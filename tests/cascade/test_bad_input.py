@@ -274,7 +274,8 @@ class TestVllm:
         line = ["--max-model-len", "64", "--max-num-seqs", "2", "--kv-cache", "20M"]
         for option in ('hf-overrides={"rope_theta": 20000.0}', "no-enable-prefix-caching"):
             line += ["--engine-arg", option]
-        done = operator.infer("./tiny", "--engine", "vllm", "--max-tokens", "100", *line)
+        _copy(tiny, "tuned")
+        done = operator.infer("./tuned", "--engine", "vllm", "--max-tokens", "100", *line)
         done.check_refusal("the context holds 64", "--max-tokens")
 
     def test_a_path_means_the_same_wherever_it_is_typed(

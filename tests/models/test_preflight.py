@@ -15,7 +15,7 @@ from rbee.models.preflight import (
 
 def test_too_small_a_disk_tells_needed_and_free(tmp_path: Path) -> None:
     check_disk(tmp_path / "not" / "there" / "yet", 1)
-    with pytest.raises(InsufficientError, match=r"needed 1073741824.0 GiB, free .* at ") as caught:
+    with pytest.raises(InsufficientError, match=r"needed 1048576.0 TiB, free .* at ") as caught:
         check_disk(tmp_path, 2**60)
     assert caught.value.details["required"] == 2**60
     assert 0 < caught.value.details["available"] < 2**60
