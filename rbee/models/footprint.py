@@ -4,7 +4,8 @@ Worked out from ``config.json`` and the heads of the weights, without vLLM. The 
 arguments from the same numbers (`rbee.worker.vllm_plan`), so what is checked is what is taken.
 
 On CUDA a worker takes a KV cache of a set size, not vLLM's 92 % of the card, so that several live
-side by side: one request of full length at least, `CUDA_REQUESTS` of them where there is room.
+side by side: one request of full length at least, `CUDA_REQUESTS` of them where they take no more
+than half of what is free.
 ``--engine-arg gpu-memory-utilization=F`` takes that share of the device instead, as in vLLM.
 """
 
@@ -95,8 +96,8 @@ class MemoryPlan:
         return available - self.weights - self.overhead
 
     def pool(self, available: int) -> int:
-        """Return how large the worker makes its KV cache."""
-        return max(self.kv, min(self.kv_wish, self.room(available)))
+        """Return how large the worker makes its KV cache: beyond its need, half of what is free."""
+        return max(self.kv, min(self.kv_wish, self.room(available) // 2))
 
     def biggest_context(self, available: int) -> int:
         """Return the longest context that would fit, up to the model's own; 0 if none does."""
@@ -133,6 +134,7 @@ def footprint(directory: Path, asked: Asked, machine: Machine) -> Footprint:
     Raises:
         BadInputError: the directory is broken, or what is asked does not fit the model.
     """
+    check_asked(asked)
     found = inspect_model(directory)
     options = engine_options(asked.engine_args)
     is_cpu = (asked.backend or "cpu") == "cpu"
@@ -209,6 +211,18 @@ def _context(found: Inspection, asked: Asked, is_cpu: bool) -> int:
             hint=f"rbee-keeper infer --max-model-len {found.context} …",
         )
     return asked.max_model_len
+
+
+def check_asked(asked: Asked) -> None:
+    """Refuse what no model could be started with."""
+    check_dtype(asked.dtype)
+    counts = {"max-num-seqs": asked.max_num_seqs, "kv-cache": asked.kv_cache_bytes}
+    for flag, count in counts.items():
+        if count is not None and count < 1:
+            raise BadInputError(
+                f"--{flag} must be at least 1, got {count}",
+                hint=f"rbee-keeper infer …   # without --{flag}",
+            )
 
 
 def check_dtype(dtype: str | None) -> str | None:

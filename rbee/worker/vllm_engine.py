@@ -103,7 +103,7 @@ class VllmEngineKind:
 
     def check(self, spec: WorkerSpec) -> None:
         vllm_plan.check_backend(spec)
-        vllm_plan.check_asked(spec)
+        vllm_plan.check_options(spec)
         if spec.model_dir:
             vllm_plan.arguments(spec, this_machine())
 
@@ -227,6 +227,8 @@ class Loader:
         try:
             await modules.init_app_state(self._llm, app.state, args, tasks)
         except Exception as exc:
+            if not is_refusal(exc):
+                raise
             raise self._refused(exc) from exc
         app.state.server = SimpleNamespace(should_exit=False)  # its error handler ends a server
         logging.getLogger().setLevel(level)  # one of its extensions silences the whole process
@@ -260,12 +262,11 @@ class Loader:
             options = modules.AsyncEngineArgs.from_cli_args(args)
             return options.create_engine_config(context), options
         except Exception as exc:
+            if not is_refusal(exc):
+                raise
             raise self._refused(exc) from exc
 
-    def _refused(self, exc: Exception) -> Exception:
-        """Make the error of a configuration that vLLM does not take; a bug stays one."""
-        if not isinstance(exc, REFUSALS) and not type(exc).__name__.startswith("VLLM"):
-            return exc
+    def _refused(self, exc: Exception) -> BadInputError:
         names = _blamed(exc)
         given = [name for name in names if any(w.startswith(f"--{name}") for w in self.argv)]
         return BadInputError(
@@ -293,6 +294,11 @@ def cache_settings(envs: Any, on: bool) -> None:
     name = "enable_envs_cache" if on else "disable_envs_cache"
     if change := getattr(envs, name, None):
         change()
+
+
+def is_refusal(exc: Exception) -> bool:
+    """Tell a configuration that vLLM does not take from a bug; its own errors are no ValueErrors."""
+    return isinstance(exc, REFUSALS) or type(exc).__name__.startswith("VLLM")
 
 
 def _first_lines(exc: Exception) -> str:

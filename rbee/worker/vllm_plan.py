@@ -11,7 +11,7 @@ from rbee.errors import BadInputError, MachineError
 from rbee.gpus import chosen_gpus, device_indices, visible_gpus
 from rbee.machine import Machine
 from rbee.model import WorkerSpec
-from rbee.models.footprint import Footprint, check_dtype, footprint
+from rbee.models.footprint import Footprint, check_asked, footprint
 from rbee.worker.engine_args import check_ours, engine_options, option_word
 
 
@@ -21,7 +21,7 @@ def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
     Raises:
         BadInputError: the model directory is broken, or what is asked does not fit the model.
     """
-    check_asked(spec)
+    check_options(spec)
     given = engine_options(spec.engine_args)
     found = footprint(Path(spec.model_dir), spec, machine)
     names = dict.fromkeys((spec.model, *spec.served_names))
@@ -32,9 +32,9 @@ def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
     return argv + [option_word(key, value) for key, value in options.items()]
 
 
-def check_asked(spec: WorkerSpec) -> None:
+def check_options(spec: WorkerSpec) -> None:
     """Refuse what no model could be started with; needs neither vLLM nor the model."""
-    check_dtype(spec.dtype)
+    check_asked(spec)
     check_ours(engine_options(spec.engine_args))
 
 

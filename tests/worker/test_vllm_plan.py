@@ -10,7 +10,7 @@ from rbee.model import WorkerId, WorkerSpec
 from rbee.models.footprint import MIB
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.worker import vllm_plan
-from rbee.worker.vllm_plan import arguments, check_asked, check_backend
+from rbee.worker.vllm_plan import arguments, check_backend, check_options
 
 OLD = Machine(frozenset({"avx2"}), 4, "x86_64")
 NEW = Machine(frozenset({"avx2", "avx512_bf16"}), 1, "x86_64")
@@ -68,13 +68,15 @@ def test_a_share_of_the_memory_replaces_the_size_of_the_cache(tiny_model):
     ("given", "said"),
     [
         ({"dtype": "float8"}, "needed: auto, half"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1, got 0"),
+        ({"kv_cache_bytes": -5}, "--kv-cache must be at least 1, got -5"),
         ({"engine_args": {"model": "x"}}, "--model"),
         ({"engine_args": {"max_model_len": "5"}}, "--max-model-len"),
     ],
 )
 def test_what_no_model_could_be_started_with_is_refused_without_one(given, said):
     with pytest.raises(BadInputError, match=said):
-        check_asked(spec(**given))
+        check_options(spec(**given))
 
 
 def on_gpus(monkeypatch, *cards):
