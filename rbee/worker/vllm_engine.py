@@ -297,7 +297,7 @@ def cache_settings(envs: Any, on: bool) -> None:
 
 
 def is_refusal(exc: Exception) -> bool:
-    """Tell a configuration that vLLM does not take from a bug; its own errors are no ValueErrors."""
+    """Tell what vLLM does not take from a bug; its own errors are no ValueErrors."""
     return isinstance(exc, REFUSALS) or type(exc).__name__.startswith("VLLM")
 
 
