@@ -10,6 +10,7 @@ from rbee.hive.workers import HiveSetup, News, Workers
 from rbee.home import Home
 from rbee.testing.fakes import FakeLauncher
 from rbee.wire.messages import Heartbeat, StartWorker, WorkerInfo
+from tests.hive.test_workers import memory
 
 
 async def nothing(*args: object) -> None:
@@ -18,7 +19,7 @@ async def nothing(*args: object) -> None:
 
 def make(home: Home) -> tuple[Pulse, Workers]:
     setup = HiveSetup(id="hive-1", home=home, run_dir=home.run / "h1", token="secret")
-    workers = Workers(setup, FakeLauncher(), nothing)
+    workers = Workers(setup, FakeLauncher(), nothing, memory=memory())
     return Pulse(setup, workers), workers
 
 
