@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rbee.config import load_config
-from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
+from rbee.hive.workers import HiveSetup, Local, Provision
+from rbee.models.child import Narrate
 from rbee.models.preflight import ITEM_SIZES
 from rbee.models.provision import check_model_memory, provision
 from rbee.process import run_program

@@ -25,6 +25,7 @@ from rbee.guard import children
 from rbee.hive.launch import Launcher
 from rbee.home import Home, short_name
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.child import Narrate
 from rbee.models.reference import shown
 from rbee.process import Process, child_exited, log_tail
 from rbee.scopes import TaskOwner
@@ -60,7 +61,6 @@ class Local(Protocol):
     def context(self) -> int: ...
 
 
-Narrate = Callable[[str, str], None]
 Provision = Callable[[StartWorker, Narrate], Awaitable[Local | None]]
 """Bring a model onto this machine; None for engines that need none."""
 WarmUp = Callable[[str, Narrate], Awaitable[object]]
@@ -289,9 +289,11 @@ class Workers(TaskOwner):
         self.news.send(worker.info)
 
     def _narrate(self, worker: Worker) -> Narrate:
-        def narrate(action: str, text: str) -> None:
-            log.info("worker %s: %s %s", worker.id, action, text)
-            self.news.send(WorkerNarration(worker.id, "hive", action, text))
+        def narrate(action: str, text: str, *, share: float | None = None) -> None:
+            # progress comes twice a second: the log can do without
+            level = logging.INFO if share is None else logging.DEBUG
+            log.log(level, "worker %s: %s %s", worker.id, action, text)
+            self.news.send(WorkerNarration(worker.id, "hive", action, text, share))
 
         return narrate
 

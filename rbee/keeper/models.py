@@ -10,6 +10,7 @@ from rbee.config import load_config
 from rbee.home import find_home, open_home
 from rbee.keeper.flags import DataFlags
 from rbee.keeper.output import (
+    ProgressNotes,
     human_bytes,
     note,
     print_data,
@@ -51,14 +52,22 @@ async def pull_model(flags: DataFlags, name: str) -> None:
     from rbee.models.provision import provision
 
     home = open_home(flags.home)
-    model = await provision(
-        name,
-        home,
-        aliases=load_config(home.config_file).aliases,
-        dtype=default_dtype("cpu"),
-        run=_run,
-        narrate=_narrate,
-    )
+    notes = ProgressNotes()
+
+    def narrate(action: str, text: str, *, share: float | None = None) -> None:
+        notes(f"model: {action} {text}", share)
+
+    try:
+        model = await provision(
+            name,
+            home,
+            aliases=load_config(home.config_file).aliases,
+            dtype=default_dtype("cpu"),
+            run=_run,
+            narrate=narrate,
+        )
+    finally:
+        notes.clear()
     if flags.json:
         print_json({"model": model.reference, "directory": str(model.directory)})
     else:
@@ -82,10 +91,6 @@ async def drop_model(flags: DataFlags, name: str) -> None:
         print_json([_row(item) for item in removed])
     for item in removed:
         note(f"removed {item.entry.reference if item.entry else item.name}")
-
-
-def _narrate(action: str, text: str) -> None:
-    note(f"model: {action} {text}")
 
 
 def _row(item: Item) -> dict[str, Any]:

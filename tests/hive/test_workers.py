@@ -21,8 +21,9 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.hive import workers as module
-from rbee.hive.workers import HiveSetup, Narrate, News, Provision, Workers
+from rbee.hive.workers import HiveSetup, News, Provision, Workers
 from rbee.home import Home
+from rbee.models.child import Narrate
 from rbee.testing.fakes import FakeLauncher
 from rbee.wire.messages import StartWorker, WorkerInfo, WorkerNarration, WorkerReady
 

@@ -137,9 +137,12 @@ class Narration:
     """Remember what was told."""
 
     lines: list[tuple[str, str]] = attrs.field(factory=list)
+    shares: list[float] = attrs.field(factory=list)
 
-    def __call__(self, action: str, text: str) -> None:
+    def __call__(self, action: str, text: str, *, share: float | None = None) -> None:
         self.lines.append((action, text))
+        if share is not None:
+            self.shares.append(share)
 
     @property
     def actions(self) -> list[str]:
