@@ -208,12 +208,13 @@ class Transfer:
 
     def _pause(self, cut: _CutError) -> None:
         """Wait before the next try; raise when there is none."""
-        if self._have > self._most:
-            self._most, self._failed = self._have, 0
-        self._failed += 1
+        if self.stop.is_set():
+            raise StoppedError
+        self._failed = 0 if self._have > self._most else self._failed + 1
+        self._most = max(self._most, self._have)
         if self._failed >= self.limits.tries:
             raise self._given_up(cut)
-        pause = min(self.limits.pause * 2 ** (self._failed - 1), LONGEST_PAUSE)
+        pause = min(self.limits.pause * 2**self._failed, LONGEST_PAUSE)
         pause = max(pause * random.uniform(0.5, 1.0), min(cut.after, LONGEST_PAUSE))
         self.tell("retry", f"{self.file.name}: {cut}; once more in {pause:.1f} s")
         if self.stop.wait(pause):

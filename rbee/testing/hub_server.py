@@ -102,12 +102,14 @@ class HubServer:
     Attributes:
         faults: by file name; the first one is used up by the next GET.
         failures: statuses for the next requests of descriptions.
+        garbage: what comes in place of every description.
         sent: bytes of bodies, by file name.
     """
 
     repos: dict[str, Repo] = attrs.field(factory=dict)
     faults: dict[str, list[Fault]] = attrs.field(factory=dict)
     failures: list[int] = attrs.field(factory=list)
+    garbage: bytes = b""
     requests: list[Request] = attrs.field(factory=list)
     sent: Counter[str] = attrs.field(factory=Counter)
     url: str = ""
@@ -184,7 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(self.server.hub.failures.pop(0))
             return
         siblings = [self._sibling(name, repo, file) for file in repo.files]
-        body = json.dumps({"id": name, "sha": repo.commit, "siblings": siblings}).encode()
+        told = json.dumps({"id": name, "sha": repo.commit, "siblings": siblings}).encode()
+        body = self.server.hub.garbage or told
         self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         self.wfile.write(body)
 
@@ -258,8 +261,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0123456789")
         if fault.kind == "stall":
             hub.closing.wait()
-        elif broken:
+            self.close_connection = True
+        elif fault.kind == "reset":
             self._reset()
+        elif broken:
+            self.close_connection = True
 
     # pieces --------------------------------------------------------------------------------------
 
