@@ -26,6 +26,7 @@ import attrs
 
 BLOCK = 2**20
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>.+))?")
+_TREE = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)")
 
 
@@ -165,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         token = self.headers.get("authorization", "").removeprefix("Bearer ")
         hub.requests.append(Request(self.command, path, self.headers.get("range", ""), token))
-        for pattern, answer in ((_API, self._describe), (_FILE, self._file)):
+        for pattern, answer in ((_API, self._describe), (_TREE, self._list), (_FILE, self._file)):
             if match := pattern.fullmatch(path):
                 repo = hub.repos.get(match["repo"])
                 if repo is None:
@@ -187,7 +188,19 @@ class _Handler(BaseHTTPRequestHandler):
             return
         siblings = [self._sibling(name, repo, file) for file in repo.files]
         told = json.dumps({"id": name, "sha": repo.commit, "siblings": siblings}).encode()
-        body = self.server.hub.garbage or told
+        self._json(self.server.hub.garbage or told)
+
+    def _list(self, name: str, repo: Repo, match: re.Match[str]) -> None:
+        """Answer what `hf download` asks for; rbee does not."""
+        files: list[dict[str, Any]] = []
+        for file in repo.files:
+            etag, size = self.server.hub.etag(name, file), repo.size(file)
+            files.append({"type": "file", "path": file, "oid": etag[:40], "size": size})
+            if len(etag) == 64:
+                files[-1]["lfs"] = {"oid": etag, "size": size, "pointerSize": 134}
+        self._json(json.dumps(files).encode())
+
+    def _json(self, body: bytes) -> None:
         self._head(200, {"Content-Type": "application/json", "Content-Length": str(len(body))})
         self.wfile.write(body)
 
