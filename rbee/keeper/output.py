@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,7 +150,9 @@ class ProgressNotes:
             self.clear()
             note(text)
         elif is_terminal(sys.stderr):
-            self._write(f"{CLEAR_LINE}{bar(share)} {text}")
+            # a line that wraps could not be overwritten
+            room = shutil.get_terminal_size().columns - 1
+            self._write(CLEAR_LINE + f"{bar(share)} {text}"[:room])
             self._transient = True
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + PROGRESS_EVERY

@@ -28,7 +28,7 @@ from rbee.models.child import error_line
 from rbee.models.preflight import check_disk, human
 from rbee.models.progress import Printer
 from rbee.models.refusals import RETRIED, Asked
-from rbee.models.repository import MANIFEST, Fetched, Remote, choose
+from rbee.models.repository import MANIFEST, Fetched, Remote, choose, is_part
 from rbee.models.transfer import Limits, StoppedError, Transfer
 
 AT_ONCE = 4
@@ -245,10 +245,9 @@ def _is_hex(text: str, length: int) -> bool:
 
 def _keep_only(directory: Path, wanted: Iterable[str]) -> None:
     """Remove what an older download left of files that have changed since."""
-    keep = {*wanted} - {MANIFEST}
-    for path in directory.iterdir():
-        if path.name not in keep:
-            path.unlink()
+    (directory / MANIFEST).unlink(missing_ok=True)
+    for name in {path.name for path in directory.iterdir() if is_part(path.name)} - {*wanted}:
+        (directory / name).unlink()
 
 
 def _size(path: Path) -> int:

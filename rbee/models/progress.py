@@ -108,7 +108,7 @@ async def run_followed(run: Runner, argv: Sequence[str], log: Path, narrate: Nar
 
 @attrs.define(eq=False)
 class Follower:
-    """Reads the new lines of a log; of several on progress the last one counts."""
+    """Reads the new lines of a log; of several on one thing the last one counts."""
 
     log: Path
     narrate: Narrate
@@ -122,12 +122,15 @@ class Follower:
             await trio.sleep(EVERY)
 
     def read(self) -> None:
+        told: dict[str, str] = {}
         last: dict[str, Any] = {}
         for line in self._lines():
             if "told" in line:
-                self.narrate(str(line["told"]), str(line.get("text", "")))
+                told[str(line["told"])] = str(line.get("text", ""))
             elif type(line.get("done")) is type(line.get("total")) is int:
                 last = line
+        for action, text in told.items():
+            self.narrate(action, text)
         if last and last["done"] != self._told:
             self._told = last["done"]
             text = self._meter.tell(last["done"], last["total"])

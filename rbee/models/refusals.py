@@ -46,8 +46,14 @@ class Asked:
 
     def refused(self, status: int, headers: Mapping[str, str], file: str = "") -> RbeeError:
         """Turn an answer that is no success into an error."""
+        error = self._error(status, headers.get("x-error-code", ""), file)
+        said = "".join(filter(str.isprintable, headers.get("x-error-message", "")))[:300]
+        if said:
+            error.message += f"; it says: {said}"
+        return error
+
+    def _error(self, status: int, code: str, file: str) -> RbeeError:
         what = f"{file} of {self.name}" if file else self.name
-        code = headers.get("x-error-code", "")
         if code == "GatedRepo" or (status == 403 and self.has_token):
             return self._gated(what, status)
         if status in (401, 403):

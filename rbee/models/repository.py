@@ -5,6 +5,7 @@ No network and no huggingface_hub here: the daemons read what the child that doe
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ MANIFEST = "manifest.json"
 _INDEX = "model.safetensors.index.json"
 # a name that is safe on any disk; one level down only the modules of an embedding model
 _PLAIN = re.compile(r"(\d+_\w{1,40}/)?\w[\w.+-]{0,150}")
+_PART = re.compile(r"[0-9a-f]{16}-.+")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 # what unpickles or runs, whatever it is called
 _CODE = (".py", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".so", ".sh")
@@ -49,7 +51,8 @@ class Remote:
     @property
     def part(self) -> str:
         """Name the file for as long as not all of them are here: other bytes, other name."""
-        mark = self.sha256 or self.git_sha1 or self.commit
+        unknown = hashlib.sha256(self.commit.encode()).hexdigest()
+        mark = self.sha256 or self.git_sha1 or unknown
         return f"{mark[:16]}-{self.name.replace('/', '--')}"
 
 
@@ -67,6 +70,11 @@ class Fetched:
     @classmethod
     def load(cls, directory: Path) -> Fetched:
         return codec.loads((directory / MANIFEST).read_bytes(), cls)
+
+
+def is_part(name: str) -> bool:
+    """Tell whether a file of that name can be one of ours, as `Remote.part` names them."""
+    return _PART.fullmatch(name) is not None
 
 
 def choose(repo: str, files: Iterable[Remote]) -> list[Remote]:

@@ -289,7 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _refuse(self, status: int, error: str = "") -> None:
-        self._head(status, {"Content-Length": "0"} | ({"X-Error-Code": error} if error else {}))
+        told = {"X-Error-Code": error, "X-Error-Message": f"{error}!"} if error else {}
+        self._head(status, {"Content-Length": "0"} | told)
 
     def _reset(self) -> None:
         self.wfile.flush()

@@ -192,7 +192,6 @@ async def test_a_stalled_transfer_goes_on_where_it_was(
     ranges = [request.range for request in hub.gets(WEIGHTS)]
     assert ranges == ["", "bytes=300000-", "bytes=600000-"]
     assert hub.sent[WEIGHTS] == len(weights(repo))
-    assert narrate.actions.count("retry") == 2
     assert "no byte for 0.15 s" in dict(narrate.lines)["retry"]
 
 
@@ -341,7 +340,7 @@ async def test_a_gated_repository_names_the_page_with_its_terms(
     repo.gated = True
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ForbiddenError, match="accepted the terms") as caught:
+    with pytest.raises(ForbiddenError, match=r"accepted the terms.*it says: GatedRepo!") as caught:
         await get()
     assert caught.value.code == "gated_model"
     assert f"{hub.url}/org/tiny" in caught.value.hint

@@ -86,6 +86,12 @@ def test_what_a_child_tells_is_told_in_order(log: Path, narrate: Any) -> None:
     assert narrate.lines == [("fetch", "it"), ("retry", "cut")]
 
 
+def test_of_many_tries_that_failed_since_the_last_look_one_is_told(log: Path, narrate: Any) -> None:
+    write(log, *({"told": "retry", "text": str(n)} for n in range(9)))
+    Follower(log, narrate).read()
+    assert narrate.lines == [("retry", "8")]
+
+
 def test_half_a_line_waits_for_its_end(log: Path, narrate: Any) -> None:
     follower = Follower(log, narrate)
     log.write_text('{"done": 1, "to')

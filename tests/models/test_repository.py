@@ -6,7 +6,7 @@ import pytest
 
 from rbee.errors import BadInputError
 from rbee.models.catalog import File
-from rbee.models.repository import Fetched, Remote, choose
+from rbee.models.repository import Fetched, Remote, choose, is_part
 
 
 def chosen(*names: str) -> list[str]:
@@ -94,7 +94,11 @@ def test_without_a_config_no_engine_can_load_it() -> None:
 def test_other_bytes_have_another_part_name() -> None:
     first, second = Remote("a.json", 1, git_sha1="1" * 40), Remote("a.json", 1, git_sha1="2" * 40)
     assert first.part != second.part
-    assert Remote("1_a/b.json", commit="c" * 40).part == "c" * 16 + "-1_a--b.json"
+    third, fourth = Remote("1_a/b.json", commit="c" * 40), Remote("1_a/b.json", commit="main")
+    assert third.part != fourth.part
+    assert third.part.endswith("-1_a--b.json")
+    assert all(is_part(file.part) for file in (first, second, third, fourth))
+    assert not any(map(is_part, ("config.json", "manifest.json", "my-thesis.tex")))
 
 
 def test_what_was_fetched_survives_the_disk(tmp_path: Path) -> None:
