@@ -143,7 +143,7 @@ async def test_a_model_is_brought_first_and_gives_its_names(
     home: Home, autojump_clock: trio.abc.Clock
 ) -> None:
     async def bring(request: StartWorker, narrate: Narrate) -> Local:
-        narrate("download", "10 of 20")
+        narrate("download", "10 of 20", share=0.5)
         await trio.sleep(5)
         return Local("pypi:words", home.models / "words", ("words", "w"))
 
@@ -157,9 +157,9 @@ async def test_a_model_is_brought_first_and_gives_its_names(
         assert spec.served_names == ("words", "w")
         await hive.settle()
         told = [item for item in hive.heard if isinstance(item, WorkerNarration)]
-        assert [(item.action, item.text) for item in told] == [
-            ("download", "10 of 20"),
-            ("load", "pypi:words with echo on cpu"),
+        assert [(item.action, item.text, item.share) for item in told] == [
+            ("download", "10 of 20", 0.5),
+            ("load", "pypi:words with echo on cpu", None),
         ]
         assert hive.workers.infos()[0].served_names == ("words", "w")
 
