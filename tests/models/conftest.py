@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
@@ -16,6 +17,7 @@ import trio
 from rbee.errors import RbeeError, UnavailableError
 from rbee.home import Home
 from rbee.models.child import Runner, error_line
+from rbee.models.locks import SHARED, lock_file, try_lock, unshare
 from rbee.testing.tiny_model import write_tiny_model
 
 MakeWheel = Callable[..., Path]
@@ -27,6 +29,18 @@ def home(tmp_path: Path) -> Home:
     for path in (made.models, made.logs, made.run):
         path.mkdir(parents=True)
     return made
+
+
+@contextmanager
+def used(home: Home, name: str) -> Iterator[None]:
+    """Have a model as a worker of some hive has it."""
+    path = lock_file(home.models, ".in-use", name)
+    fd = try_lock(path, SHARED)
+    assert fd is not None
+    try:
+        yield
+    finally:
+        unshare(path, fd)
 
 
 @pytest.fixture(scope="session")
@@ -176,4 +190,8 @@ def narrate() -> Narration:
 @pytest.fixture
 def leftovers(home: Home) -> Callable[[], list[Path]]:
     """List what is neither a finished model nor its record."""
-    return lambda: [*home.models.glob(".staging/*"), *home.models.glob(".locks/*")]
+    return lambda: [
+        *home.models.glob(".staging/*"),
+        *home.models.glob(".locks/*"),
+        *home.models.glob(".in-use/*"),
+    ]
