@@ -75,6 +75,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
         "XDG_RUNTIME_DIR": str(runtime),
         "RBEE_NONCE": os.urandom(8).hex(),
         "SPT_NOENV": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody answers there
         "PYTHONPATH": f"{broken}:{os.environ.get('PYTHONPATH', '')}",
     }
     home = find_home(environ=env)
@@ -99,7 +100,7 @@ REFUSED = [
     (["nosuch", "--engine", "vllm"], ["no model is called 'nosuch'", "tinyllama", "model list"]),
     (["./empty", "--engine", "vllm"], ["/empty holds no model", "config.json", "found: nothing"]),
     (["./absent", "--engine", "vllm"], ["/absent", "no such file", "config.json"]),
-    (["hf:org/repo", "--engine", "vllm"], ["hf:org/repo", "not supported yet", "smollm2-135m"]),
+    (["hf:org/repo", "--engine", "vllm"], ["hf:org/repo", "cannot be reached", "HF_ENDPOINT=http"]),
     (["pypi:", "--engine", "vllm"], ["does not name a package", "pypi:package"]),
     ([""], ["the model's name is empty"]),
     (["echo", "--prompt", ""], ["the prompt is empty"]),
