@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
 from rbee.errors import RbeeError
 
+PROGRESS_EVERY = 10.0
 DIM, RED, CLEAR_LINE, PLAIN = "\x1b[2m", "\x1b[31m", "\r\x1b[K", "\x1b[0m"
 
 
@@ -129,6 +132,46 @@ def note(text: str) -> None:
     """Print a line on stderr."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+class ProgressNotes:
+    """Lines on stderr of which those with a share follow upon each other.
+
+    On a terminal such a line has a bar and overwrites the one before; elsewhere one comes every
+    ten seconds.
+    """
+
+    def __init__(self) -> None:
+        self._transient = False
+        self._next = 0.0
+
+    def __call__(self, text: str, share: float | None = None) -> None:
+        if share is None:
+            self.clear()
+            note(text)
+        elif is_terminal(sys.stderr):
+            # a line that wraps could not be overwritten
+            room = shutil.get_terminal_size().columns - 1
+            self._write(CLEAR_LINE + f"{bar(share)} {text}"[:room])
+            self._transient = True
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + PROGRESS_EVERY
+            note(text)
+
+    def clear(self) -> None:
+        """Take the bar away: something else follows, or nothing."""
+        if self._transient:
+            self._transient = False
+            self._write(CLEAR_LINE)
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):
+            print(text, end="", file=sys.stderr, flush=True)
+
+
+def bar(share: float, width: int = 20) -> str:
+    full = round(min(max(share, 0.0), 1.0) * width)
+    return f"[{'#' * full}{'.' * (width - full)}]"
 
 
 def print_data(text: str) -> None:

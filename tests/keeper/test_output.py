@@ -107,3 +107,25 @@ def test_facts_are_aligned(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("size", "told"), [(5, "5 B"), (2048, "2.0 KiB"), (5 << 40, "5.0 TiB")])
 def test_sizes_are_told_for_people(size: int, told: str) -> None:
     assert output.human_bytes(size) == told
+
+
+def test_progress_off_a_terminal_is_told_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
+    notes = output.ProgressNotes()
+    for share in (0.1, 0.2, 0.3):
+        notes(f"at {share}", share)
+    notes("done")
+    notes.clear()
+    assert capfd.readouterr().err == "at 0.1\ndone\n"
+
+
+def test_progress_on_a_terminal_is_a_bar_that_overwrites_itself(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "is_terminal", lambda stream: True)
+    notes = output.ProgressNotes()
+    notes("half", 0.5)
+    notes("all", 1.0)
+    notes("done")
+    clear = output.CLEAR_LINE
+    first, second = "[##########..........] half", "[####################] all"
+    assert capfd.readouterr().err == f"{clear}{first}{clear}{second}{clear}done\n"
