@@ -41,18 +41,22 @@ class Worker:
     config: WorkerConfig
     state: WorkerState = WorkerState.LOADING
     progress: str = "starting"
+    share: float | None = None
     jobs: Jobs = attrs.field(factory=Jobs)
     figures: Figures = attrs.field(factory=Figures)
     stop_asked: trio.Event = attrs.field(factory=trio.Event)
     _engine: Engine | None = None
 
-    def report(self, progress: str) -> None:
-        self.progress = progress
+    def report(self, text: str, share: float | None = None) -> None:
+        """Note what the loading is at; the share of a step never falls."""
+        if text == self.progress and share is not None and self.share is not None:
+            share = max(share, self.share)
+        self.progress, self.share = text, share
 
     def begin(self, engine: Engine) -> None:
         """Take work from now on."""
         self._engine = engine
-        self.state, self.progress = WorkerState.READY, ""
+        self.state, self.progress, self.share = WorkerState.READY, "", None
 
     def end(self, state: WorkerState, error: RbeeError) -> None:
         """Take no more work; every job ends with ``error``."""
@@ -110,7 +114,7 @@ async def health(worker: Worker, request: Request) -> Response:
 
 
 async def ready(worker: Worker, request: Request) -> Response:
-    state = ReadyState(worker.config.spec.id, worker.state.value, worker.progress)
+    state = ReadyState(worker.config.spec.id, worker.state.value, worker.progress, worker.share)
     if worker.state is WorkerState.READY:
         return json_response(state)
     return attrs.evolve(json_response(state, 503), headers=((b"retry-after", b"1"),))
