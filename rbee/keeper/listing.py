@@ -26,7 +26,10 @@ async def list_workers(flags: QueenFlags) -> None:
         if queen and not workers:
             note("no workers yet; the first answer starts one")
     columns = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
-    print_rows(columns, [_worker_row(worker) for worker in workers], as_json=flags.json)
+    rows = [_worker_row(worker) for worker in workers]
+    if not flags.json:
+        rows = [row | {"state": _state(row)} for row in rows]
+    print_rows(columns, rows, as_json=flags.json)
 
 
 async def list_processes(flags: QueenFlags) -> None:
@@ -125,8 +128,17 @@ def _operator_hive(home: Home) -> list[dict[str, Any]]:
     ]
 
 
+def _state(row: dict[str, Any]) -> str:
+    """Return a worker's state, with what it is at while it loads."""
+    if not row["progress"]:
+        return str(row["state"])
+    share = "" if row["share"] is None else f" {int(row['share'] * 100)} %"
+    return f"{row['state']} ({row['progress']}{share})"
+
+
 def _worker_row(worker: WorkerInfo) -> dict[str, Any]:
     names = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
-    row = {name: getattr(worker, name) for name in (*names, "owner", "served_names")}
+    row = {name: getattr(worker, name) for name in (*names, "progress", "share", "owner")}
+    row["served_names"] = worker.served_names
     row["error"] = worker.error.message if worker.error else None
     return row

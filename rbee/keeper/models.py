@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rbee.keeper.flags import DataFlags
 from rbee.keeper.output import (
     human_bytes,
     note,
+    open_output,
     print_data,
     print_facts,
     print_json,
@@ -51,14 +53,15 @@ async def pull_model(flags: DataFlags, name: str) -> None:
     from rbee.models.provision import provision
 
     home = open_home(flags.home)
-    model = await provision(
-        name,
-        home,
-        aliases=load_config(home.config_file).aliases,
-        dtype=default_dtype("cpu"),
-        run=_run,
-        narrate=_narrate,
-    )
+    async with open_output() as output:
+        model = await provision(
+            name,
+            home,
+            aliases=load_config(home.config_file).aliases,
+            dtype=default_dtype("cpu"),
+            run=_run,
+            narrate=partial(output.step, "model"),
+        )
     if flags.json:
         print_json({"model": model.reference, "directory": str(model.directory)})
     else:
@@ -82,10 +85,6 @@ async def drop_model(flags: DataFlags, name: str) -> None:
         print_json([_row(item) for item in removed])
     for item in removed:
         note(f"removed {item.entry.reference if item.entry else item.name}")
-
-
-def _narrate(action: str, text: str) -> None:
-    note(f"model: {action} {text}")
 
 
 def _row(item: Item) -> dict[str, Any]:

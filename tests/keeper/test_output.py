@@ -35,24 +35,24 @@ async def test_data_goes_out_at_once_and_its_line_is_ended_once(
     await out.data("a")
     assert capfd.readouterr().out == "a"
     await out.data("")
-    out.close_line()
-    out.close_line()
+    out.settle()
+    out.settle()
     await out.data("b\n")
-    out.close_line()
+    out.settle()
     assert capfd.readouterr().out == "\nb\n"
 
 
 async def test_narration_goes_to_stderr_only(capfd: pytest.CaptureFixture[str]) -> None:
     out = Output()
     await out.narrate("hive", "start", "a worker")
-    await out.narrate("hive", "progress", "50 %")
-    assert capfd.readouterr() == ("", "hive: start a worker\nhive: 50 %\n")
+    await out.narrate("queen", "ready", "after 0.1 s")
+    assert capfd.readouterr() == ("", "hive: start a worker\nqueen: ready after 0.1 s\n")
 
 
 async def test_quiet_data_stays_off_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     out = Output(quiet_data=True)
     await out.data("a")
-    out.close_line()
+    out.settle()
     assert capfd.readouterr().out == ""
 
 

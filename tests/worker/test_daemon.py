@@ -51,7 +51,8 @@ async def test_while_loading_it_answers_503_with_its_state(tmp_path, monkeypatch
                 ready = await client.get("/v1/ready")
                 assert ready.status_code == 503
                 assert ready.json()["state"] == "loading"
-                assert ready.json()["progress"] == "loading nothing"
+                assert ready.json()["progress"] == "weights"
+                assert 0 <= ready.json()["share"] < 0.5
                 for path in ("/execute", "/v1/chat/completions"):
                     refused = await client.post(path, json={"job_id": "j", "prompt": "x"})
                     assert refused.status_code == 503
