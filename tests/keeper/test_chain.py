@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
+import struct
 import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fcntl import ioctl
 
 import pytest
 import trio
@@ -28,6 +35,35 @@ async def test_a_cold_infer_answers_and_leaves_nothing_behind(home: Home, leaks:
     assert (done.returncode, done.stdout) == (0, b"a b a b\n")
     assert b"rbee-keeper queen start" in done.stderr  # how to keep it warm
     await leaks.wait_clean(1)
+
+
+async def test_the_loading_is_shown_from_the_engine_to_the_terminal(
+    home: Home, leaks: LeakCheck
+) -> None:
+    line = ("infer", "--model", "echo?load=2", "--engine", "echo", "--prompt", "a b")
+    with open_pty() as (ours, theirs):
+        environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1"}
+        async with open_keeper(*line, stderr=theirs, env=environment) as process:
+            answer = await read_until(process.stdout, b"a b\n")
+        shown = os.read(ours, 65536).decode()
+    assert (process.returncode, answer) == (0, b"a b " * 7 + b"a b\n")
+    shares = [int(share) for share in re.findall(r"· weights [━╌]+ +(\d+) %", shown)]
+    assert len(set(shares)) >= 4
+    assert shares == sorted(shares)
+    assert re.search(r"Khive: load echo\?load=2 with echo on cpu … [234]\.\d s", shown)
+    await leaks.wait_clean(1)
+
+
+@contextmanager
+def open_pty() -> Iterator[tuple[int, int]]:
+    """Make a terminal of 100 columns; yields our end and the one of a program."""
+    ours, theirs = os.openpty()
+    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    try:
+        yield ours, theirs
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 async def test_a_standing_queen_keeps_the_worker_warm(home: Home, leaks: LeakCheck) -> None:
