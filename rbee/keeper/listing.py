@@ -28,7 +28,8 @@ async def list_workers(flags: QueenFlags) -> None:
     columns = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
     rows = [_worker_row(worker) for worker in workers]
     if not flags.json:
-        rows = [row | {"state": _state(row)} for row in rows]
+        for row, worker in zip(rows, workers, strict=True):
+            row["state"] = state_in_words(worker)
     print_rows(columns, rows, as_json=flags.json)
 
 
@@ -128,17 +129,17 @@ def _operator_hive(home: Home) -> list[dict[str, Any]]:
     ]
 
 
-def _state(row: dict[str, Any]) -> str:
+def state_in_words(worker: WorkerInfo) -> str:
     """Return a worker's state, with what it is at while it loads."""
-    if not row["progress"]:
-        return str(row["state"])
-    share = "" if row["share"] is None else f" {int(row['share'] * 100)} %"
-    return f"{row['state']} ({row['progress']}{share})"
+    if not worker.progress:
+        return worker.state
+    share = "" if worker.share is None else f" {int(worker.share * 100)} %"
+    return f"{worker.state} ({worker.progress}{share})"
 
 
 def _worker_row(worker: WorkerInfo) -> dict[str, Any]:
     names = ("worker_id", "node", "state", "model", "engine", "backend", "device", "pid", "url")
-    row = {name: getattr(worker, name) for name in (*names, "progress", "share", "owner")}
-    row["served_names"] = worker.served_names
+    row = {name: getattr(worker, name) for name in (*names, "owner", "served_names")}
+    row |= {"progress": worker.progress, "share": worker.share}
     row["error"] = worker.error.message if worker.error else None
     return row

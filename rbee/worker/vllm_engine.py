@@ -42,7 +42,7 @@ CLOSE = {
     "cuda": 2.0,
 }  # seconds for EngineCore to end by itself; a CPU one leaves nothing
 NOTICE = 0.2  # seconds between looks at the engine's health
-LOOK = 0.2  # seconds between looks at the weights
+LOOK = 0.25  # seconds between looks at the weights
 STARTING = "starting the engine"
 LONG_TEXT = 20_000  # characters above which tokenising leaves the main thread
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
@@ -148,6 +148,7 @@ class Steps:
     progress: Progress
     weights: Path
     _loader_says: str = ""
+    _read: bool = False
 
     def tell(self, text: str) -> None:
         self._loader_says = text
@@ -167,8 +168,10 @@ class Steps:
         if self._loader_says != STARTING:
             return
         share = weights.read_share(self.weights)
-        if share is not None:
-            self.progress("weights", share) if share < 1 else self.progress("KV cache")
+        if share is None:
+            return
+        self.progress("KV cache") if self._read else self.progress("weights", share)
+        self._read = share >= 1
 
 
 def hide_broken_packages() -> None:

@@ -6,12 +6,7 @@ import json
 import os
 import re
 import signal
-import struct
 import sys
-import termios
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fcntl import ioctl
 
 import pytest
 import trio
@@ -19,6 +14,7 @@ import trio
 from rbee.home import Home
 from rbee.testing.processes import LeakCheck
 from tests.keeper.test_infer import keeper, open_keeper, read_until
+from tests.terminal import open_terminal, screen
 
 pytestmark = pytest.mark.slow
 
@@ -41,29 +37,17 @@ async def test_the_loading_is_shown_from_the_engine_to_the_terminal(
     home: Home, leaks: LeakCheck
 ) -> None:
     line = ("infer", "--model", "echo?load=2", "--engine", "echo", "--prompt", "a b")
-    with open_pty() as (ours, theirs):
-        environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1"}
-        async with open_keeper(*line, stderr=theirs, env=environment) as process:
+    environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1"}
+    with open_terminal() as terminal:
+        async with open_keeper(*line, stderr=terminal.fd, env=environment) as process:
             answer = await read_until(process.stdout, b"a b\n")
-        shown = os.read(ours, 65536).decode()
     assert (process.returncode, answer) == (0, b"a b " * 7 + b"a b\n")
-    shares = [int(share) for share in re.findall(r"· weights [━╌]+ +(\d+) %", shown)]
+    shares = [int(n) for n in re.findall(r"· weights [━╌]+ +(\d+) %", terminal.text)]
     assert len(set(shares)) >= 4
     assert shares == sorted(shares)
-    assert re.search(r"Khive: load echo\?load=2 with echo on cpu … [234]\.\d s", shown)
+    (line_left,) = [line for line in screen(terminal.text) if line.startswith("hive: load")]
+    assert re.fullmatch(r"hive: load echo\?load=2 with echo on cpu … [2-5]\.\d s", line_left)
     await leaks.wait_clean(1)
-
-
-@contextmanager
-def open_pty() -> Iterator[tuple[int, int]]:
-    """Make a terminal of 100 columns; yields our end and the one of a program."""
-    ours, theirs = os.openpty()
-    ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    try:
-        yield ours, theirs
-    finally:
-        os.close(ours)
-        os.close(theirs)
 
 
 async def test_a_standing_queen_keeps_the_worker_warm(home: Home, leaks: LeakCheck) -> None:

@@ -56,9 +56,7 @@ async def test_workers_are_listed_with_their_models(
     ],
 )
 def test_the_state_of_a_loading_worker_tells_how_far_it_is(info: WorkerInfo, told: str) -> None:
-    row = listing._worker_row(info)
-    assert row["state"] == info.state
-    assert listing._state(row) == told
+    assert listing.state_in_words(info) == told
 
 
 async def test_the_status_sums_up(home: Home, capfd: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import trio
 from rbee.keeper import output as output_module
 from rbee.keeper.output import Output, open_output
 from rbee.keeper.progress import Step, fit, width
+from tests.terminal import screen
 
 
 def step(action: str = "load", text: str = "m", *, share: float | None = None) -> Step:
@@ -85,28 +86,6 @@ def test_text_is_cut_by_columns_not_by_characters() -> None:
 
 
 # a terminal ---------------------------------------------------------------------------------------
-def screen(data: bytes) -> list[str]:
-    """Return the lines that a terminal shows after ``data``, without colours."""
-    lines, column = [""], 0
-    text = data.decode()
-    while text:
-        if text.startswith("\x1b["):
-            end = next(i for i, char in enumerate(text) if char.isalpha())
-            if text[end] == "K":
-                lines[-1] = lines[-1][:column]
-            text = text[end + 1 :]
-            continue
-        char, text = text[0], text[1:]
-        if char == "\r":
-            column = 0
-        elif char == "\n":
-            lines.append("")
-        else:
-            lines[-1] = lines[-1][:column] + char + lines[-1][column + 1 :]
-            column += 1
-    return lines
-
-
 class Terminal:
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -119,7 +98,7 @@ class Terminal:
                 self.shown += data
         except OSError:  # nothing more for now
             pass
-        return screen(self.shown)
+        return screen(self.shown.decode())
 
 
 OpenTerminal = Callable[[], AbstractContextManager[Terminal]]

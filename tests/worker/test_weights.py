@@ -104,7 +104,7 @@ async def test_after_the_weights_comes_the_cache(tmp_path, autojump_clock):
     steps = Steps(lambda text, share=None: told.append((text, share)), tmp_path / "weights")
     steps.tell(STARTING)
     weights.write_share(tmp_path / "weights", 1.0)
-    with trio.move_on_after(1.5 * LOOK):
+    with trio.move_on_after(2.5 * LOOK):
         await steps.follow(loading)
-    assert told[1:] == [("KV cache", None)]
+    assert told[1:] == [("weights", 1.0), ("KV cache", None)]
     assert loading.closed
