@@ -45,6 +45,7 @@ class HiveConfig:
     port: int = HIVE_PORT
     worker_port: int = WORKER_PORT
     node: str = LOCALHOST
+    memory: str | None = None
     token_file: str | None = None
 
 

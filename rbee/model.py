@@ -16,6 +16,7 @@ JobId = NewType("JobId", str)
 NodeName = NewType("NodeName", str)
 
 LOCALHOST = NodeName("localhost")
+KEEP_ALIVE = 300.0  # seconds that a worker stays without work, where nobody says otherwise
 QUEEN_PORT, HIVE_PORT, WORKER_PORT = 8080, 9200, 8001
 
 
@@ -55,6 +56,7 @@ class WorkerSpec:
         max_model_len: context in tokens; None leaves it to the engine.
         kv_cache_bytes: size of the KV cache in bytes; None leaves it to the engine.
         owner: the queen that asked for it.
+        keep_alive: seconds that it stays without work; negative: for ever.
     """
 
     id: WorkerId
@@ -72,6 +74,7 @@ class WorkerSpec:
     kv_cache_bytes: int | None = None
     max_num_seqs: int | None = None
     engine_args: dict[str, str] = attrs.field(factory=dict)
+    keep_alive: float = KEEP_ALIVE
 
 
 @attrs.frozen

@@ -28,6 +28,7 @@ def run_daemon(
     port: int = HIVE_PORT,
     worker_port: int = WORKER_PORT,
     node: str = "localhost",
+    memory: str | None = None,
     home: Path | None = None,
     token_file: Path | None = None,
     owned: Annotated[bool, cyclopts.Parameter(negative="")] = False,
@@ -44,6 +45,8 @@ def run_daemon(
         First port tried for workers.
     node:
         Name of this node.
+    memory:
+        What its workers on the CPU may take in all, such as 8G; default: what is free.
     home:
         Directory for models, logs and the token.
     token_file:
@@ -56,6 +59,9 @@ def run_daemon(
     from rbee.hive.workers import HiveSetup
     from rbee.home import choose_token, open_home, short_name
     from rbee.model import new_id
+    from rbee.units import size
+
+    budget = None if memory is None else size(memory)
 
     async def main(root: daemon.Root) -> None:
         place = open_home(home)
@@ -75,6 +81,7 @@ def run_daemon(
             exact_port=not owned,
             worker_port=worker_port,
             queen_url=start.queen_url if start else "",
+            memory=budget,
         )
         await run(setup, root)
 

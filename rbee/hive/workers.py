@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,25 +11,21 @@ import attrs
 import trio
 
 from rbee.broadcast import Broadcast
-from rbee.errors import (
-    ChildExitedError,
-    ConflictError,
-    NotFoundError,
-    RbeeError,
-    UnavailableError,
-    from_wire,
-    leaves,
-)
+from rbee.errors import ConflictError, NotFoundError, RbeeError, UnavailableError, leaves
 from rbee.guard import children
+from rbee.hive.failures import died, too_slow
 from rbee.hive.launch import Launcher
+from rbee.hive.peer import Connect, Peer, connect_with
+from rbee.hive.room import Memory, Plan, Room, Tenant
 from rbee.home import Home, short_name
-from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.models.reference import shown
-from rbee.process import Process, child_exited, log_tail
+from rbee.process import Process
 from rbee.scopes import TaskOwner
-from rbee.web.client import keep_probing, open_client
+from rbee.web.client import PROBE
 from rbee.wire.messages import (
     ErrorDetail,
+    ReadyState,
     StartWorker,
     WorkerInfo,
     WorkerNarration,
@@ -42,6 +37,7 @@ log = logging.getLogger(__name__)
 
 LOAD_LIMIT = 600.0  # seconds from the launch to the ready callback
 KEPT_LOGS = 30
+AGAIN = 0.2  # seconds at least between two looks at a worker
 
 News = WorkerInfo | WorkerNarration
 ACTIVE = frozenset({WorkerState.STARTED, WorkerState.LOADING, WorkerState.READY})
@@ -67,7 +63,15 @@ WarmUp = Callable[[str, Narrate], Awaitable[object]]
 """Have what every worker of an engine needs; returns when it is there."""
 
 
+MakePlan = Callable[[Local, StartWorker], Plan | None]
+"""Say how much memory a worker with this model will take."""
+
+
 async def _nothing(engine: str, narrate: Narrate) -> None:
+    return None
+
+
+def _no_plan(local: Local, request: StartWorker) -> None:
     return None
 
 
@@ -78,6 +82,7 @@ class HiveSetup:
     Attributes:
         token: expected from callers, handed to workers.
         owner: ``operator`` or the id of the queen that owns it.
+        memory: bytes that its workers on the CPU may take in all; None for what is free.
         token_file: where an operator's hive has ``token`` from; None for an owned one.
         queen_url, queen_token: where ready callbacks go; "" until a queen says so.
         run_dir: its private directory; worker directories lie in it.
@@ -93,6 +98,7 @@ class HiveSetup:
     port: int = 0
     exact_port: bool = False
     worker_port: int = 8001
+    memory: int | None = None
     queen_url: str = ""
     token_file: Path | None = None
     grace: Grace = attrs.field(factory=Grace)
@@ -108,6 +114,29 @@ class Worker:
     ended: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     became_ready: trio.Event = attrs.field(factory=trio.Event)
+    plan: Plan | None = None
+    peer: Peer | None = None
+    unloading: bool = False
+    seen_at: float = 0.0
+
+    @property
+    def backend(self) -> str:
+        return self.info.backend
+
+    @property
+    def device(self) -> str:
+        return self.info.device
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.info.keep_alive < 0
+
+    @property
+    def idle(self) -> float:
+        """Seconds without work, as far as is known; 0 for one that works."""
+        if self.info.running or self.state is not WorkerState.READY:
+            return 0.0
+        return self.info.idle + trio.current_time() - self.seen_at
 
     @property
     def state(self) -> WorkerState:
@@ -127,12 +156,20 @@ class Workers(TaskOwner):
         launch: Launcher,
         provision: Provision,
         warm_up: WarmUp = _nothing,
+        *,
+        make_plan: MakePlan = _no_plan,
+        memory: Memory | None = None,
+        connect: Connect | None = None,
     ) -> None:
         self._setup = setup
+        self._workers: dict[WorkerId, Worker] = {}
         self._launch = launch
         self._provision = provision
         self._warm_up = warm_up
-        self._workers: dict[WorkerId, Worker] = {}
+        self._make_plan = make_plan
+        self._connect = connect or connect_with(setup.token)
+        there = self._workers.values
+        self._room = Room(memory or Memory(), there, self._look_at_all, self._make_idle_go)
         self.url = ""
         self.news: Broadcast[News] = Broadcast()
         self.on_ready: Callable[[WorkerInfo], None] = lambda info: None
@@ -167,7 +204,7 @@ class Workers(TaskOwner):
             device=spec.device, owner=request.owner, node=self._setup.node,
             max_model_len=request.max_model_len, dtype=request.dtype,
             kv_cache_bytes=request.kv_cache_bytes, max_num_seqs=request.max_num_seqs,
-            engine_args=request.engine_args,
+            engine_args=request.engine_args, keep_alive=spec.keep_alive,
         )  # fmt: skip
         worker = Worker(info, request, self._setup.home.log_file(spec.id))
         self._workers[spec.id] = worker
@@ -182,6 +219,7 @@ class Workers(TaskOwner):
             node=self._setup.node, owner=request.owner, max_model_len=request.max_model_len,
             dtype=request.dtype, kv_cache_bytes=request.kv_cache_bytes,
             max_num_seqs=request.max_num_seqs, engine_args=request.engine_args,
+            keep_alive=KEEP_ALIVE if request.keep_alive is None else request.keep_alive,
         )  # fmt: skip
 
     async def _keep(self, worker: Worker, spec: WorkerSpec) -> None:
@@ -199,6 +237,7 @@ class Workers(TaskOwner):
         with worker.scope:  # `stop` cancels it: an asked-for end is silent
             local = await self._prepare(worker)
             spec = self._resolved(worker, spec, local)
+            await self._take_room(worker, local)
             config = WorkerConfig(
                 spec=spec,
                 run_dir=str(self._setup.run_dir / short_name(spec.id)),
@@ -216,8 +255,9 @@ class Workers(TaskOwner):
                     self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)
                     status = await self._until_end(worker, process, loading)
             if loading.cancelled_caught:
-                raise _too_slow(worker)
-            raise _died(worker, status)
+                raise too_slow(worker.id, worker.log_file, LOAD_LIMIT)
+            if not worker.unloading:
+                raise died(worker.id, worker.log_file, status)
         self._change(worker, state=WorkerState.STOPPED.value)
 
     async def _prepare(self, worker: Worker) -> Local | None:
@@ -225,6 +265,12 @@ class Workers(TaskOwner):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._warm, worker)
             return await self._provision(worker.request, self._narrate(worker))
+
+    async def _take_room(self, worker: Worker, local: Local | None) -> None:
+        plan = self._make_plan(local, worker.request) if local is not None else None
+        if plan is not None:
+            await self._room.make(plan, worker, self._narrate(worker))
+        worker.plan = plan
 
     async def _warm(self, worker: Worker) -> None:
         with trio.move_on_after(LOAD_LIMIT):  # the launch says what is wrong then
@@ -242,7 +288,7 @@ class Workers(TaskOwner):
     async def _until_end(self, worker: Worker, process: Process, loading: trio.CancelScope) -> int:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_lift_limit, worker.became_ready, loading)
-            nursery.start_soon(self._probe, worker)
+            nursery.start_soon(self._watch, worker)
             status = await process.wait()
             nursery.cancel_scope.cancel(reason="worker ended")
         return status
@@ -259,6 +305,7 @@ class Workers(TaskOwner):
             raise ConflictError(f"worker {worker.id} is being stopped", code="stopping")
         worker.became_ready.set()
         pid = next(iter(children(worker.info.pid)), 0)  # so far it was the guard's
+        worker.seen_at = trio.current_time()
         state = WorkerState.READY.value
         self._change(worker, state=state, url=message.url, pid=pid, progress="", share=None)
         log.info("worker %s ready at %s", worker.id, message.url)
@@ -271,16 +318,40 @@ class Workers(TaskOwner):
             worker.info = attrs.evolve(worker.info, progress=told.text, share=told.share)
             self.news.send(told)
 
-    async def _probe(self, worker: Worker) -> None:
+    async def _watch(self, worker: Worker) -> None:
+        """Know whether a worker answers and works, and unload one that has had no work for long."""
         await worker.became_ready.wait()
+        async with self._connect(worker.info) as worker.peer:
+            pause = PROBE
+            while True:
+                await trio.sleep(pause)
+                seen = await self._look_at(worker)
+                left = _left(seen)
+                if left <= 0:
+                    await self._unload(worker, f"no work for {worker.idle:.0f} s")
+                pause = min(PROBE, max(left, AGAIN))
 
-        def tell(answers: bool) -> None:
-            state = WorkerState.READY if answers else WorkerState.UNRESPONSIVE
+    async def _look_at_all(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for worker in list(self._workers.values()):
+                nursery.start_soon(self._look_at, worker)
+
+    async def _look_at(self, worker: Worker) -> ReadyState | None:
+        seen = await worker.peer.state() if worker.peer is not None else None
+        if worker.state in (WorkerState.READY, WorkerState.UNRESPONSIVE):
+            self._note(worker, seen)
+        return seen
+
+    def _note(self, worker: Worker, seen: ReadyState | None) -> None:
+        state = WorkerState.UNRESPONSIVE if seen is None else WorkerState.READY
+        if state is not worker.state:
             log.warning("worker %s is %s", worker.id, state.value)
-            self._change(worker, state=state.value)
-
-        async with open_client(worker.info.url, self._setup.token) as client:
-            await keep_probing(client, tell)
+        before = worker.info
+        told = {} if seen is None else _figures(seen)
+        worker.info = attrs.evolve(before, state=state.value, **told)
+        worker.seen_at = trio.current_time()
+        if attrs.evolve(worker.info, idle=before.idle) != before:  # that it is idle still, is none
+            self._tell(worker)
 
     def _fail(self, worker: Worker, error: BaseException) -> None:
         if not isinstance(error, RbeeError):
@@ -318,6 +389,23 @@ class Workers(TaskOwner):
         for worker in mine:
             await worker.ended.wait()
 
+    async def _unload(self, worker: Worker, why: str) -> bool:
+        """Stop a worker that nobody uses; False if it is at work after all."""
+        if worker.peer is None or worker.state is not WorkerState.READY:
+            return False
+        worker.unloading = True
+        worker.unloading = await worker.peer.stop_if_idle()
+        if not worker.unloading:
+            return False
+        log.info("worker %s is unloaded: %s", worker.id, why)
+        self._begin_stop(worker)
+        await worker.ended.wait()
+        return True
+
+    async def _make_idle_go(self, worker: Tenant) -> bool:
+        assert isinstance(worker, Worker)
+        return await self._unload(worker, "its memory is needed")
+
     def _begin_stop(self, worker: Worker) -> None:
         self._change(worker, state=WorkerState.STOPPING.value)
         worker.scope.cancel(reason="asked to stop")
@@ -331,6 +419,17 @@ class Workers(TaskOwner):
                 path.unlink(missing_ok=True)
 
 
+def _left(seen: ReadyState | None) -> float:
+    """Return the seconds until a worker is to be unloaded if nobody uses it."""
+    if seen is None or seen.running or seen.keep_alive < 0:
+        return float("inf")
+    return seen.keep_alive - seen.idle
+
+
+def _figures(seen: ReadyState) -> dict[str, Any]:
+    return {"running": seen.running, "idle": seen.idle, "keep_alive": seen.keep_alive}
+
+
 def _modified(path: Path) -> float:
     try:
         return path.stat().st_mtime
@@ -338,40 +437,6 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
-def _too_slow(worker: Worker) -> RbeeError:
-    return UnavailableError(
-        f"worker {worker.id} was not ready within {LOAD_LIMIT:g} s",
-        code="load_timeout",
-        hint=f"rbee-keeper logs --worker {worker.id}",
-        log=log_tail(worker.log_file),
-    )
-
-
 async def _lift_limit(ready: trio.Event, scope: trio.CancelScope) -> None:
     await ready.wait()
     scope.deadline = float("inf")
-
-
-def _died(worker: Worker, status: int) -> RbeeError:
-    """Make the error of a worker that ended unasked; it may have said why on its log."""
-    tail = log_tail(worker.log_file, 8000)
-    for line in reversed(tail.splitlines()):
-        _, found, text = line.partition("rbee-error ")
-        if found and (said := _said(text)):
-            told = [line for line in tail.splitlines() if "rbee-error " not in line]
-            said.details.setdefault("log", "\n".join(told)[-2000:])
-            return said
-    error: ChildExitedError = child_exited(f"worker {worker.id}", status, worker.log_file)
-    error.hint = f"rbee-keeper logs --worker {worker.id}"
-    return error
-
-
-def _said(text: str) -> RbeeError | None:
-    try:
-        detail = json.loads(text)
-        return from_wire(
-            detail["code"], detail["message"], hint=detail.get("hint", ""),
-            details=detail.get("details") or {},
-        )  # fmt: skip
-    except (ValueError, KeyError, TypeError):
-        return None

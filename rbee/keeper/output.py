@@ -14,12 +14,15 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rbee.errors import RbeeError
-from rbee.keeper.progress import DIM, FACTS, PLAIN, Step
 
-RED, CLEAR_LINE, CLEAR_REST = "\x1b[31m", "\r\x1b[K", "\x1b[K"
+if TYPE_CHECKING:  # the quick way to an answer has no steps, so it does not pay for their import
+    from rbee.keeper.progress import Step
+
+DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
+CLEAR_LINE, CLEAR_REST = "\r\x1b[K", "\x1b[K"
 DUMB = ("", "dumb", "unknown")
 COLUMNS = 80  # of a terminal that does not know
 REDRAW = 0.2  # seconds between two drawings of the live line
@@ -154,6 +157,8 @@ class Output:
         if self._step is not None and self._step.take(actor, action, text, share):
             self._tell_progress(self._step)
             return
+        from rbee.keeper.progress import FACTS, Step
+
         self.end_step()
         step = Step(actor, action, text, time.monotonic(), share)
         if action in FACTS:
@@ -168,6 +173,8 @@ class Output:
     def await_answer(self, actor: str, text: str) -> None:
         """Show on a terminal that an answer is awaited; nothing of it stays."""
         if self.is_live:
+            from rbee.keeper.progress import Step
+
             self.end_step()
             self._step = Step(actor, "answer", text, time.monotonic(), stays=False)
 
@@ -186,7 +193,7 @@ class Output:
         """Show the step as it is now, unless the terminal is slow."""
         if self._step is None or not self._stderr.is_idle:
             return
-        line = self._step.line(time.monotonic(), columns(), colours=self._colours)
+        line = self._dimmed(self._step.line(time.monotonic(), columns()))
         self._stderr.put(f"{self._newline()}\r{line}{CLEAR_REST}")
         self._drawn = True
 
@@ -208,9 +215,10 @@ class Output:
         self._put_line(step.told())
 
     def _put_line(self, line: str) -> None:
-        if self._colours:
-            line = f"{DIM}{line}{PLAIN}"
-        self._stderr.put(f"{self._newline()}{line}\n")
+        self._stderr.put(f"{self._newline()}{self._dimmed(line)}\n")
+
+    def _dimmed(self, line: str) -> str:
+        return f"{DIM}{line}{PLAIN}" if self._colours else line
 
     def _newline(self) -> str:
         """Leave the answer's line, where stdout and stderr are one terminal."""

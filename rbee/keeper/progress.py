@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import attrs
 
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 DONE, OPEN = "━", "╌"
 BAR, NARROW_BAR = 24, 8  # cells
 ROOMY = 60  # columns from which the bar is the long one
@@ -47,7 +46,7 @@ class Step:
         self.text, self.share = text, _risen(self.share, share)
         return True
 
-    def line(self, now: float, columns: int, *, colours: bool) -> str:
+    def line(self, now: float, columns: int) -> str:
         """Return what a terminal shows while it runs; never as wide as ``columns``."""
         end = f" {_percent(self.share):>5}" if self.share is not None else ""
         end += f" {now - self.began:.1f} s"
@@ -56,8 +55,7 @@ class Step:
         if self.share is not None and room > 3 * NARROW_BAR:
             bar = " " + draw_bar(self.share, BAR if columns >= ROOMY else NARROW_BAR)
         told = f"{self.name} · {self.detail}" if self.detail else self.name
-        line = cut(fit(told, room - width(bar)) + bar + end, columns - 1)
-        return f"{DIM}{line}{PLAIN}" if colours else line
+        return cut(fit(told, room - width(bar)) + bar + end, columns - 1)
 
     def told(self) -> str:
         """Return the line that says what is going on, where lines stay."""

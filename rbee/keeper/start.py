@@ -8,14 +8,11 @@ from typing import Any
 from rbee.errors import BadInputError
 from rbee.keeper.flags import StartFlags
 from rbee.model import node_name
+from rbee.units import seconds, size
 
 _ENGINE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _DEVICE = re.compile(r"\d{1,4}(,\d{1,4})*")
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
-_TIME = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(s|m|h|d)?", re.IGNORECASE)
 _ENGINE_ARG = re.compile(r"(?:--)?([A-Za-z][A-Za-z0-9._-]{0,99})(?:=(.*))?", re.DOTALL)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def start_settings(flags: StartFlags) -> dict[str, Any]:
@@ -45,32 +42,6 @@ def start_settings(flags: StartFlags) -> dict[str, Any]:
         "engine_args": engine_args(flags.engine_arg),
         "keep_alive": None if flags.keep_alive is None else seconds(flags.keep_alive),
     }
-
-
-def size(text: str) -> int:
-    """Read a size in bytes: ``268435456``, ``256M``, ``1.5GiB``; units are powers of 1024."""
-    match = _SIZE.fullmatch(text.strip())
-    found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if not found:
-        raise BadInputError(
-            f"{text!r} is not a size (needed: bytes above 0, or a number with K, M, G or T)",
-            hint="rbee-keeper infer --kv-cache 512M …",
-        )
-    return found
-
-
-def seconds(text: str) -> float:
-    """Read a time: ``300``, ``10m``, ``2h``; a negative one is for ever and becomes -1."""
-    if re.fullmatch(r"-\d{1,9}(\.\d{1,6})?[smhd]?", text.strip()):
-        return -1.0
-    match = _TIME.fullmatch(text.strip())
-    if not match:
-        raise BadInputError(
-            f"{text!r} is not a time (needed: seconds, or a number with s, m, h or d; "
-            "-1 is for ever)",
-            hint="rbee-keeper infer --keep-alive 10m …",
-        )
-    return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
 
 
 def engine_args(given: tuple[str, ...]) -> dict[str, str]:

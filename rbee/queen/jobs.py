@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TypeVar
 
 import attrs
@@ -19,6 +20,7 @@ from rbee.errors import (
     DeadlineError,
     NotFoundError,
     PeerError,
+    QueueFullError,
     RbeeError,
     UnauthorizedError,
     UnavailableError,
@@ -27,6 +29,7 @@ from rbee.errors import (
 )
 from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
+from rbee.queen.backoff import Backoff
 from rbee.queen.hives import Hive, Hives
 from rbee.queen.placement import choose, start_for
 from rbee.scopes import TaskOwner
@@ -47,6 +50,8 @@ T = TypeVar("T")
 
 BUFFER = 64  # chunks between a worker and a slow reader; beyond, the worker's socket waits
 LOG_LINES = 12
+WAITING = 64  # jobs that may wait for workers of one model
+TRIES = 3  # workers that may be gone when a job comes to them: unloaded, or dead without a word
 STALL = 65.0  # seconds of silence; a worker itself gives up after 60 without a token
 TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
 
@@ -109,6 +114,8 @@ class Jobs(TaskOwner):
         self._hives = hives
         self._ending = ending
         self._jobs: dict[JobId, Job] = {}
+        self._waiting: Counter[str] = Counter()
+        self._backoff = Backoff()
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -162,16 +169,22 @@ class Jobs(TaskOwner):
             raise DeadlineError(f"the job did not end within its deadline of {limit:g} s")
 
     async def _place_and_relay(self, job: Job) -> None:
-        worker = await self._place(job)
+        tries = 1
+        while not await self._relayed(job, await self._place(job), is_last=tries == TRIES):
+            tries += 1
+
+    async def _relayed(self, job: Job, worker: WorkerInfo, *, is_last: bool) -> bool:
+        """Relay the answer; False if the worker went before it could say so: place once more."""
         try:
             await self._relay(job, worker)
         except (UnavailableError, ConflictError, UnauthorizedError) as exc:
-            if job.watch.seen or job.streaming:
+            # Another may have its port by now, and refuse our token or the job.
+            if is_last or job.watch.seen or job.streaming:
                 raise
-            # It died before it could say so, and another may have its port: place once more.
             log.info("job %s: worker %s is not there: %s", job.id, worker.worker_id, exc)
             self._hives.workers.remove(WorkerId(worker.worker_id))
-            await self._relay(job, await self._place(job))
+            return False
+        return True
 
     # placing ---------------------------------------------------------------------------------
     async def _place(self, job: Job) -> WorkerInfo:
@@ -181,15 +194,43 @@ class Jobs(TaskOwner):
             ready = choose(self._hives.workers, request)
             if ready is not None and ready.state == WorkerState.READY.value:
                 return ready
+        with self._waiting_for(request.model):
+            return await self._wait_for_worker(job)
+
+    @contextmanager
+    def _waiting_for(self, model: str) -> Iterator[None]:
+        if self._waiting[model] >= WAITING:
+            raise QueueFullError(
+                f"{WAITING} requests wait for {shown(model)} to be loaded; no more can",
+                hint="rbee-keeper worker list",
+            )
+        self._waiting[model] += 1
+        try:
+            yield
+        finally:
+            self._waiting[model] -= 1
+            self._waiting += Counter()  # drops what is at 0
+
+    async def _wait_for_worker(self, job: Job) -> WorkerInfo:
+        request = job.request
         hive = await self._hives.get(request.node or LOCALHOST, job.narrate)
         with self._hives.narrations.subscribe() as narrations:
             async with hive.starting:  # two jobs for one model are one start
                 worker = choose(self._hives.workers, request) or await self._start(job, hive)
-            return await self._until_ready(job, worker.worker_id, narrations)
+            start = start_for(request, self._hives.queen_id)
+            try:
+                ready = await self._until_ready(job, worker.worker_id, narrations)
+            except RbeeError as exc:
+                self._backoff.note_failure(start, worker.worker_id, exc)
+                raise
+            self._backoff.note_success(start)
+            return ready
 
     async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
+        start = start_for(job.request, self._hives.queen_id)
+        self._backoff.check(start)
         job.narrate(Narration("queen", "start", f"a worker for {shown(job.request.model)}"))
-        worker = await hive.start_worker(start_for(job.request, self._hives.queen_id))
+        worker = await hive.start_worker(start)
         self._hives.note_started(worker)
         return worker
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import trio
 
 from rbee.model import WorkerConfig
 from rbee.process import Lifeline, Process
+from rbee.wire.messages import ReadyState, WorkerInfo
 
 FIRST_PID = 1 << 23  # above any real pid
 
@@ -77,3 +78,51 @@ class FakeLauncher:
                 await trio.sleep(0 if process.ended() else self.stopping.get(config.spec.model, 0))
             process.end(143)
             del self.running[config.spec.id]
+
+
+@attrs.define(eq=False)
+class FakePeer:
+    """A `rbee.hive.peer.Peer` that says what it is told to say.
+
+    Attributes:
+        keep_alive, running: as the worker would tell them; its idle time is the clock's.
+        answers: False as long as the worker is frozen.
+        end: what happens once it was told to stop.
+    """
+
+    worker_id: str
+    keep_alive: float
+    end: Callable[[int], None]
+    running: int = 0
+    answers: bool = True
+    since: float = attrs.field(factory=trio.current_time)
+
+    async def state(self) -> ReadyState | None:
+        await trio.lowlevel.checkpoint()
+        if not self.answers:
+            return None
+        idle = 0.0 if self.running else trio.current_time() - self.since
+        return ReadyState(
+            self.worker_id, "ready", running=self.running, idle=idle, keep_alive=self.keep_alive
+        )
+
+    async def stop_if_idle(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        if self.answers and not self.running:
+            self.end(0)
+            return True
+        return False
+
+
+@attrs.define(eq=False)
+class FakeConnect:
+    """A `rbee.hive.peer.Connect` to the workers of a `FakeLauncher`."""
+
+    launch: FakeLauncher
+    peers: dict[str, FakePeer] = attrs.field(factory=dict)
+
+    @asynccontextmanager
+    async def __call__(self, worker: WorkerInfo) -> AsyncGenerator[FakePeer, None]:
+        end = self.launch.running[worker.worker_id].end
+        self.peers[worker.worker_id] = FakePeer(worker.worker_id, worker.keep_alive, end)
+        yield self.peers[worker.worker_id]

@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 
+from rbee.model import KEEP_ALIVE
+
 # routes ---------------------------------------------------------------------------------------
 HEALTH = "/health"
 METRICS = "/metrics"
@@ -28,8 +30,6 @@ HIVE_OWNERS = "/v1/owners"
 HIVE_DEVICES = "/v1/devices"
 HIVE_LOGS = "/v1/logs"
 HIVE_MODELS = "/v1/models"
-
-KEEP_ALIVE = 300.0  # seconds that a worker stays without work, where nobody says otherwise
 
 JOB_ID_HEADER = "x-rbee-job-id"
 WORKER_ID_HEADER = "x-rbee-worker-id"  # on /execute: whom it is meant for, ports are used again
@@ -235,6 +235,16 @@ class ReadyState:
     running: int = 0
     idle: float = 0.0
     keep_alive: float = KEEP_ALIVE
+
+
+@attrs.frozen
+class StopWorker:
+    """The body, if any, of a worker's ``POST /v1/admin/shutdown``.
+
+    ``if_idle``: refuse with 409 ``worker_busy`` while a request runs.
+    """
+
+    if_idle: bool = False
 
 
 # models ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from rbee.home import default_root
 from rbee.model import WorkerConfig, WorkerState, new_id
 from rbee.web.router import App, Receive, Request, Response, Scope, Send, Stream, json_response
 from rbee.wire import messages
-from rbee.wire.messages import ExecuteRequest, Health, ReadyState
+from rbee.wire.messages import ExecuteRequest, Health, ReadyState, StopWorker
 from rbee.worker.engine import Engine
 from rbee.worker.execute import Execution
 from rbee.worker.jobs import Jobs
@@ -32,6 +32,8 @@ from rbee.worker.limits import check_request
 from rbee.worker.metrics import CONTENT_TYPE, Figures
 
 log = logging.getLogger(__name__)
+
+FIRST_USE = 10.0  # seconds that a new worker stays at least: it was started for somebody
 
 
 @attrs.define(eq=False)
@@ -45,6 +47,7 @@ class Worker:
     jobs: Jobs = attrs.field(factory=Jobs)
     figures: Figures = attrs.field(factory=Figures)
     stop_asked: trio.Event = attrs.field(factory=trio.Event)
+    keep_alive: float = attrs.Factory(lambda worker: worker.config.spec.keep_alive, takes_self=True)
     _engine: Engine | None = None
 
     def report(self, text: str, share: float | None = None) -> None:
@@ -56,6 +59,7 @@ class Worker:
     def begin(self, engine: Engine) -> None:
         """Take work from now on."""
         self._engine = engine
+        self.jobs = Jobs()  # the idle time begins now
         self.state, self.progress, self.share = WorkerState.READY, "", None
 
     def end(self, state: WorkerState, error: RbeeError) -> None:
@@ -67,6 +71,16 @@ class Worker:
         if self.state is not WorkerState.FAILED:
             self.state, self.progress = WorkerState.STOPPING, "asked to stop"
         self.stop_asked.set()
+
+    def ready_state(self) -> ReadyState:
+        """Tell how it stands, for the hive that may unload it."""
+        keep = self.keep_alive
+        if keep >= 0 and not self.jobs.had_any:
+            keep = max(keep, FIRST_USE)
+        return ReadyState(
+            self.config.spec.id, self.state.value, self.progress, self.share,
+            running=len(self.jobs), idle=self.jobs.idle(), keep_alive=keep,
+        )  # fmt: skip
 
     @property
     def engine(self) -> Engine:
@@ -114,7 +128,7 @@ async def health(worker: Worker, request: Request) -> Response:
 
 
 async def ready(worker: Worker, request: Request) -> Response:
-    state = ReadyState(worker.config.spec.id, worker.state.value, worker.progress, worker.share)
+    state = worker.ready_state()
     if worker.state is WorkerState.READY:
         return json_response(state)
     return attrs.evolve(json_response(state, 503), headers=((b"retry-after", b"1"),))
@@ -133,6 +147,8 @@ async def execute(worker: Worker, request: Request) -> Stream:
     if not body.job_id:
         body = attrs.evolve(body, job_id=new_id("job"))
     check_request(body)
+    if body.keep_alive is not None:
+        worker.keep_alive = body.keep_alive
     execution = Execution(engine, body, worker.config.spec, worker.jobs, worker.figures)
     name = messages.JOB_ID_HEADER.encode()
     return Stream(execution.run, ((name, body.job_id.encode("latin-1", "replace")),))
@@ -154,6 +170,11 @@ async def cancel(worker: Worker, request: Request) -> Response:
 
 
 async def shutdown(worker: Worker, request: Request) -> Response:
+    asked = await request.read(StopWorker) if b"content-type" in request.headers else StopWorker()
+    if asked.if_idle and worker.jobs:
+        raise ConflictError(
+            f"worker {worker.config.spec.id} is at {len(worker.jobs)} requests", code="worker_busy"
+        )
     worker.ask_to_stop()
     return Response(status=202)
 

@@ -36,6 +36,8 @@ class Jobs:
         self._jobs: dict[str, Job] = {}
         self._empty = trio.Event()
         self._empty.set()
+        self._empty_since = trio.current_time()
+        self.had_any = False
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -53,6 +55,7 @@ class Jobs:
             raise ConflictError(f"job {job_id} is in progress already", code="job_exists")
         if not self._jobs:
             self._empty = trio.Event()
+            self.had_any = True
         job = self._jobs[job_id] = Job(job_id)
         try:
             yield job
@@ -60,6 +63,11 @@ class Jobs:
             del self._jobs[job_id]
             if not self._jobs:
                 self._empty.set()
+                self._empty_since = trio.current_time()
+
+    def idle(self) -> float:
+        """Return the seconds without a job; 0 while there is one."""
+        return 0.0 if self._jobs else trio.current_time() - self._empty_since
 
     def end(self, job_id: str, error: RbeeError) -> bool:
         """End one job; False if there is none of this id."""

@@ -21,9 +21,10 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.hive import workers as module
+from rbee.hive.room import Memory, Plan
 from rbee.hive.workers import HiveSetup, Narrate, News, Provision, Workers
 from rbee.home import Home
-from rbee.testing.fakes import FakeLauncher
+from rbee.testing.fakes import FakeConnect, FakeLauncher, FakePeer
 from rbee.wire.messages import StartWorker, WorkerInfo, WorkerNarration, WorkerReady
 
 REQUEST = StartWorker("words", engine="echo", owner="queen-1")
@@ -37,18 +38,19 @@ class Local:
     context: int = 100
 
 
+@attrs.frozen
+class Hundred:
+    """What every worker with a model takes."""
+
+    required: int = 100
+
+
+def plan_100(local: Local, request: StartWorker) -> Hundred:
+    return Hundred()
+
+
 async def nothing(request: StartWorker, narrate: Narrate) -> None:
     await trio.lowlevel.checkpoint()
-
-
-@pytest.fixture(autouse=True)
-def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No real sockets beside a clock that jumps."""
-
-    async def never(*args: object) -> None:
-        await trio.sleep_forever()
-
-    monkeypatch.setattr(module, "keep_probing", never)
 
 
 @attrs.define
@@ -57,6 +59,7 @@ class Hive:
 
     workers: Workers
     launch: FakeLauncher
+    peers: dict[str, FakePeer]
     _news: trio.MemoryReceiveChannel[News]
     heard: list[News] = attrs.field(factory=list)
 
@@ -87,14 +90,17 @@ class Hive:
 
 @asynccontextmanager
 async def open_hive(
-    home: Home, *, provision: Provision = nothing, **launch: object
+    home: Home, *, provision: Provision = nothing, memory: Memory | None = None, **launch: object
 ) -> AsyncGenerator[Hive, None]:
     setup = HiveSetup(id="hive-1", home=home, run_dir=home.run / "h1", token="secret", node="n1")
     launcher = FakeLauncher(**launch)
-    workers = Workers(setup, launcher, provision)
+    connect = FakeConnect(launcher)
+    workers = Workers(
+        setup, launcher, provision, make_plan=plan_100, memory=memory, connect=connect
+    )
     with workers.news.subscribe() as news:
         async with workers.open():
-            yield Hive(workers, launcher, news)
+            yield Hive(workers, launcher, connect.peers, news)
 
 
 # starting -------------------------------------------------------------------------------------
@@ -328,7 +334,7 @@ async def test_an_engine_whose_import_hangs_is_a_failed_worker(
 
 async def test_a_ready_worker_has_no_limit(home: Home, autojump_clock: trio.abc.Clock) -> None:
     async with open_hive(home) as hive:
-        worker_id = await hive.loading()
+        worker_id = await hive.loading(attrs.evolve(REQUEST, keep_alive=-1.0))
         await trio.sleep(module.LOAD_LIMIT - 1)
         hive.ready(worker_id)
         await trio.sleep(module.LOAD_LIMIT * 10)
@@ -457,3 +463,91 @@ async def test_old_logs_go_and_those_of_running_workers_stay(home: Home) -> None
 
 def test_a_log_that_goes_meanwhile_is_no_error(tmp_path: Path) -> None:
     assert module._modified(tmp_path / "gone") == 0
+
+
+# idle -----------------------------------------------------------------------------------------
+async def until_over(hive: Hive, worker_id: str) -> float:
+    """Return the seconds until a worker has ended, and hold its end to be silent."""
+    start = trio.current_time()
+    with trio.fail_after(1000):
+        await hive.workers.get(worker_id).ended.wait()
+    last = (await hive.infos(worker_id))[-1]
+    assert (last.state, last.error) == ("stopped", None)
+    return trio.current_time() - start
+
+
+async def test_a_worker_without_work_is_unloaded_after_its_keep_alive(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading(attrs.evolve(REQUEST, keep_alive=60.0))
+        hive.ready(worker_id)
+        assert await until_over(hive, worker_id) == pytest.approx(60, abs=1)
+        assert "stopping" in await hive.states(worker_id)
+
+
+@pytest.mark.parametrize("keeps", [{"running": 1}, {"keep_alive": -1.0}, {"answers": False}])
+async def test_one_that_works_or_is_to_stay_or_is_silent_is_not_unloaded(
+    home: Home, autojump_clock: trio.abc.Clock, keeps: dict[str, object]
+) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading(attrs.evolve(REQUEST, keep_alive=60.0))
+        hive.ready(worker_id)
+        await wait_all_tasks_blocked()
+        for name, value in keeps.items():
+            setattr(hive.peers[worker_id], name, value)
+        await trio.sleep(1000)
+        assert len(hive.workers.infos()) == 1
+
+
+async def test_a_request_may_say_how_long_the_worker_stays_after_it(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        hive.ready(worker_id)
+        await trio.sleep(20)
+        peer = hive.peers[worker_id]
+        peer.keep_alive, peer.since = 30.0, trio.current_time()
+        assert await until_over(hive, worker_id) == pytest.approx(30, abs=1)
+
+
+async def test_what_a_worker_does_is_in_the_news(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        hive.ready(worker_id)
+        await wait_all_tasks_blocked()
+        hive.peers[worker_id].running = 3
+        await trio.sleep(6)
+        assert (await hive.infos(worker_id))[-1].running == 3
+
+
+async def test_an_idle_worker_goes_for_a_model_that_needs_its_memory(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async def bring(request: StartWorker, narrate: Narrate) -> Local:
+        return Local(request.model, home.models, (request.model,))
+
+    def refuse(plan: Plan, available: int) -> None:
+        raise InsufficientError("full", required=plan.required, available=available)
+
+    memory = Memory(lambda backend, device: None, refuse, budget=150)
+    async with open_hive(home, provision=bring, memory=memory) as hive:
+        first = await hive.loading(attrs.evolve(REQUEST, model="a"))
+        hive.ready(first)
+        await trio.sleep(1)
+        second = await hive.loading(attrs.evolve(REQUEST, model="b"))
+        await trio.sleep(1)
+        assert (await hive.states(first))[-1] == "stopped"
+        assert list(hive.launch.running) == [second]
+        told = [item.action for item in hive.heard if isinstance(item, WorkerNarration)]
+        assert told == ["load", "unload", "load"]
+        hive.ready(second)
+        await trio.sleep(1)
+        hive.peers[second].running = 1
+        third = await hive.loading(attrs.evolve(REQUEST, model="c"))
+        await trio.sleep(100)
+        assert (await hive.infos(third))[-1].error.code == "insufficient"
+        assert list(hive.launch.running) == [second]

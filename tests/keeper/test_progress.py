@@ -61,7 +61,7 @@ def test_seconds_too_few_to_matter_are_not_told() -> None:
 @pytest.mark.parametrize("share", [None, 0.0, 0.42, 1.0, 7.0])
 def test_the_live_line_is_narrower_than_the_terminal(columns: int, share: float | None) -> None:
     running = step(text="模型/smollm2\n\x1b[2J" * 3, share=share)
-    line = running.line(13.21, columns, colours=False)
+    line = running.line(13.21, columns)
     assert width(line) < columns
     assert "\n" not in line
     assert "\x1b" not in line
@@ -69,12 +69,10 @@ def test_the_live_line_is_narrower_than_the_terminal(columns: int, share: float 
 
 def test_the_live_line_has_a_bar_where_there_is_a_share_and_room() -> None:
     running = step(share=0.5)
-    assert (
-        running.line(12, 80, colours=False) == "hive: load m " + f"{'━' * 12}{'╌' * 12}  50 % 2.0 s"
-    )
-    assert running.line(12, 40, colours=False).endswith(f"{'━' * 4}{'╌' * 4}  50 % 2.0 s")
-    assert running.line(12, 30, colours=False) == "hive: load m  50 % 2.0 s"
-    assert step().line(12, 80, colours=True) == "\x1b[2mhive: load m 2.0 s\x1b[0m"
+    assert running.line(12, 80) == "hive: load m " + f"{'━' * 12}{'╌' * 12}  50 % 2.0 s"
+    assert running.line(12, 40).endswith(f"{'━' * 4}{'╌' * 4}  50 % 2.0 s")
+    assert running.line(12, 30) == "hive: load m  50 % 2.0 s"
+    assert step().line(12, 80) == "hive: load m 2.0 s"
 
 
 def test_text_is_cut_by_columns_not_by_characters() -> None:

@@ -24,7 +24,7 @@ from rbee.errors import (
 )
 from rbee.home import Home
 from rbee.queen.hives import Hives, QueenSetup
-from rbee.queen.jobs import BUFFER, Job, Jobs, open_job
+from rbee.queen.jobs import BUFFER, WAITING, Job, Jobs, open_job
 from rbee.registry import Registry
 from rbee.wire import sse
 from rbee.wire.messages import (
@@ -354,3 +354,39 @@ def test_workers_of_other_queens_are_not_ours(home: Home) -> None:
     hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
     hives.take_info(WorkerInfo("worker-1", "words", "ready", owner="queen-2"))
     assert list(hives.workers) == []
+
+
+# waiting for a worker -------------------------------------------------------------------------
+async def test_no_more_jobs_than_the_bound_wait_for_one_model(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_jobs() as (jobs, hives):
+        waiting = [jobs.start(REQUEST) for _ in range(WAITING)]
+        await wait_all_tasks_blocked()
+        refused = await read(jobs.start(REQUEST))
+        assert [type(event).__name__ for event in refused] == ["Queued", "Error"]
+        assert refused[-1].code == "queue_full"
+        other = jobs.start(attrs.evolve(REQUEST, model="other"))
+        await wait_all_tasks_blocked()
+        assert len(hives.hive.started) == 2  # one for each model
+        for job in (*waiting, other):
+            job.cancel("enough")
+
+
+async def test_a_load_that_failed_is_not_tried_again_at_once(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_jobs() as (jobs, hives):
+        first = [jobs.start(REQUEST) for _ in range(5)]
+        await wait_all_tasks_blocked()
+        hives.put("worker-1", "failed", error=ErrorDetail("machine", "boom"))
+        for job in first:
+            assert (await read(job))[-1].message == "boom"
+        again = (await read(jobs.start(REQUEST)))[-1]
+        assert (again.code, again.message.splitlines()[0]) == ("machine", "boom")
+        assert len(hives.hive.started) == 1
+        await trio.sleep(1.1)
+        last = jobs.start(REQUEST)
+        await wait_all_tasks_blocked()
+        assert len(hives.hive.started) == 2
+        last.cancel("enough")

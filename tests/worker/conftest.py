@@ -29,10 +29,11 @@ class OpenWorker:
             return [event async for event in events]
 
 
-def make_config(run_dir, *, hive_url="", **engine_args):
+def make_config(run_dir, *, hive_url="", keep_alive=300.0, **engine_args):
     spec = WorkerSpec(
-        WorkerId("worker-1"), "echo-model", engine="echo", node="here", engine_args=engine_args
-    )
+        WorkerId("worker-1"), "echo-model", engine="echo", node="here", engine_args=engine_args,
+        keep_alive=keep_alive,
+    )  # fmt: skip
     return WorkerConfig(spec, str(run_dir), TOKEN, port=0, hive_url=hive_url)
 
 

@@ -119,13 +119,48 @@ async def test_ready_and_metrics_tell_the_state(open_worker):
     async with open_worker() as worker:
         response = await worker.client.get("/v1/ready")
         assert response.status_code == 200
-        assert response.json() == {"worker_id": "worker-1", "state": "ready", "progress": ""}
+        state = response.json()
+        assert (state["worker_id"], state["state"], state["progress"]) == ("worker-1", "ready", "")
         await worker.events(max_tokens=4)
         metrics = (await worker.client.get("/metrics")).text
         assert "rbee_worker_ready 1" in metrics
         assert "rbee_tokens_in_total 3" in metrics
         assert "rbee_tokens_out_total 4" in metrics
         assert 'rbee_jobs_total{outcome="done"} 1' in metrics
+
+
+async def ready_state(worker):
+    return (await worker.client.get("/v1/ready")).json()
+
+
+async def test_it_tells_how_long_it_has_had_no_work_and_how_long_it_is_to_stay(open_worker):
+    async with open_worker(rate="1000") as worker:
+        new = await ready_state(worker)
+        assert (new["running"], new["keep_alive"]) == (0, 300)
+        await worker.events(max_tokens=1, keep_alive=0.0)
+        used = await ready_state(worker)
+        assert (used["running"], used["keep_alive"]) == (0, 0)
+        assert used["idle"] < 1
+        async with worker.stream(max_tokens=7, keep_alive=-1.0) as stream:
+            await anext(stream)
+            busy = await ready_state(worker)
+            assert (busy["running"], busy["idle"], busy["keep_alive"]) == (1, 0, -1)
+
+
+async def test_one_that_was_started_for_somebody_waits_for_him_whatever_its_keep_alive(open_worker):
+    async with open_worker(keep_alive=0.0) as worker:
+        assert (await ready_state(worker))["keep_alive"] == 10
+
+
+async def test_asked_to_stop_if_idle_it_stays_at_its_work(open_worker):
+    async with open_worker(rate="50") as worker:
+        async with worker.stream(max_tokens=7) as stream:
+            await anext(stream)
+            busy = await worker.client.post("/v1/admin/shutdown", json={"if_idle": True})
+            assert (busy.status_code, busy.json()["error"]["code"]) == (409, "worker_busy")
+            assert names([event async for event in stream])[-1] == "end"
+        idle = await worker.client.post("/v1/admin/shutdown", json={"if_idle": True})
+        assert idle.status_code == 202
 
 
 async def test_what_neither_we_nor_the_engine_serve_is_not_found(open_worker):

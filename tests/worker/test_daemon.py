@@ -188,7 +188,7 @@ async def test_a_quick_start_is_not_slowed_by_telling_of_it(tmp_path):
     assert (len(got), progress) == (1, [])
 
 
-def test_the_share_of_a_step_never_falls(tmp_path):
+async def test_the_share_of_a_step_never_falls(tmp_path):
     worker = Worker(make_config(tmp_path))
     for share in (0.5, 0.4, 0.6):
         worker.report("weights", share)

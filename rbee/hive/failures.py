@@ -1,0 +1,43 @@
+"""Why a worker failed, from what its process left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rbee.errors import ChildExitedError, RbeeError, UnavailableError, from_wire
+from rbee.process import child_exited, log_tail
+
+
+def too_slow(worker_id: str, log_file: Path, limit: float) -> RbeeError:
+    return UnavailableError(
+        f"worker {worker_id} was not ready within {limit:g} s",
+        code="load_timeout",
+        hint=f"rbee-keeper logs --worker {worker_id}",
+        log=log_tail(log_file),
+    )
+
+
+def died(worker_id: str, log_file: Path, status: int) -> RbeeError:
+    """Make the error of a worker that ended unasked; it may have said why on its log."""
+    tail = log_tail(log_file, 8000)
+    for line in reversed(tail.splitlines()):
+        _, found, text = line.partition("rbee-error ")
+        if found and (said := _said(text)):
+            told = [line for line in tail.splitlines() if "rbee-error " not in line]
+            said.details.setdefault("log", "\n".join(told)[-2000:])
+            return said
+    error: ChildExitedError = child_exited(f"worker {worker_id}", status, log_file)
+    error.hint = f"rbee-keeper logs --worker {worker_id}"
+    return error
+
+
+def _said(text: str) -> RbeeError | None:
+    try:
+        detail = json.loads(text)
+        return from_wire(
+            detail["code"], detail["message"], hint=detail.get("hint", ""),
+            details=detail.get("details") or {},
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,89 @@
+"""How long a failed load is remembered, in simulated time."""
+
+import itertools
+
+import pytest
+import trio
+
+from rbee.errors import InsufficientError, MachineError, RbeeError
+from rbee.queen.backoff import LONGEST, Backoff
+from rbee.wire.messages import StartWorker
+
+REQUEST = StartWorker("words", engine="echo", engine_args={"a": "1"})
+OTHER = StartWorker("words", engine="echo", engine_args={"a": "2"})
+IDS = itertools.count()
+
+
+def boom():
+    return MachineError("boom", hint="look", log="tail")
+
+
+def fail(backoff, error=None):
+    """Note the failure of one more worker."""
+    backoff.note_failure(REQUEST, f"worker-{next(IDS)}", error or boom())
+
+
+async def pause_of(backoff):
+    """Return the seconds until another try is possible."""
+    start = trio.current_time()
+    while True:
+        try:
+            backoff.check(REQUEST)
+        except RbeeError:
+            await trio.sleep(0.5)
+        else:
+            return trio.current_time() - start
+
+
+async def test_each_failure_in_a_row_doubles_the_pause_up_to_a_minute(autojump_clock):
+    backoff = Backoff()
+    pauses = []
+    for _ in range(8):
+        fail(backoff)
+        pauses.append(await pause_of(backoff))
+    assert pauses == [1, 2, 4, 8, 16, 32, LONGEST, LONGEST]
+
+
+async def test_meanwhile_the_error_is_told_again_with_when_to_try(autojump_clock):
+    backoff = Backoff()
+    fail(backoff)
+    fail(backoff)
+    await trio.sleep(0.5)
+    with pytest.raises(MachineError) as info:
+        backoff.check(REQUEST)
+    assert info.value.message.startswith("boom\n")
+    assert "at try 2" in info.value.message
+    assert info.value.hint == "look"
+    assert info.value.details == {"log": "tail", "retry_after": 1.5}
+
+
+async def test_a_success_or_a_long_time_without_a_try_begins_anew(autojump_clock):
+    backoff = Backoff()
+    for _ in range(5):
+        fail(backoff)
+    backoff.note_success(REQUEST)
+    assert await pause_of(backoff) == 0
+    for _ in range(5):
+        fail(backoff)
+    await trio.sleep(16 + LONGEST + 1)
+    fail(backoff)
+    assert await pause_of(backoff) == 1
+
+
+async def test_another_way_to_start_the_model_is_not_held_up(autojump_clock):
+    backoff = Backoff()
+    fail(backoff)
+    backoff.check(OTHER)
+
+
+async def test_what_passes_by_itself_is_not_remembered(autojump_clock):
+    backoff = Backoff()
+    fail(backoff, InsufficientError("full", code="insufficient_memory"))
+    backoff.check(REQUEST)
+
+
+async def test_all_who_waited_for_one_worker_are_one_failure(autojump_clock):
+    backoff = Backoff()
+    for _ in range(50):
+        backoff.note_failure(REQUEST, "worker-1", boom())
+    assert await pause_of(backoff) == 1
