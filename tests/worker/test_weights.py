@@ -108,3 +108,16 @@ async def test_after_the_weights_comes_the_cache(tmp_path, autojump_clock):
         await steps.follow(loading)
     assert told[1:] == [("weights", 1.0), ("KV cache", None)]
     assert loading.closed
+
+
+@pytest.mark.parametrize(
+    ("parent", "nonce", "counts"),
+    [(None, "n", False), (object(), "", False), (object(), "n", True)],
+)
+def test_only_processes_spawned_by_a_worker_count_by_themselves(monkeypatch, parent, nonce, counts):
+    calls = []
+    monkeypatch.setenv("RBEE_NONCE", nonce)
+    monkeypatch.setattr(weights.multiprocessing, "parent_process", lambda: parent)
+    monkeypatch.setattr(weights, "count_weights", lambda: calls.append(1))
+    weights.register()
+    assert bool(calls) == counts
