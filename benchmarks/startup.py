@@ -14,6 +14,8 @@ zygote  second and later workers of a running queen: order to ready
 cold    `rbee-keeper infer` with nothing running: start to the first token
 warm    `rbee-keeper infer` on a warm worker: start to the first token, less the worker's own time,
         against `python -c "import trio, httpx, cyclopts"`
+swap    `POST /v2/tasks` for A, then B, then A again, with memory for one of them: order of B to the
+        last token of A, against two starts of stock vLLM
 front   CPU of the process that serves, per token, at 16 streams: a worker and vLLM's own server
 
 Everything runs in homes and directories of its own, below /tmp, and is checked to be gone.
@@ -56,6 +58,8 @@ BROKEN = ("torchvision", "torchaudio", "torchcodec")
 FRONT_BUDGET, IMPORT_BUDGET = 1.4, 1.5
 READY_BUDGETS = {"tiny": 1 / 10, "smol": 1 / 5}
 FIRST_TOKEN_BUDGET = 0.7
+SWAP_BUDGET = 1 / 8
+ROOM_FOR_ONE = "1536M"  # a tiny model is planned at 1.1 GiB
 
 
 # what was measured ------------------------------------------------------------------------------
@@ -93,6 +97,7 @@ RATIOS = [
         "stock smol first token s",
         FIRST_TOKEN_BUDGET,
     ),
+    ("swap/two stock starts", "swap A to B to A s", "stock tiny twice first token s", SWAP_BUDGET),
     ("warm/import", "warm infer less ttft s", "import trio, httpx, cyclopts s", IMPORT_BUDGET),
     ("front worker/stock", "front worker us/token", "front stock us/token", FRONT_BUDGET),
 ]
@@ -299,7 +304,9 @@ async def stock(figures: Figures, options: Options) -> None:
             async with open_stock(model) as server:
                 figures.add(f"stock {name} ready s", server.ready)
                 await stock_stream(server.client, 1)
-                figures.add(f"stock {name} first token s", time.monotonic() - server.started)
+                seconds = time.monotonic() - server.started
+                figures.add(f"stock {name} first token s", seconds)
+                figures.add(f"stock {name} twice first token s", 2 * seconds)
 
 
 # rbee ---------------------------------------------------------------------------------------------
@@ -363,9 +370,11 @@ def own_home() -> Iterator[tuple[Home, dict[str, str], Tree]]:
 
 
 @asynccontextmanager
-async def open_cluster() -> AsyncIterator[Cluster]:
-    """Run an operator's queen for the body."""
+async def open_cluster(config: str = "") -> AsyncIterator[Cluster]:
+    """Run an operator's queen for the body; ``config`` is the text of its config.toml."""
     with own_home() as (home, env, _):
+        home.root.mkdir(parents=True)
+        home.config_file.write_text(config)
         log = Path(env["TMPDIR"]) / "queen.log"
         argv = [program("queen-rbee"), "daemon", "--port", "0"]
         with log.open("wb") as output:
@@ -423,6 +432,26 @@ async def zygote(figures: Figures, options: Options) -> None:
                 worker, seconds = await cluster.start_worker(model)
                 figures.add(f"zygote {name} ready s", seconds)
                 await cluster.stop_worker(worker["worker_id"])
+
+
+async def swap(figures: Figures, options: Options) -> None:
+    first, second = options.models["tiny"], options.models["tiny"].with_name("tiny-too")
+    shutil.copytree(first, second, dirs_exist_ok=True)
+    async with open_cluster(f'[hive]\nmemory = "{ROOM_FOR_ONE}"\n') as cluster:
+
+        async def answer(model: Path) -> None:
+            task = {"model": str(model), "prompt": PROMPT, "max_tokens": 1, "temperature": 0}
+            await execute(cluster.client, "/v2/tasks", task)
+
+        await answer(second)
+        await answer(first)
+        for _ in range(options.rounds):
+            started = time.monotonic()
+            await answer(second)
+            await answer(first)
+            figures.add("swap A to B to A s", time.monotonic() - started)
+            if len(there := await cluster.workers()) != 1:
+                raise SystemExit(f"there was room for more than one: {there}")
 
 
 async def first_byte(argv: Sequence[str], env: Mapping[str, str]) -> float:
@@ -520,7 +549,9 @@ async def front_cost(run: Callable[[str], Awaitable[int]], pid: int) -> float:
 
 
 # command line -------------------------------------------------------------------------------------
-PARTS = {"stock": stock, "zygote": zygote, "cold": cold, "warm": warm, "front": front}
+PARTS = {
+    "stock": stock, "zygote": zygote, "cold": cold, "warm": warm, "swap": swap, "front": front,
+}  # fmt: skip
 
 
 @attrs.frozen

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote
 
 from rbee.errors import OwnerGoneError, PeerError, RbeeError, from_wire
+from rbee.model import LOCALHOST
 from rbee.web.exchange import Address, Exchange, open_exchange
 from rbee.wire import codec, messages, sse
+
+NarrateAsync = Callable[[messages.Narration], Awaitable[None]]
 
 OPERATOR = "operator"
 KEEP_A_QUEEN = "rbee-keeper queen start   # a queen that does not end with somebody's command"
@@ -78,12 +82,13 @@ class TaskStream:
 
     async def __anext__(self) -> messages.Event:
         while not self._events.ended:
-            event = self._events.event(*await self._next_pair())
+            event = self._events.event(*await self.next_pair())
             if event is not None:
                 return event
         raise StopAsyncIteration
 
-    async def _next_pair(self) -> tuple[str, str]:
+    async def next_pair(self) -> tuple[str, str]:
+        """Return the next event as it came."""
         try:
             while not self._pairs:
                 chunk = await self._exchange.chunk()
@@ -174,11 +179,34 @@ class AsyncClient:
         )
         return found
 
-    async def models(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = await self._call(
-            "GET", messages.QUEEN_MODELS, list[dict[str, Any]]
+    async def models(self) -> list[messages.ModelInfo]:
+        """List the models on the disks of all nodes."""
+        found: list[messages.ModelInfo] = await self._call(
+            "GET", messages.QUEEN_MODELS, list[messages.ModelInfo]
         )
         return found
+
+    async def pull(
+        self, request: messages.PullModel, narrate: NarrateAsync | None = None
+    ) -> messages.Pulled:
+        """Have a model on a node's disk; ``narrate`` gets what happens, cancelling ends it."""
+        accept, body = sse.CONTENT_TYPE.decode(), codec.dumps(request)
+        async with self._open("POST", messages.QUEEN_MODELS, body, accept=accept) as exchange:
+            stream = TaskStream(exchange, self._owner)
+            while True:
+                name, data = await stream.next_pair()
+                if name == "pulled":
+                    return codec.loads(data, messages.Pulled)
+                event = sse.event_from(name, data)
+                if isinstance(event, messages.Error):
+                    raise _error_of(event)
+                if isinstance(event, messages.Narration) and narrate:
+                    await narrate(event)
+
+    async def remove_model(self, name: str, *, node: str = LOCALHOST) -> None:
+        """Remove a model, by its record's name, from a node's disk unless a worker uses it."""
+        place = "/".join(quote(part, safe="") for part in (node, name))
+        await self._call("DELETE", f"{messages.QUEEN_MODELS}/{place}", None)
 
     async def shutdown(self) -> None:
         """Order the queen to end; it has acknowledged, not ended, when this returns."""

@@ -19,6 +19,7 @@ from rbee.config import load_config
 from rbee.home import find_home
 
 PREFIX = "RBEE_"
+SAID_ONLY = ("--owned", "--prune")
 Source = Callable[[App, tuple[str, ...], ArgumentCollection], None]
 
 
@@ -30,9 +31,9 @@ def env_name(flag: str) -> str:
 def flags_of(arguments: ArgumentCollection) -> Iterator[Argument]:
     """Yield what has a ``--name``: a positional is said, never inherited (``model rm``).
 
-    Neither is ``--owned``: only an owner says it, on the command line.
+    Neither are ``--owned``, which only an owner says, and ``--prune``, which removes things.
     """
-    return (a for a in arguments if a.name.startswith("--") and a.name != "--owned")
+    return (a for a in arguments if a.name.startswith("--") and a.name not in SAID_ONLY)
 
 
 class Environment(Env):

@@ -10,6 +10,7 @@ import trio
 from rbee.client import KEEP_A_QUEEN, AsyncClient, TaskEvents, TaskStream
 from rbee.errors import (
     BadInputError,
+    InsufficientError,
     NotFoundError,
     OwnerGoneError,
     PeerError,
@@ -17,8 +18,18 @@ from rbee.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from rbee.wire import messages
-from rbee.wire.messages import End, Error, Narration, Queued, Started, TaskRequest, Token
+from rbee.wire.messages import (
+    End,
+    Error,
+    ModelInfo,
+    Narration,
+    Pulled,
+    PullModel,
+    Queued,
+    Started,
+    TaskRequest,
+    Token,
+)
 from tests.keeper.fake_queen import HIVE, TOKEN, WORKER, FakeQueen, answer, open_fake
 
 TASK = TaskRequest("m", prompt="hi")
@@ -108,8 +119,50 @@ async def test_a_wrong_token_is_refused() -> None:
 
 async def test_a_route_that_the_queen_does_not_have_is_not_found() -> None:
     async with open_fake() as (_, url), AsyncClient(url, TOKEN) as client:
-        with pytest.raises(NotFoundError, match=messages.QUEEN_MODELS):
-            await client.models()
+        with pytest.raises(NotFoundError, match="/v2/nowhere"):
+            await client._call("GET", "/v2/nowhere", None)
+
+
+async def test_models_are_listed_and_removed_by_node_and_name() -> None:
+    info = ModelInfo("hf:org/m", "hf--m+1", "n1", "/there")
+    queen = FakeQueen(models=[info])
+    async with open_fake(queen) as (_, url), AsyncClient(url, TOKEN) as client:
+        assert await client.models() == [info]
+        await client.remove_model(info.name, node="n1")
+        await client.remove_model(info.name)
+    assert queen.removed == ["n1/hf--m+1", "localhost/hf--m+1"]
+
+
+async def test_a_pull_tells_what_happens_and_returns_the_directory() -> None:
+    told: list[Narration] = []
+
+    async def narrate(narration: Narration) -> None:
+        told.append(narration)
+
+    narration, pulled = Narration("hive", "fetch", "m", 0.5), Pulled("hf:org/m", "/there")
+    queen = FakeQueen(script=[narration, pulled])
+    async with open_fake(queen) as (_, url), AsyncClient(url, TOKEN) as client:
+        assert await client.pull(PullModel("m"), narrate) == pulled
+        assert told == [narration]
+        queen.script = [narration]
+        with pytest.raises(PeerError, match="without a terminal event"):
+            await client.pull(PullModel("m"))
+        queen.script = [Error("insufficient", "no room", "free some")]
+        with pytest.raises(InsufficientError, match="no room"):
+            await client.pull(PullModel("m"))
+
+
+async def test_leaving_a_pull_cancels_it() -> None:
+    queen = FakeQueen(script=[Narration("hive", "fetch", "m"), None])
+    async with open_fake(queen) as (_, url), AsyncClient(url, TOKEN) as client:
+        with trio.CancelScope() as scope:
+
+            async def leave(narration: Narration) -> None:
+                scope.cancel()
+
+            await client.pull(PullModel("m"), leave)
+        with trio.fail_after(5):
+            await queen.cancelled.wait()
 
 
 async def test_nobody_at_the_address_is_unavailable() -> None:

@@ -76,7 +76,7 @@ def default(program: Program, path: tuple[str, ...], name: str) -> Any:
         ("queen", "start", "--port"): 8080,
         ("logs", "--lines"): 50,
     }
-    of_all = {"--stop": (), "--json": False, "--raw": False, "--follow": False}
+    of_all = {"--stop": (), "--json": False, "--raw": False, "--follow": False, "--dry-run": False}
     return of_command.get((*path, name), of_all.get(name))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from rbee import __version__
 from rbee.errors import ConflictError, NotFoundError
+from rbee.hive.catalog import list_catalog, remove_here, stream_pull
 from rbee.hive.detect import devices
 from rbee.hive.owners import Owners
 from rbee.hive.workers import HiveSetup, Workers
@@ -16,6 +17,7 @@ from rbee.wire import messages, sse
 from rbee.wire.messages import (
     Health,
     OwnerLease,
+    PullModel,
     StartWorker,
     WorkerIds,
     WorkerNarration,
@@ -72,6 +74,16 @@ def make_app(
         owners.end(request.params["queen"])
         return Response(status=204)
 
+    async def list_models(request: Request) -> Response:
+        return json_response(await list_catalog(setup.home, setup.node))
+
+    async def pull_model(request: Request) -> Stream:
+        return stream_pull(setup.home, await request.read(PullModel))
+
+    async def remove_model(request: Request) -> Response:
+        await remove_here(setup.home, request.params["model"])
+        return Response(status=204)
+
     async def list_devices(request: Request) -> Response:
         return json_response(devices())
 
@@ -94,6 +106,9 @@ def make_app(
     app.add("PUT", messages.HIVE_OWNERS + "/{queen}", renew_owner)
     app.add("DELETE", messages.HIVE_OWNERS + "/{queen}", end_owner)
     app.add("GET", messages.HIVE_DEVICES, list_devices)
+    app.add("GET", messages.HIVE_MODELS, list_models)
+    app.add("POST", messages.HIVE_MODELS, pull_model)
+    app.add("DELETE", messages.HIVE_MODELS + "/{model}", remove_model)
     app.add("GET", messages.HIVE_LOGS + "/{worker}", show_log)
     app.add("POST", messages.SHUTDOWN, shutdown)
     app.add("GET", messages.METRICS, metrics)

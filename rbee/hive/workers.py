@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from rbee.hive.peer import Connect, Peer, connect_with
 from rbee.hive.room import Memory, Plan, Room, Tenant
 from rbee.home import Home, short_name
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.hold import take_into_use
 from rbee.models.reference import shown
 from rbee.process import Process
 from rbee.scopes import TaskOwner
@@ -234,8 +237,10 @@ class Workers(TaskOwner):
             self._prune_logs()
 
     async def _run(self, worker: Worker, spec: WorkerSpec) -> None:
-        with worker.scope:  # `stop` cancels it: an asked-for end is silent
-            local = await self._prepare(worker)
+        # `stop` cancels the scope: an asked-for end is silent
+        with worker.scope, ExitStack() as held:
+            find = partial(self._prepare, worker)
+            local = await take_into_use(find, self._setup.home.models, held)
             spec = self._resolved(worker, spec, local)
             await self._take_room(worker, local)
             config = WorkerConfig(

@@ -18,7 +18,10 @@ from rbee.keeper.flags import (
     InferFlags,
     ListenFlags,
     LogFlags,
+    ModelFlags,
+    PullFlags,
     QueenFlags,
+    RemoveFlags,
 )
 from rbee.keeper.sources import ConfigFile
 from rbee.sources import Environment
@@ -128,39 +131,39 @@ def logs(*, flags: LogFlags | None = None) -> int:
 
 
 @model.command(name="list")
-def model_list(*, flags: DataFlags | None = None) -> int:
-    """Show the models on this machine's disk."""
+def model_list(*, flags: ModelFlags | None = None) -> int:
+    """Show the models on disk: of this machine or, if a queen runs, of all nodes."""
     from rbee.keeper.models import print_models
+    from rbee.keeper.root import run_command
 
-    print_models(flags or DataFlags())
-    return 0
+    return run_command(partial(print_models, flags or ModelFlags()))
 
 
 @model.command(name="pull")
-def model_pull(model: ModelName, /, *, flags: DataFlags | None = None) -> int:
-    """Fetch a model, so that its first worker need not."""
-    from rbee.keeper.models import pull_model
+def model_pull(model: ModelName, /, *, flags: PullFlags | None = None) -> int:
+    """Fetch a model, so that its first worker need not, or repair it."""
+    from rbee.keeper.pull import pull_model
     from rbee.keeper.root import run_command
 
-    return run_command(partial(pull_model, flags or DataFlags(), model))
+    return run_command(partial(pull_model, flags or PullFlags(), model))
 
 
 @model.command(name="show")
-def model_show(model: ModelName, /, *, flags: DataFlags | None = None) -> int:
-    """Show where a model came from, its size and its files."""
+def model_show(model: ModelName, /, *, flags: ModelFlags | None = None) -> int:
+    """Show where a model came from, its size, its files, and what is wrong with it."""
     from rbee.keeper.models import print_model
+    from rbee.keeper.root import run_command
 
-    print_model(flags or DataFlags(), model)
-    return 0
+    return run_command(partial(print_model, flags or ModelFlags(), model))
 
 
 @model.command(name="rm")
-def model_rm(model: ModelName, /, *, flags: DataFlags | None = None) -> int:
-    """Remove a model from the disk, unless a worker uses it."""
-    from rbee.keeper.models import drop_model
+def model_rm(*models: ModelName, flags: RemoveFlags | None = None) -> int:
+    """Remove models from the disk, unless a worker uses them; with --prune, what is not needed."""
+    from rbee.keeper.removal import remove_models
     from rbee.keeper.root import run_command
 
-    return run_command(partial(drop_model, flags or DataFlags(), model))
+    return run_command(partial(remove_models, flags or RemoveFlags(), models))
 
 
 @app.command(name="completion")

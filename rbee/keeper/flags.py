@@ -147,8 +147,51 @@ class LogFlags(DataFlags):
     follow: Annotated[bool, Parameter(help="Go on with what comes.", negative=())] = False
 
 
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class ModelFlags(QueenFlags):
+    """Flags of the commands that are about models on a disk."""
+
+    node: Annotated[str | None, Parameter(help="The models of this node.")] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class PullFlags(ModelFlags):
+    """Flags of ``model pull``."""
+
+    dtype: Annotated[
+        str | None, Parameter(help="What a GGUF is dequantised to: float32, bfloat16, …")
+    ] = None
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class RemoveFlags(ModelFlags):
+    """Flags of ``model rm``."""
+
+    prune: Annotated[
+        bool,
+        Parameter(
+            help="Remove what nobody uses, least recently used first.",
+            negative=(),
+            show_env_var=False,
+        ),
+    ] = False
+    unused_for: Annotated[
+        str | None,
+        Parameter(help="Prune what was not used for 12h, 30d, … (30d if there is no --max-size)."),
+    ] = None
+    max_size: Annotated[
+        str | None, Parameter(help="Prune until all models have at most 500M, 50G, …")
+    ] = None
+    dry_run: Annotated[bool, Parameter(help="Only tell what would be removed.", negative=())] = (
+        False
+    )
+
+
 def every_flag() -> set[str]:
     """Return the names, without dashes, of all flags of all commands."""
-    kinds = (InferFlags, ListenFlags, LogFlags)
+    kinds = (InferFlags, ListenFlags, LogFlags, PullFlags, RemoveFlags)
     fields = [field for kind in kinds for field in attrs.fields(kind)]
-    return {field.name.replace("_", "-") for field in fields}
+    return {field.name.replace("_", "-") for field in fields} - {"prune"}  # only ever said

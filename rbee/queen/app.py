@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import attrs
 
 from rbee import __version__
 from rbee.errors import NotFoundError
 from rbee.model import LOCALHOST, WorkerId, WorkerState
-from rbee.models.catalog import list_models as catalog
 from rbee.queen.hives import Hives, QueenSetup
 from rbee.queen.jobs import Job, Jobs
+from rbee.queen.models import Models
+from rbee.web.narrated import narrated
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages
-from rbee.wire.messages import Health, StartWorker, TaskRequest, WorkerReady
+from rbee.wire.messages import Health, PullModel, StartWorker, TaskRequest, WorkerReady
 
 
 def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], None]) -> App:
     """Wire one queen's routes; ``stop`` begins the end of the daemon."""
     app = App(token=setup.token, hosts=(setup.host,))
+    models = Models(setup.home, hives)
 
     async def health(request: Request) -> Response:
         return json_response(
@@ -62,7 +65,14 @@ def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], 
         return Response(status=204)
 
     async def list_models(request: Request) -> Response:
-        return json_response(catalog(setup.home))
+        return json_response(await models.infos())
+
+    async def pull_model(request: Request) -> Stream:
+        return narrated(partial(models.pull, await request.read(PullModel)))
+
+    async def remove_model(request: Request) -> Response:
+        await models.remove(request.params["node"], request.params["model"])
+        return Response(status=204)
 
     async def worker_ready(request: Request) -> Response:
         message = await request.read(WorkerReady)
@@ -87,6 +97,8 @@ def make_app(setup: QueenSetup, hives: Hives, jobs: Jobs, stop: Callable[[str], 
     app.add("POST", messages.QUEEN_WORKERS, start_worker)
     app.add("DELETE", messages.QUEEN_WORKERS + "/{worker}", stop_worker)
     app.add("GET", messages.QUEEN_MODELS, list_models)
+    app.add("POST", messages.QUEEN_MODELS, pull_model)
+    app.add("DELETE", messages.QUEEN_MODELS + "/{node}/{model}", remove_model)
     app.add("POST", messages.QUEEN_WORKER_READY, worker_ready)
     app.add("POST", messages.SHUTDOWN, shutdown)
     app.add("GET", messages.METRICS, metrics)

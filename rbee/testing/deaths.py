@@ -38,6 +38,7 @@ PART_BUDGET = 8.0  # seconds until what lay under a killed process is gone
 IGNORED = {  # who lives on after which signal, with all below; everybody else goes
     "zygote": (signal.SIGINT, signal.SIGHUP),  # once it has set that: the hive ends it
 }
+VENV_WITHIN = 3.0  # seconds until nothing is left that only its mapped files give away
 IGNORING = 1.0  # seconds in which a process that does not ignore a signal would have gone
 
 
@@ -266,6 +267,10 @@ async def _all_gone(cluster: Cluster, cell: Cell) -> None:
         while cluster.keeper.poll() is None and not _frozen(cell, cluster):
             await trio.sleep(0.01)
         await cluster.check.wait_clean(BUDGET)
+        # Not looked for in the first place: between fork and exec another cell's keeper seems to be
+        # an orphan for a moment.
+        of_venv = attrs.evolve(cluster.check, venv=Path(sys.prefix))
+        await of_venv.wait_clean(VENV_WITHIN)
 
 
 def _frozen(cell: Cell, cluster: Cluster) -> bool:

@@ -261,6 +261,7 @@ class ModelInfo:
         last_used, created: seconds since the epoch.
         in_use: whether a worker on that node, of any hive, has it loaded.
         damage: why it cannot be used; "" if it can. ``model pull`` repairs it.
+        references: every canonical reference that its files stand for, ``model`` among them.
     """
 
     model: str
@@ -280,6 +281,7 @@ class ModelInfo:
     in_use: bool = False
     files: tuple[str, ...] = ()
     damage: str = ""
+    references: tuple[str, ...] = ()
 
 
 @attrs.frozen

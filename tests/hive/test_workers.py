@@ -24,6 +24,8 @@ from rbee.hive import workers as module
 from rbee.hive.room import Memory, Plan
 from rbee.hive.workers import HiveSetup, Narrate, News, Provision, Workers
 from rbee.home import Home
+from rbee.models.catalog import Catalog, Entry
+from rbee.models.use import is_used
 from rbee.testing.fakes import FakeConnect, FakeLauncher, FakePeer
 from rbee.wire.messages import StartWorker, WorkerInfo, WorkerNarration, WorkerReady
 
@@ -144,7 +146,7 @@ async def test_a_model_is_brought_first_and_gives_its_names(
     async def bring(request: StartWorker, narrate: Narrate) -> Local:
         narrate("download", "10 of 20")
         await trio.sleep(5)
-        return Local("pypi:words", home.models / "words", ("words", "w"))
+        return Local("pypi:words", home.root / "words", ("words", "w"))
 
     async with open_hive(home, provision=bring) as hive:
         info = hive.workers.start(REQUEST)
@@ -152,7 +154,7 @@ async def test_a_model_is_brought_first_and_gives_its_names(
         assert hive.launch.running == {}
         await trio.sleep(6)
         spec = hive.launch.configs[info.worker_id].spec
-        assert (spec.model, spec.model_dir) == ("pypi:words", str(home.models / "words"))
+        assert (spec.model, spec.model_dir) == ("pypi:words", str(home.root / "words"))
         assert spec.served_names == ("words", "w")
         await hive.settle()
         told = [item for item in hive.heard if isinstance(item, WorkerNarration)]
@@ -178,6 +180,24 @@ async def test_what_a_loading_worker_tells_is_passed_on_until_it_is_ready(home: 
         assert hive.heard.count(told) == 1
         with pytest.raises(NotFoundError):
             hive.workers.take_progress(attrs.evolve(told, worker_id="worker-x"))
+
+
+async def test_a_model_of_the_catalog_is_in_use_until_its_worker_has_ended(home: Home) -> None:
+    async def bring(request: StartWorker, narrate: Narrate) -> Local:
+        return Local("pypi:words", home.models / "words", ("words",))
+
+    (home.models / "words").mkdir()
+    Catalog(home.models).save("words", Entry("pypi:words", "pypi", "1", (), "float32"))
+    with trio.fail_after(10):
+        async with open_hive(home, provision=bring) as hive:
+            worker_id = hive.workers.start(REQUEST).worker_id
+            with hive.workers.news.subscribe() as news:
+                async for item in news:
+                    if isinstance(item, WorkerInfo) and item.state == "loading":
+                        break
+            assert is_used(home.models, "words")
+            await hive.workers.stop(worker_id)
+            assert not is_used(home.models, "words")
 
 
 async def test_what_cannot_work_is_refused_before_anything_starts(home: Home) -> None:

@@ -52,6 +52,9 @@ class FakeQueen:
     state: str = "ready"
     home: str = ""
     silent: bool = False
+    models: list[messages.ModelInfo] = attrs.field(factory=list)
+    pulls: list[messages.PullModel] = attrs.field(factory=list)
+    removed: list[str] = attrs.field(factory=list)
     tasks: list[messages.TaskRequest] = attrs.field(factory=list)
     cancelled: trio.Event = attrs.field(factory=trio.Event)
     stopping: trio.Event = attrs.field(factory=trio.Event)
@@ -63,6 +66,9 @@ class FakeQueen:
         app.add("POST", messages.TASKS, self._task)
         app.add("GET", messages.QUEEN_WORKERS, partial(_list, WORKER))
         app.add("GET", messages.QUEEN_HIVES, partial(_list, HIVE))
+        app.add("GET", messages.QUEEN_MODELS, self._models)
+        app.add("POST", messages.QUEEN_MODELS, self._pull)
+        app.add("DELETE", messages.QUEEN_MODELS + "/{node}/{model}", self._remove)
         app.add("POST", messages.SHUTDOWN, self._shutdown)
         return app
 
@@ -78,6 +84,17 @@ class FakeQueen:
     async def _task(self, request: Request) -> Stream:
         self.tasks.append(await request.read(messages.TaskRequest))
         return Stream(self._play, ((messages.JOB_ID_HEADER.encode(), b"job-1"),))
+
+    async def _models(self, _: Request) -> Response:
+        return json_response(self.models)
+
+    async def _pull(self, request: Request) -> Stream:
+        self.pulls.append(await request.read(messages.PullModel))
+        return Stream(self._play)
+
+    async def _remove(self, request: Request) -> Response:
+        self.removed.append("/".join(request.params.values()))
+        return Response(status=204)
 
     async def _play(self, emit: Emit) -> None:
         try:

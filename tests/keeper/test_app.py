@@ -53,6 +53,7 @@ def test_what_a_command_removes_is_never_taken_from_the_environment(
     home: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RBEE_MODEL", "m")
+    monkeypatch.setenv("RBEE_PRUNE", "true")
     assert keeper.run_line(["model", "rm"]) == 2
     assert "MODEL" in capfd.readouterr().err
 

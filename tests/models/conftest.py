@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
@@ -15,6 +16,7 @@ import trio
 
 from rbee.home import Home
 from rbee.models.child import Runner
+from rbee.models.locks import SHARED, lock_file, try_lock, unshare
 from rbee.testing.tiny_model import write_tiny_model
 
 MakeWheel = Callable[..., Path]
@@ -26,6 +28,18 @@ def home(tmp_path: Path) -> Home:
     for path in (made.models, made.logs, made.run):
         path.mkdir(parents=True)
     return made
+
+
+@contextmanager
+def used(home: Home, name: str) -> Iterator[None]:
+    """Have a model as a worker of some hive has it."""
+    path = lock_file(home.models, ".in-use", name)
+    fd = try_lock(path, SHARED)
+    assert fd is not None
+    try:
+        yield
+    finally:
+        unshare(path, fd)
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +152,7 @@ class Narration:
 
     lines: list[tuple[str, str]] = attrs.field(factory=list)
 
-    def __call__(self, action: str, text: str) -> None:
+    def __call__(self, action: str, text: str, share: float | None = None) -> None:
         self.lines.append((action, text))
 
     @property
@@ -154,4 +168,8 @@ def narrate() -> Narration:
 @pytest.fixture
 def leftovers(home: Home) -> Callable[[], list[Path]]:
     """List what is neither a finished model nor its record."""
-    return lambda: [*home.models.glob(".staging/*"), *home.models.glob(".locks/*")]
+    return lambda: [
+        *home.models.glob(".staging/*"),
+        *home.models.glob(".locks/*"),
+        *home.models.glob(".in-use/*"),
+    ]

@@ -18,6 +18,7 @@ from rbee.models.catalog import (
     show_model,
 )
 from rbee.models.staging import lock_now
+from tests.models.conftest import used
 
 ENTRY = Entry(
     reference="pypi:some-model",
@@ -98,7 +99,7 @@ def test_removing_a_model_removes_all_that_was_made_of_it(home: Home) -> None:
     origin = Origin(ENTRY.reference, 5, 0, "abc")
     put(home, "made", attrs.evolve(ENTRY, origins=(origin,)))
     put(home, "other", attrs.evolve(ENTRY, reference="pypi:other"))
-    removed = remove_model(home, "pypi:some-model", in_use=())
+    removed = remove_model(home, "pypi:some-model")
     assert [item.name for item in removed] == ["made", "raw"]
     left = {path.name for path in home.models.rglob("*") if not path.is_dir()}
     assert left == {"other.json", "model.safetensors"}
@@ -107,24 +108,36 @@ def test_removing_a_model_removes_all_that_was_made_of_it(home: Home) -> None:
 def test_a_damaged_record_can_be_removed(home: Home) -> None:
     put(home)
     (home.models / "some.json").write_text("{")
-    remove_model(home, "some", in_use=())
+    remove_model(home, "some")
     assert list_models(home) == []
     assert not (home.models / "some").exists()
 
 
-@pytest.mark.parametrize("used", ["pypi:some-model", "mine", "{directory}"])
-def test_a_model_in_use_is_kept(home: Home, used: str) -> None:
-    put(home)
-    used = used.format(directory=home.models / "some")
-    with pytest.raises(ConflictError, match="in use by a running worker"):
-        remove_model(home, "mine", {used, "else"}, aliases={"mine": "pypi:some-model"})
-    assert not list_models(home)[0].damage
+def test_a_record_that_cannot_be_read_is_found_by_its_source(home: Home) -> None:
+    put(home, "pypi--some-model")
+    (home.models / "pypi--some-model.json").write_text("{")
+    (item,) = show_model(home, "pypi:some-model")
+    assert item.entry is None
+    remove_model(home, "pypi:some-model")
+    assert list_models(home) == []
+
+
+def test_of_a_model_in_use_nothing_is_removed(home: Home) -> None:
+    put(home, "raw")
+    put(home, "made", attrs.evolve(ENTRY, origins=(Origin(ENTRY.reference, 5, 0, "abc"),)))
+    with used(home, "made"):
+        with pytest.raises(ConflictError, match="in use") as caught:
+            remove_model(home, "pypi:some-model")
+        assert caught.value.code == "model_in_use"
+        assert [item.damage for item in list_models(home)] == ["", ""]
+    remove_model(home, "pypi:some-model")
+    assert list_models(home) == []
 
 
 def test_a_model_that_is_being_fetched_is_kept(home: Home) -> None:
     put(home)
     with lock_now(home.models, "some"), pytest.raises(ConflictError, match="being fetched"):
-        remove_model(home, "some", in_use=())
+        remove_model(home, "some")
     assert not list_models(home)[0].damage
 
 

