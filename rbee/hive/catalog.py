@@ -9,9 +9,9 @@ from pathlib import Path
 import trio
 
 from rbee.config import load_config
-from rbee.hive.models import default_dtype
 from rbee.home import Home
 from rbee.models.catalog import remove_model
+from rbee.models.footprint import stored_dtype
 from rbee.models.info import model_infos
 from rbee.models.provision import Narrate
 from rbee.models.pull import pull
@@ -33,7 +33,7 @@ async def pull_here(home: Home, request: PullModel, narrate: Narrate) -> Pulled:
         home,
         aliases=load_config(home.config_file).aliases,
         dtype=request.dtype,
-        default=default_dtype("cpu"),
+        default=stored_dtype("cpu", None),
         run=_run,
         narrate=narrate,
     )

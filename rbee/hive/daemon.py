@@ -17,7 +17,7 @@ from rbee.errors import RbeeError
 from rbee.guard import remove_tree
 from rbee.hive.app import make_app
 from rbee.hive.launch import fork_or_exec
-from rbee.hive.models import provisioner
+from rbee.hive.models import memory_of, provisioner
 from rbee.hive.owners import Owners
 from rbee.hive.workers import HiveSetup, Workers
 from rbee.hive.zygotes import Zygotes
@@ -47,7 +47,13 @@ async def serve(
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
     await sweep_abandoned(setup.home.run)
     zygotes = Zygotes(setup.home.log_file, own_environment(setup.home.root, nonce))
-    workers = Workers(setup, fork_or_exec(zygotes.get), provisioner(setup), zygotes.warm_up)
+    workers = Workers(
+        setup,
+        fork_or_exec(zygotes.get),
+        provisioner(setup),
+        zygotes.warm_up,
+        memory=memory_of(setup),
+    )
     workers.url = url_of(listener)
     owners = Owners(workers.stop_owned_by)
     serving = partial(serve_http, make_app(setup, workers, owners, stop), listener, grace=0.5)

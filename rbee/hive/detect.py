@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rbee import __version__
+from rbee.gpus import all_gpus
 from rbee.wire.messages import Device
 from rbee.worker.engine import GROUP
 
@@ -19,7 +19,8 @@ from rbee.worker.engine import GROUP
 def devices() -> list[Device]:
     """List what a worker can run on: the CPU first, then each CUDA device; memory in bytes."""
     total, free = memory()
-    return [Device("cpu", 0, cpu_name(), total, free), *_cuda_devices()]
+    cards = [Device("cuda", gpu.index, gpu.name, gpu.total, gpu.free) for gpu in all_gpus()]
+    return [Device("cpu", 0, cpu_name(), total, free), *cards]
 
 
 def memory() -> tuple[int, int]:
@@ -36,29 +37,6 @@ def cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
-
-
-def _cuda_devices() -> list[Device]:
-    if importlib.util.find_spec("pynvml") is None:
-        return []
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, no card
-        return []
-    try:
-        return [_cuda_device(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _cuda_device(pynvml: Any, index: int) -> Device:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    name = pynvml.nvmlDeviceGetName(handle)
-    # The v2 struct: v1 counts what the driver reserves as used, even on an empty card.
-    info = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-    return Device("cuda", index, str(name), info.total, info.free)
 
 
 def detect(home: Path) -> dict[str, Any]:

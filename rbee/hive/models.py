@@ -1,20 +1,19 @@
-"""Bring the model of a request onto this machine."""
+"""Bring the model of a request onto this machine, and see whether it fits."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 from rbee.config import load_config
+from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
-from rbee.models.preflight import ITEM_SIZES
-from rbee.models.provision import check_model_memory, provision
+from rbee.models.footprint import stored_dtype
+from rbee.models.memory import check_room, free_memory, plan_memory
+from rbee.models.provision import provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
 from rbee.worker.engine import engine_kind
-
-KV_CACHE = 256 << 20  # bytes, where the request names no size
 
 
 def provisioner(setup: HiveSetup) -> Provision:
@@ -24,39 +23,22 @@ def provisioner(setup: HiveSetup) -> Provision:
         kind = engine_kind(request.engine)
         if not kind.needs_model:
             return None
-        model = await provision(
+        return await provision(
             request.model,
             setup.home,
             aliases=load_config(setup.home.config_file).aliases,
-            dtype=_stored_dtype(request),
+            dtype=stored_dtype(request.backend, request.dtype),
             run=_run,
             narrate=narrate,
         )
-        if (request.backend or "cpu") == "cpu":
-            check_model_memory(model, _stored_dtype(request), request.kv_cache_bytes or KV_CACHE)
-        return model
 
     return bring
 
 
+def memory_of(setup: HiveSetup) -> Memory:
+    """Say how a hive counts the memory of its machine."""
+    return Memory(plan=plan_memory, free=free_memory, check=check_room, budget=setup.memory)
+
+
 async def _run(argv: Sequence[str], *, log: Path) -> int:
     return await run_program(argv, log_file=log)
-
-
-def _stored_dtype(request: StartWorker) -> str:
-    """Return what a GGUF is dequantised to; ``auto`` and the like leave it to us."""
-    if request.dtype in ITEM_SIZES:
-        return str(request.dtype)
-    return default_dtype(request.backend or "cpu")
-
-
-@functools.cache
-def default_dtype(backend: str) -> str:
-    """Return the dtype to store dequantised weights in.
-
-    A CPU without AVX512-BF16 or AMX has no fast bfloat16 kernels: float32 is 2.8 times cheaper.
-    """
-    if backend != "cpu":
-        return "bfloat16"
-    flags = Path("/proc/cpuinfo").read_text()
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"

@@ -13,20 +13,14 @@ import attrs
 import trio
 
 from rbee.model import WorkerState
+from rbee.models.footprint import MemoryPlan
+from rbee.models.memory import Local
+from rbee.wire.messages import StartWorker
 
 AGAIN = 0.25  # seconds between two looks while busy or loading workers hold the memory
 WAIT = 60.0  # seconds to wait for them
 
 Narrate = Callable[[str, str], None]
-
-
-class Plan(Protocol):
-    """What a worker will take (`rbee.models.memory.MemoryPlan`)."""
-
-    @property
-    def required(self) -> int:
-        """Bytes."""
-        ...
 
 
 class Tenant(Protocol):
@@ -37,7 +31,9 @@ class Tenant(Protocol):
     """
 
     @property
-    def plan(self) -> Plan | None: ...
+    def name(self) -> str: ...
+    @property
+    def plan(self) -> MemoryPlan | None: ...
     @property
     def state(self) -> WorkerState: ...
     @property
@@ -50,18 +46,24 @@ class Tenant(Protocol):
     def idle(self) -> float: ...
 
 
+class Check(Protocol):
+    def __call__(self, plan: MemoryPlan, available: int, *, what: str) -> None: ...
+
+
 @attrs.frozen
 class Memory:
-    """How a hive counts memory.
+    """How a hive counts memory (`rbee.models.memory`).
 
     Attributes:
+        plan: what a worker would take; None for nothing worth counting.
         free: bytes free for a backend and its devices now; None where nobody knows.
-        check: raises `InsufficientError` unless a plan fits into so many bytes.
+        check: raises `InsufficientError` unless a plan fits into so many bytes; ``what`` names it.
         budget: bytes that this hive's workers on the CPU may take in all; None for no bound.
     """
 
-    free: Callable[[str, str], int | None] = lambda backend, device: None
-    check: Callable[[Plan, int], None] = lambda plan, available: None
+    plan: Callable[[Local, StartWorker], MemoryPlan | None]
+    free: Callable[[str, str], int | None]
+    check: Check
     budget: int | None = None
 
 
@@ -88,7 +90,7 @@ class Room:
         self._unload = unload
         self._lock = trio.Lock()
 
-    async def make(self, plan: Plan, newcomer: Tenant, narrate: Narrate) -> None:
+    async def make(self, plan: MemoryPlan, newcomer: Tenant, narrate: Narrate) -> None:
         """Return once there is room for ``plan``, which the caller then gives the newcomer.
 
         Raises:
@@ -101,7 +103,7 @@ class Room:
             if waited.cancelled_caught:
                 self._refuse(plan, newcomer)
 
-    async def _make(self, plan: Plan, newcomer: Tenant, narrate: Narrate) -> None:
+    async def _make(self, plan: MemoryPlan, newcomer: Tenant, narrate: Narrate) -> None:
         told = False
         while plan.required > self._available(newcomer):
             if plan.required > self._available(newcomer) + self._to_be_had(newcomer):
@@ -118,8 +120,8 @@ class Room:
                 told = True
                 await trio.sleep(AGAIN)
 
-    def _refuse(self, plan: Plan, newcomer: Tenant) -> None:
-        self._memory.check(plan, max(0, int(self._available(newcomer))))
+    def _refuse(self, plan: MemoryPlan, newcomer: Tenant) -> None:
+        self._memory.check(plan, max(0, int(self._available(newcomer))), what=newcomer.name)
 
     def _available(self, newcomer: Tenant) -> float:
         """Return the bytes for a newcomer now, less what was promised to those who load."""

@@ -18,9 +18,10 @@ from rbee.guard import children
 from rbee.hive.failures import died, too_slow
 from rbee.hive.launch import Launcher
 from rbee.hive.peer import Connect, Peer, connect_with
-from rbee.hive.room import Memory, Plan, Room, Tenant
+from rbee.hive.room import Memory, Room, Tenant
 from rbee.home import Home, short_name
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.footprint import MemoryPlan
 from rbee.models.hold import take_into_use
 from rbee.models.reference import shown
 from rbee.process import Process
@@ -66,15 +67,7 @@ WarmUp = Callable[[str, Narrate], Awaitable[object]]
 """Have what every worker of an engine needs; returns when it is there."""
 
 
-MakePlan = Callable[[Local, StartWorker], Plan | None]
-"""Say how much memory a worker with this model will take."""
-
-
 async def _nothing(engine: str, narrate: Narrate) -> None:
-    return None
-
-
-def _no_plan(local: Local, request: StartWorker) -> None:
     return None
 
 
@@ -117,10 +110,14 @@ class Worker:
     ended: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     became_ready: trio.Event = attrs.field(factory=trio.Event)
-    plan: Plan | None = None
+    plan: MemoryPlan | None = None
     peer: Peer | None = None
     unloading: bool = False
     seen_at: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.info.model
 
     @property
     def backend(self) -> str:
@@ -160,8 +157,7 @@ class Workers(TaskOwner):
         provision: Provision,
         warm_up: WarmUp = _nothing,
         *,
-        make_plan: MakePlan = _no_plan,
-        memory: Memory | None = None,
+        memory: Memory,
         connect: Connect | None = None,
     ) -> None:
         self._setup = setup
@@ -169,10 +165,10 @@ class Workers(TaskOwner):
         self._launch = launch
         self._provision = provision
         self._warm_up = warm_up
-        self._make_plan = make_plan
         self._connect = connect or connect_with(setup.token)
         there = self._workers.values
-        self._room = Room(memory or Memory(), there, self._look_at_all, self._make_idle_go)
+        self._memory = memory
+        self._room = Room(memory, there, self._look_at_all, self._make_idle_go)
         self.url = ""
         self.news: Broadcast[News] = Broadcast()
         self.on_ready: Callable[[WorkerInfo], None] = lambda info: None
@@ -272,7 +268,7 @@ class Workers(TaskOwner):
             return await self._provision(worker.request, self._narrate(worker))
 
     async def _take_room(self, worker: Worker, local: Local | None) -> None:
-        plan = self._make_plan(local, worker.request) if local is not None else None
+        plan = self._memory.plan(local, worker.request) if local is not None else None
         if plan is not None:
             await self._room.make(plan, worker, self._narrate(worker))
         worker.plan = plan

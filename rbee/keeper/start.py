@@ -12,7 +12,7 @@ from rbee.units import seconds, size
 
 _ENGINE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _DEVICE = re.compile(r"\d{1,4}(,\d{1,4})*")
-_ENGINE_ARG = re.compile(r"(?:--)?([A-Za-z][A-Za-z0-9._-]{0,99})(?:=(.*))?", re.DOTALL)
+_ENGINE_ARG = re.compile(r"(?:--)?([A-Za-z][A-Za-z0-9._-]{0,99}\+?)(?:=(.*))?", re.DOTALL)
 
 
 def start_settings(flags: StartFlags) -> dict[str, Any]:
@@ -54,8 +54,20 @@ def engine_args(given: tuple[str, ...]) -> dict[str, str]:
                 f"{text!r} is not an option of an engine (needed: key=value)",
                 hint="rbee-keeper infer --engine-arg gpu-memory-utilization=0.5 …",
             )
-        found[match[1].replace("_", "-")] = "true" if match[2] is None else match[2]
+        key = _engine_key(match[1])
+        if key in found:
+            raise BadInputError(
+                f"--engine-arg {key} is given twice",
+                hint=f"""rbee-keeper infer --engine-arg '{key}=["…", "…"]' …   # if it is a list""",
+            )
+        found[key] = "true" if match[2] is None else match[2]
     return found
+
+
+def _engine_key(key: str) -> str:
+    """Write a name with hyphens; what follows a dot is a key of the option's own."""
+    name, dot, rest = key.partition(".")
+    return name.replace("_", "-") + dot + rest
 
 
 def _check_placement(flags: StartFlags) -> None:

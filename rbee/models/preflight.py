@@ -45,11 +45,6 @@ def check_memory(required: int, *, what: str = "the model", available: int | Non
         )
 
 
-def needed_memory(parameters: int, dtype: str, kv_cache_bytes: int = 0) -> int:
-    """Return what a worker needs: weights in the target dtype, KV cache, a fixed overhead."""
-    return parameters * ITEM_SIZES.get(dtype, 4) + kv_cache_bytes + OVERHEAD
-
-
 def free_disk(path: Path) -> int:
     """Return the bytes that an ordinary user may still write at ``path``, existing or not."""
     there = next(place for place in (path, *path.parents) if place.exists())
@@ -57,22 +52,27 @@ def free_disk(path: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def available_memory(meminfo: Path = MEMINFO) -> int | None:
+def available_memory(path: Path = MEMINFO) -> int | None:
     """Return MemAvailable in bytes; None where the kernel does not tell."""
+    return meminfo("MemAvailable", path)
+
+
+def meminfo(key: str, path: Path = MEMINFO) -> int | None:
+    """Return one figure of the kernel's account of the memory, in bytes."""
     try:
-        lines = meminfo.read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     for line in lines:
-        if line.startswith("MemAvailable:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return None
 
 
 def human(size: float) -> str:
     """Write a number of bytes for people: ``1.3 GiB``."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
-    return f"{size:.1f} GiB"
+    return f"{size:.1f} TiB"

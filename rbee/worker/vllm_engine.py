@@ -16,7 +16,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,11 +28,13 @@ import trio
 
 from rbee.aio import Aio, AioTask, Outbox, open_aio
 from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
+from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker import vllm_plan, weights
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
+from rbee.worker.engine_args import refused, spread_lists
 from rbee.worker.limits import answer_budget, shorter
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ NOTICE = 0.2  # seconds between looks at the engine's health
 LOOK = 0.25  # seconds between looks at the weights
 STARTING = "starting the engine"
 LONG_TEXT = 20_000  # characters above which tokenising leaves the main thread
+REFUSALS = (ValueError, TypeError, KeyError, OSError, NotImplementedError)
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
 
 # What a worker needs and vLLM would import late. Some names exist in some versions only.
@@ -103,8 +106,9 @@ class VllmEngineKind:
 
     def check(self, spec: WorkerSpec) -> None:
         vllm_plan.check_backend(spec)
+        vllm_plan.check_options(spec)
         if spec.model_dir:
-            vllm_plan.arguments(spec, vllm_plan.this_machine())
+            vllm_plan.arguments(spec, this_machine())
 
     @asynccontextmanager
     async def open(
@@ -115,7 +119,7 @@ class VllmEngineKind:
                 f"{spec.model!r} is not a directory with config.json",
                 hint="rbee-keeper model list",
             )
-        machine = vllm_plan.this_machine()
+        machine = this_machine()
         argv = vllm_plan.arguments(spec, machine)
         os.environ.update(vllm_plan.environment(spec, run_dir))
         os.environ[weights.VARIABLE] = str(Path(run_dir) / "weights")
@@ -126,7 +130,7 @@ class VllmEngineKind:
             def report(text: str) -> None:
                 aio.token.run_sync_soon(steps.tell, text)
 
-            loader = Loader(argv, report, vllm_plan.threads(machine), CLOSE[spec.backend])
+            loader = Loader(argv, report, threads(machine), CLOSE[spec.backend])
             try:
                 loaded = await steps.follow(aio.spawn(loader.load))
             except BaseException:
@@ -260,7 +264,12 @@ class Loader:
         level = logging.getLogger().level
         tasks = await self._llm.get_supported_tasks()
         app = modules.build_app(args, tasks, self._llm.model_config)
-        await modules.init_app_state(self._llm, app.state, args, tasks)
+        try:
+            await modules.init_app_state(self._llm, app.state, args, tasks)
+        except Exception as exc:
+            if not is_refusal(exc):
+                raise
+            raise self._refused(exc) from exc
         app.state.server = SimpleNamespace(should_exit=False)  # its error handler ends a server
         logging.getLogger().setLevel(level)  # one of its extensions silences the whole process
         return app
@@ -273,25 +282,37 @@ class Loader:
 
     def _parse(self, modules: Any) -> Any:
         parser = modules.make_arg_parser(modules.FlexibleArgumentParser())
+        parser.allow_abbrev = False  # `--max-model` would pass the check of what rbee decides
+        several = {
+            name
+            for action in parser._actions
+            if action.nargs in ("+", "*")
+            for name in action.option_strings
+        }
 
         def refuse(message: str) -> None:
-            raise BadInputError(
-                f"vLLM refuses an argument: {message}",
-                hint="python -m vllm.entrypoints.openai.api_server --help",
-            )
+            raise refused(message, parser._option_string_actions)
 
         parser.error = refuse
-        return parser.parse_args(self.argv)
+        return parser.parse_args(spread_lists(self.argv, several))
 
     def _configure(self, modules: Any, args: Any) -> tuple[Any, Any]:
         context = modules.UsageContext.OPENAI_API_SERVER
         try:
             options = modules.AsyncEngineArgs.from_cli_args(args)
             return options.create_engine_config(context), options
-        except (ValueError, TypeError, KeyError, OSError, NotImplementedError) as exc:
-            raise BadInputError(
-                f"vLLM refuses this model or configuration: {_first_lines(exc)}"
-            ) from exc
+        except Exception as exc:
+            if not is_refusal(exc):
+                raise
+            raise self._refused(exc) from exc
+
+    def _refused(self, exc: Exception) -> BadInputError:
+        names = _blamed(exc)
+        given = [name for name in names if any(w.startswith(f"--{name}") for w in self.argv)]
+        return BadInputError(
+            f"vLLM refuses this model or configuration: {_first_lines(exc)}",
+            hint="".join(f"rbee-keeper infer --engine-arg {name}=… …" for name in given[:1]),
+        )
 
     def _start(self, modules: Any, config: Any, options: Any) -> Any:
         try:
@@ -315,13 +336,36 @@ def cache_settings(envs: Any, on: bool) -> None:
         change()
 
 
+def is_refusal(exc: Exception) -> bool:
+    """Tell what vLLM does not take from a bug; its own errors are no ValueErrors."""
+    return isinstance(exc, REFUSALS) or type(exc).__name__.startswith("VLLM")
+
+
 def _first_lines(exc: Exception) -> str:
     """Return the telling part of an error."""
     if callable(errors := getattr(exc, "errors", None)):  # pydantic's, which tell a lot more
-        told = (str(error["msg"]).strip().partition("\n")[0] for error in errors())
-        return "; ".join(text.removeprefix("Value error, ") for text in told)
+        return "; ".join(dict.fromkeys(map(_told, errors())))
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(exc).__name__
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    """Return what one of pydantic's errors says, and of which option."""
+    text = str(error["msg"]).strip().partition("\n")[0].removeprefix("Value error, ")
+    name = _option_name(error)
+    return f"{name}: {text}, got {error.get('input')!r}" if name else text
+
+
+def _blamed(exc: Exception) -> list[str]:
+    """Return the options that an error names."""
+    errors = getattr(exc, "errors", None)
+    found = errors() if callable(errors) else [{"loc": (getattr(exc, "parameter", None) or "",)}]
+    return [name for error in found if (name := _option_name(error))]
+
+
+def _option_name(error: Mapping[str, Any]) -> str:
+    where = error.get("loc") or ("",)
+    return str(where[0]).replace("_", "-")
 
 
 def _import_vllm() -> SimpleNamespace:

@@ -41,19 +41,17 @@ def count_weights() -> None:
         from vllm.model_executor.model_loader.default_loader import DefaultModelLoader as Loader
 
         if not hasattr(Loader.get_all_weights, "__wrapped__"):
-            Loader.get_all_weights = _counting(Loader.get_all_weights, Path(os.environ[VARIABLE]))
+            Loader.get_all_weights = _counting(Loader.get_all_weights)
     except Exception as exc:  # importing it may raise anything; none of it is ours to tell
         log.info("the share of loaded weights will not be known: %s", exc)
 
 
-def _counting(
-    get_all_weights: Callable[..., Iterable[tuple[str, Any]]], file: Path
-) -> Callable[..., Any]:
+def _counting(get_all_weights: Callable[..., Iterable[tuple[str, Any]]]) -> Callable[..., Any]:
     @functools.wraps(get_all_weights)
     def wrapper(loader: Any, config: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
         weights = get_all_weights(loader, config, *args, **kwargs)
-        total = weights_size(Path(config.model))
-        return counted(weights, total, file) if total else iter(weights)
+        total, file = weights_size(Path(config.model)), os.environ.get(VARIABLE)
+        return counted(weights, total, Path(file)) if total and file else iter(weights)
 
     return wrapper
 

@@ -255,13 +255,28 @@ class TestVllm:
             (["--max-tokens", "5000"], ["5000", "2048", "--max-tokens"]),
             (["--prompt", "bee " * 2500], ["tokens", "the context holds 2048"]),
             (["--prompt", "bee " * 30_000], ["characters", "a context of 2048 tokens"]),
+            (["--dtype", "float8"], ["'float8'", "auto, half, float16", "--dtype float32"]),
+            (["--max-model-len", "4096"], ["model's context of 2048", "--max-model-len 2048"]),
+            (["--kv-cache", "100T"], ["100.0 TiB", "2048 tokens", "--kv-cache "]),
+            (["--engine-arg", "max-model=5"], ["no option max-model", "--max-model-len"]),
+            (["--engine-arg", "dtype=half"], ["decided by rbee", "infer --dtype"]),
+            (["--engine-arg", "block-size=abc"], ["block-size: invalid int value: 'abc'"]),
+            (["--engine-arg", "gpu_memory_utilization=2"], ["less than or equal to 1, got 2.0"]),
         ],
-        ids=lambda value: " ".join(value)[:20],
+        ids=lambda value: " ".join(value)[:30],
     )
     def test_what_the_engine_cannot_do_is_refused(
         self, operator: Operator, tiny: Path, line: list[str], said: list[str]
     ) -> None:
         operator.infer("./tiny", "--engine", "vllm", *line).check_refusal(*said)
+
+    def test_options_of_the_engine_reach_it(self, operator: Operator, tiny: Path) -> None:
+        line = ["--max-model-len", "64", "--max-num-seqs", "2", "--kv-cache", "20M"]
+        for option in ('hf-overrides={"rope_theta": 20000.0}', "no-enable-prefix-caching"):
+            line += ["--engine-arg", option]
+        _copy(tiny, "tuned")
+        done = operator.infer("./tuned", "--engine", "vllm", "--max-tokens", "100", *line)
+        done.check_refusal("the context holds 64", "--max-tokens")
 
     def test_a_path_means_the_same_wherever_it_is_typed(
         self, operator: Operator, tiny: Path

@@ -8,21 +8,21 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from rbee.errors import InsufficientError
-from rbee.hive.room import WAIT, Memory, Plan, Room
+from rbee.hive.room import WAIT, Memory, Room
 from rbee.model import WorkerState
+from rbee.models.footprint import MemoryPlan
 
 TOTAL = 100
 
 
-@attrs.frozen
-class Need:
-    required: int
+def need(size: int) -> MemoryPlan:
+    return MemoryPlan(size, 0, 0)
 
 
 @attrs.define(eq=False)
 class Guest:
     name: str
-    plan: Plan | None = None
+    plan: MemoryPlan | None = None
     state: WorkerState = WorkerState.READY
     idle: float = 1.0
     is_pinned: bool = False
@@ -31,7 +31,7 @@ class Guest:
 
 
 def guest(name: str, size: int, **more: object) -> Guest:
-    return Guest(name, Need(size), **more)
+    return Guest(name, need(size), **more)
 
 
 @attrs.define(eq=False, slots=False)
@@ -47,7 +47,12 @@ class House:
     room: Room = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        memory = Memory(lambda *where: self.free(*where), check, self.budget)
+        memory = Memory(
+            plan=lambda local, request: None,
+            free=lambda *where: self.free(*where),
+            check=check,
+            budget=self.budget,
+        )
         self.room = Room(memory, lambda: self.guests, trio.lowlevel.checkpoint, self.unload)
 
     def free(self, backend: str, device: str) -> int | None:
@@ -68,19 +73,19 @@ class House:
         self.guests.append(newcomer)
         try:
             await self.room.make(
-                Need(size), newcomer, lambda action, text: self.told.append(action)
+                need(size), newcomer, lambda action, text: self.told.append(action)
             )
         except BaseException:
             self.guests.remove(newcomer)
             raise
-        newcomer.plan = Need(size)
+        newcomer.plan = need(size)
         return newcomer
 
-    async def look(self, plan: Plan, newcomer: Guest) -> None:
+    async def look(self, plan: MemoryPlan, newcomer: Guest) -> None:
         await self.room.make(plan, newcomer, lambda action, text: self.told.append(action))
 
 
-def check(plan: Plan, available: int) -> None:
+def check(plan: MemoryPlan, available: int, *, what: str) -> None:
     if plan.required > available:
         raise InsufficientError("full", required=plan.required, available=available)
 

@@ -21,10 +21,11 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.hive import workers as module
-from rbee.hive.room import Memory, Plan
+from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, Narrate, News, Provision, Workers
 from rbee.home import Home
 from rbee.models.catalog import Catalog, Entry
+from rbee.models.footprint import MemoryPlan
 from rbee.models.use import is_used
 from rbee.testing.fakes import FakeConnect, FakeLauncher, FakePeer
 from rbee.wire.messages import StartWorker, WorkerInfo, WorkerNarration, WorkerReady
@@ -40,15 +41,18 @@ class Local:
     context: int = 100
 
 
-@attrs.frozen
-class Hundred:
-    """What every worker with a model takes."""
+def memory(budget: int | None = None) -> Memory:
+    """Count 100 bytes for every worker with a model."""
 
-    required: int = 100
+    def check(plan: MemoryPlan, available: int, *, what: str) -> None:
+        raise InsufficientError(f"full: {what}", required=plan.required, available=available)
 
-
-def plan_100(local: Local, request: StartWorker) -> Hundred:
-    return Hundred()
+    return Memory(
+        plan=lambda local, request: MemoryPlan(100, 0, 0),
+        free=lambda backend, device: None,
+        check=check,
+        budget=budget,
+    )
 
 
 async def nothing(request: StartWorker, narrate: Narrate) -> None:
@@ -92,14 +96,12 @@ class Hive:
 
 @asynccontextmanager
 async def open_hive(
-    home: Home, *, provision: Provision = nothing, memory: Memory | None = None, **launch: object
+    home: Home, *, provision: Provision = nothing, budget: int | None = None, **launch: object
 ) -> AsyncGenerator[Hive, None]:
     setup = HiveSetup(id="hive-1", home=home, run_dir=home.run / "h1", token="secret", node="n1")
     launcher = FakeLauncher(**launch)
     connect = FakeConnect(launcher)
-    workers = Workers(
-        setup, launcher, provision, make_plan=plan_100, memory=memory, connect=connect
-    )
+    workers = Workers(setup, launcher, provision, memory=memory(budget), connect=connect)
     with workers.news.subscribe() as news:
         async with workers.open():
             yield Hive(workers, launcher, connect.peers, news)
@@ -550,11 +552,7 @@ async def test_an_idle_worker_goes_for_a_model_that_needs_its_memory(
     async def bring(request: StartWorker, narrate: Narrate) -> Local:
         return Local(request.model, home.models, (request.model,))
 
-    def refuse(plan: Plan, available: int) -> None:
-        raise InsufficientError("full", required=plan.required, available=available)
-
-    memory = Memory(lambda backend, device: None, refuse, budget=150)
-    async with open_hive(home, provision=bring, memory=memory) as hive:
+    async with open_hive(home, provision=bring, budget=150) as hive:
         first = await hive.loading(attrs.evolve(REQUEST, model="a"))
         hive.ready(first)
         await trio.sleep(1)

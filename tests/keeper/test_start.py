@@ -8,9 +8,14 @@ from rbee.keeper.start import engine_args, start_settings
 
 
 def test_an_option_of_the_engine_is_a_key_with_a_value_or_a_switch():
-    given = ("block_size=16", "--enable-lora", 'hf-overrides={"a": "b=c"}')
+    given = ("block_size=16", "--enable-lora", 'hf-overrides={"a": "b=c"}', "hf_config.a_b+=1")
     wanted = {"block-size": "16", "enable-lora": "true", "hf-overrides": '{"a": "b=c"}'}
-    assert engine_args(given) == wanted
+    assert engine_args(given) == wanted | {"hf-config.a_b+": "1"}
+
+
+def test_an_option_that_is_given_twice_is_refused():
+    with pytest.raises(BadInputError, match="block-size is given twice"):
+        engine_args(("block_size=16", "block-size=32"))
 
 
 @pytest.mark.parametrize("text", ["", "=x", "a b=1"])

@@ -22,8 +22,7 @@ from rbee.home import Home
 from rbee.models.catalog import list_models, remove_model
 from rbee.models.child import Runner, error_line
 from rbee.models.inspect import inspect_model
-from rbee.models.preflight import OVERHEAD
-from rbee.models.provision import LocalModel, check_model_memory, provision
+from rbee.models.provision import LocalModel, provision
 from tests.models.conftest import used
 
 MakeWheel = Callable[..., Path]
@@ -369,17 +368,6 @@ async def test_a_home_that_cannot_be_written_is_told(
 async def test_a_dtype_for_weights_is_one_of_three(get: Provision, tiny: Path) -> None:
     with pytest.raises(BadInputError, match="bfloat16, float16, float32"):
         await get(str(tiny), "int4")
-
-
-async def test_a_model_that_does_not_fit_tells_needed_and_available(
-    get: Provision, tiny: Path
-) -> None:
-    model = await get(str(tiny))
-    needed = model.parameters * 2 + 100 + OVERHEAD
-    check_model_memory(model, "bfloat16", 100, available=needed)
-    with pytest.raises(InsufficientError, match="in bfloat16: needed") as caught:
-        check_model_memory(model, "bfloat16", 100, available=needed - 1)
-    assert caught.value.details == {"required": needed, "available": needed - 1}
 
 
 # for real -------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 import pytest
 
+from rbee import gpus
 from rbee.errors import BadInputError, MachineError
+from rbee.gpus import Gpu
+from rbee.machine import Machine, threads
 from rbee.model import WorkerId, WorkerSpec
+from rbee.models.footprint import MIB
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.worker import vllm_plan
-from rbee.worker.vllm_plan import MIB, Machine, arguments, check_backend, kv_bytes, threads
+from rbee.worker.vllm_plan import arguments, check_backend, check_options
 
 OLD = Machine(frozenset({"avx2"}), 4, "x86_64")
 NEW = Machine(frozenset({"avx2", "avx512_bf16"}), 1, "x86_64")
@@ -45,30 +49,58 @@ def test_one_core_stays_free():
     assert threads(NEW) == 1
 
 
-def test_the_kv_cache_holds_at_least_one_request_of_full_length(tiny_model):
-    config = {
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "hidden_size": 576,
-    }  # fmt: skip
-    needed = kv_bytes(config, 8192, "float32")
-    assert needed >= 2 * 30 * 3 * 64 * 4 * 8192
-    assert kv_bytes(config, 8192, "bfloat16") == needed // 2
-    with pytest.raises(BadInputError, match="too small"):
-        arguments(spec(tiny_model, kv_cache_bytes=1000), OLD)
+def test_what_is_asked_for_reaches_vllm(tiny_model):
+    given = {"max_model_len": 1024, "max_num_seqs": 4, "kv_cache_bytes": 10 * MIB, "dtype": "half"}
+    argv = arguments(spec(tiny_model, **given), OLD)
+    assert value(argv, "--max-model-len") == "1024"
+    assert value(argv, "--max-num-seqs") == "4"
+    assert value(argv, "--kv-cache-memory-bytes") == str(10 * MIB)
+    assert value(argv, "--dtype") == "float16"
+
+
+def test_a_share_of_the_memory_replaces_the_size_of_the_cache(tiny_model):
+    argv = arguments(spec(tiny_model, engine_args={"gpu_memory_utilization": "0.2"}), OLD)
+    assert value(argv, "--gpu-memory-utilization") == "0.2"
+    assert not [word for word in argv if word.startswith("--kv-cache-memory-bytes")]
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"max_model_len": 99999}, r"99999.*2048"),
-        ({"max_model_len": 1}, "at least 2"),
+        ({"dtype": "float8"}, "needed: auto, half"),
+        ({"max_num_seqs": 0}, "--max-num-seqs must be at least 1, got 0"),
+        ({"kv_cache_bytes": -5}, "--kv-cache must be at least 1, got -5"),
         ({"engine_args": {"model": "x"}}, "--model"),
         ({"engine_args": {"max_model_len": "5"}}, "--max-model-len"),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(tiny_model, given, said):
+def test_what_no_model_could_be_started_with_is_refused_without_one(given, said):
     with pytest.raises(BadInputError, match=said):
-        arguments(spec(tiny_model, **given), OLD)
+        check_options(spec(**given))
+
+
+def on_gpus(monkeypatch, *cards):
+    monkeypatch.setattr(vllm_plan, "chosen_gpus", lambda device: list(cards))
+
+
+def test_two_workers_share_a_gpu_because_each_takes_a_set_size(tiny_model, monkeypatch):
+    gib = 1 << 30
+    on_gpus(monkeypatch, Gpu(0, "card", 80 * gib, 30 * gib))
+    argv = arguments(spec(tiny_model, backend="cuda"), OLD)
+    assert int(value(argv, "--kv-cache-memory-bytes")) < gib
+    assert float(value(argv, "--gpu-memory-utilization")) == 0.01
+    assert value(argv, "--max-model-len") == "auto"
+    asked = arguments(spec(tiny_model, backend="cuda", kv_cache_bytes=20 * gib), OLD)
+    assert value(asked, "--kv-cache-memory-bytes") == str(20 * gib)
+    assert float(value(asked, "--gpu-memory-utilization")) == 0.25
+
+
+def test_an_asked_share_of_a_gpu_is_left_to_vllm(tiny_model, monkeypatch):
+    on_gpus(monkeypatch, Gpu(0, "card", 80 << 30, 80 << 30))
+    given = {"backend": "cuda", "engine_args": {"gpu-memory-utilization": "0.5"}}
+    argv = arguments(spec(tiny_model, **given), OLD)
+    assert value(argv, "--gpu-memory-utilization") == "0.5"
+    assert not [word for word in argv if word.startswith("--kv-cache-memory-bytes")]
 
 
 def test_engine_arguments_are_passed_on_and_win(tiny_model):
@@ -85,15 +117,15 @@ def test_a_directory_without_a_model_is_refused(tmp_path):
         arguments(spec(tmp_path), OLD)
 
 
-def installed(monkeypatch, *, cpu, gpus):
+def installed(monkeypatch, *, cpu, count):
     monkeypatch.setattr(vllm_plan.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(vllm_plan, "_is_cpu_build", lambda: cpu)
-    monkeypatch.setattr(vllm_plan, "_gpu_count", lambda: gpus)
+    monkeypatch.setattr(gpus, "gpu_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 @pytest.mark.parametrize(
-    ("cpu", "gpus", "given", "error", "said"),
+    ("cpu", "count", "given", "error", "said"),
     [
         (True, 1, {"backend": "cuda"}, MachineError, "built for cpu"),
         (False, 0, {"backend": "cuda"}, MachineError, "no usable NVIDIA GPU"),
@@ -106,18 +138,20 @@ def installed(monkeypatch, *, cpu, gpus):
     ],
 )
 def test_a_device_that_is_not_there_is_an_error_never_another_one(
-    monkeypatch, cpu, gpus, given, error, said
+    monkeypatch, cpu, count, given, error, said
 ):
-    installed(monkeypatch, cpu=cpu, gpus=gpus)
+    installed(monkeypatch, cpu=cpu, count=count)
     with pytest.raises(error, match=said):
         check_backend(spec(**given))
 
 
 def test_chosen_gpus_are_the_only_visible_ones(monkeypatch):
-    installed(monkeypatch, cpu=False, gpus=4)
+    installed(monkeypatch, cpu=False, count=4)
     chosen = spec(backend="cuda", device="1,3")
     check_backend(chosen)
-    assert vllm_plan.environment(chosen, "/run")["CUDA_VISIBLE_DEVICES"] == "1,3"
+    variables = vllm_plan.environment(chosen, "/run")
+    assert variables["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert variables["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 def test_a_missing_vllm_is_told_with_the_extra_to_install(monkeypatch):

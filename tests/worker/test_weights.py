@@ -55,10 +55,13 @@ def test_the_size_is_that_of_the_files_in_the_index(tmp_path):
     assert weights.weights_size(tmp_path) == 7
 
 
-def test_where_there_are_no_safetensors_nothing_is_counted(tmp_path):
-    counting = weights._counting(lambda loader, config, model: tensors(1), tmp_path / "weights")
+@pytest.mark.parametrize(("size", "share"), [(0, None), (1, 1.0)])
+def test_only_safetensors_are_counted(tmp_path, monkeypatch, size, share):
+    monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "weights"))
+    (tmp_path / ("model.safetensors" if size else "model.bin")).write_bytes(b"x")
+    counting = weights._counting(lambda loader, config, model: tensors(1))
     assert list(counting(None, SimpleNamespace(model=str(tmp_path)), "model")) == tensors(1)
-    assert weights.read_share(tmp_path / "weights") is None
+    assert weights.read_share(tmp_path / "weights") == share
 
 
 class Loading:

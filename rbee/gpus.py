@@ -1,0 +1,107 @@
+"""The NVIDIA GPUs of this machine and what is free on them, through NVML: no CUDA context.
+
+NVML numbers the cards by PCI bus, CUDA by speed unless ``CUDA_DEVICE_ORDER`` says otherwise;
+workers get it (`rbee.worker.vllm_plan.environment`), so that an index means one card everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+
+from rbee.errors import BadInputError
+
+
+@attrs.frozen
+class Gpu:
+    """One card; memory in bytes."""
+
+    index: int
+    name: str
+    total: int
+    free: int
+
+
+def all_gpus() -> list[Gpu]:
+    """List the cards of this machine; none where there is no driver or no ``nvidia-ml-py``."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+        count = range(nvml.nvmlDeviceGetCount())
+        return [_gpu(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)) for index in count]
+
+
+def visible_gpus() -> list[str]:
+    """Return the names under which CUDA shows its devices, in the order of our indices."""
+    masked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if masked is not None:
+        return [name.strip() for name in masked.split(",") if name.strip()]
+    return [str(index) for index in range(gpu_count())]
+
+
+def gpu_count() -> int:
+    with _nvml() as nvml:
+        return 0 if nvml is None else int(nvml.nvmlDeviceGetCount())
+
+
+def chosen_gpus(device: str) -> list[Gpu]:
+    """Return the cards that ``--device`` names; none where NVML does not tell of one of them."""
+    visible = visible_gpus()
+    indices = device_indices(device)
+    with _nvml() as nvml:
+        if nvml is None or max(indices) >= len(visible):
+            return []
+        try:
+            return [_gpu(nvml, index, _handle(nvml, visible[index])) for index in indices]
+        except nvml.NVMLError:
+            return []
+
+
+def device_indices(device: str) -> list[int]:
+    """Read ``0`` or ``0,1``."""
+    parts = device.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise BadInputError(
+            f"--device takes indices such as 0 or 0,1: {device!r}", hint="rbee-hive detect"
+        )
+    found = [int(part) for part in parts]
+    if len(set(found)) != len(found):
+        raise BadInputError(f"--device names a device twice: {device!r}", hint="rbee-hive detect")
+    return found
+
+
+@contextmanager
+def _nvml() -> Generator[Any, None, None]:
+    """Open NVML; None where there is no driver, no card or no package for it."""
+    if importlib.util.find_spec("pynvml") is None:
+        yield None
+        return
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _handle(nvml: Any, name: str) -> Any:
+    """Take a name as ``CUDA_VISIBLE_DEVICES`` has it: an index, or the UUID of a card or slice."""
+    if name.isdigit():
+        return nvml.nvmlDeviceGetHandleByIndex(int(name))
+    return nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
+    # The v2 struct: v1 counts what the driver reserves as used, even on an empty card.
+    info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    return Gpu(index, str(nvml.nvmlDeviceGetName(handle)), int(info.total), int(info.free))
