@@ -11,9 +11,9 @@ import trio
 from rbee.config import load_config
 from rbee.home import Home
 from rbee.models.catalog import remove_model
+from rbee.models.child import Narrate
 from rbee.models.footprint import stored_dtype
 from rbee.models.info import model_infos
-from rbee.models.provision import Narrate
 from rbee.models.pull import pull
 from rbee.process import run_program
 from rbee.web.narrated import Tell, narrated
@@ -44,7 +44,7 @@ def stream_pull(home: Home, request: PullModel) -> Stream:
     """Pull a model for as long as somebody reads how it goes."""
 
     async def work(tell: Tell) -> Pulled:
-        def narrate(action: str, text: str, share: float | None = None) -> None:
+        def narrate(action: str, text: str, *, share: float | None = None) -> None:
             tell(Narration("hive", action, text, share))
 
         return await pull_here(home, request, narrate)

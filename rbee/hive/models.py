@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rbee.config import load_config
 from rbee.hive.room import Memory
-from rbee.hive.workers import HiveSetup, Local, Narrate, Provision
+from rbee.hive.workers import HiveSetup, Local, Provision
+from rbee.models.child import Narrate
 from rbee.models.footprint import stored_dtype
 from rbee.models.memory import check_room, free_memory, plan_memory
 from rbee.models.provision import provision

@@ -21,6 +21,7 @@ from rbee.hive.peer import Connect, Peer, connect_with
 from rbee.hive.room import Memory, Room, Tenant
 from rbee.home import Home, short_name
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
+from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan
 from rbee.models.hold import take_into_use
 from rbee.models.reference import shown
@@ -60,7 +61,6 @@ class Local(Protocol):
     def context(self) -> int: ...
 
 
-Narrate = Callable[[str, str], None]
 Provision = Callable[[StartWorker, Narrate], Awaitable[Local | None]]
 """Bring a model onto this machine; None for engines that need none."""
 WarmUp = Callable[[str, Narrate], Awaitable[object]]
@@ -369,9 +369,11 @@ class Workers(TaskOwner):
         self.news.send(worker.info)
 
     def _narrate(self, worker: Worker) -> Narrate:
-        def narrate(action: str, text: str) -> None:
-            log.info("worker %s: %s %s", worker.id, action, text)
-            self.news.send(WorkerNarration(worker.id, "hive", action, text))
+        def narrate(action: str, text: str, *, share: float | None = None) -> None:
+            # progress comes twice a second: the log can do without
+            level = logging.INFO if share is None else logging.DEBUG
+            log.log(level, "worker %s: %s %s", worker.id, action, text)
+            self.news.send(WorkerNarration(worker.id, "hive", action, text, share))
 
         return narrate
 

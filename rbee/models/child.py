@@ -22,6 +22,15 @@ class Runner(Protocol):
     async def __call__(self, argv: Sequence[str], *, log: Path) -> int: ...
 
 
+class Narrate(Protocol):
+    """Tell the user what happens; ``share`` is how much of it is done, 0 … 1, where that is known.
+
+    Lines with a share come a few times a second and follow upon each other.
+    """
+
+    def __call__(self, action: str, text: str, *, share: float | None = None) -> None: ...
+
+
 def log_tail(log: Path, lines: int = TAIL) -> str:
     """Return the last lines that say something; what our guards note is not the program's."""
     try:

@@ -11,19 +11,20 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import attrs
 import trio
 
-from rbee.errors import BadInputError, ConflictError, MachineError, RbeeError
+from rbee.errors import BadInputError, ConflictError, MachineError, RbeeError, UnavailableError
 from rbee.home import Home, writing
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
-from rbee.models.child import Runner, log_tail, told_error
+from rbee.models.child import Narrate, Runner, log_tail, told_error
 from rbee.models.inspect import Inspection, inspect_model
 from rbee.models.preflight import ITEM_SIZES, human
+from rbee.models.progress import run_followed
 from rbee.models.pypi import CHUNK, Unpacked, fetch_package
 from rbee.models.reference import (
     Aliases,
@@ -36,12 +37,14 @@ from rbee.models.reference import (
     parse,
     slug,
 )
-from rbee.models.staging import open_lock, open_staging, publish
+from rbee.models.repository import Fetched
+from rbee.models.staging import discard, link, open_lock, open_partial, open_staging, publish
 from rbee.models.use import refuse_if_used
 
 log = logging.getLogger(__name__)
 
-Narrate = Callable[[str, str], None]
+# seconds that a hub may take for its first answer: without another source, and with one
+PATIENCE, HASTE = 30.0, 12.0
 
 
 @attrs.frozen
@@ -123,7 +126,7 @@ class _Provider:
         failures: list[tuple[Source, RbeeError]] = []
         for source in reference.sources:
             try:
-                return await self._fetch_one(source)
+                return await self._fetch_one(source, is_last=source is reference.sources[-1])
             except ConflictError:  # it is here, but in use: another source is no answer to that
                 raise
             except RbeeError as exc:
@@ -132,14 +135,7 @@ class _Provider:
                     self.narrate("skip", _told(source, exc))
         raise _failure(reference, failures)
 
-    async def _fetch_one(self, source: Source) -> LocalModel:
-        if isinstance(source, HubRepo):
-            raise BadInputError(
-                f"{source} cannot be fetched: models from a hub are not supported yet "
-                "(needed: a local directory, or a package that ships the weights)",
-                code="hub_not_supported_yet",
-                hint="rbee-keeper infer --model smollm2-135m --prompt Hello",
-            )
+    async def _fetch_one(self, source: Source, *, is_last: bool) -> LocalModel:
         name = slug(source)
         async with open_lock(self.home.models, name, waiting=partial(self._say_waiting, source)):
             # whoever had the lock may have done the work
@@ -148,6 +144,8 @@ class _Provider:
             refuse_if_used(self.home.models, name)
             if isinstance(source, Package):
                 return await self._fetch_package(source, name)
+            if isinstance(source, HubRepo):
+                return await self._fetch_repository(source, name, PATIENCE if is_last else HASTE)
             return await self._use_path(source)
 
     # paths -----------------------------------------------------------------------------------
@@ -161,6 +159,46 @@ class _Provider:
             )
         origin = await trio.to_thread.run_sync(partial(_fingerprint, found))
         return await self._dequantise(found, found.path, origin)
+
+    # hubs ------------------------------------------------------------------------------------
+
+    async def _fetch_repository(self, repo: HubRepo, name: str, patience: float) -> LocalModel:
+        _refuse_offline(repo)
+        partial = open_partial(self.home.models, name)
+        fetched = await self._download_repository(repo, partial, name, patience)
+        target = self.home.models / name
+        async with open_staging(self.home.models, name) as staging:
+            staged = staging / "model"
+            try:
+                with writing(self.home.models):
+                    found = await trio.to_thread.run_sync(_assemble, fetched, partial, staged)
+            except BadInputError as exc:  # whole and still no model: nothing to go on with
+                await trio.to_thread.run_sync(discard, partial)
+                raise BadInputError(
+                    f"{repo} cannot be loaded: {exc.message}",
+                    code=exc.code,
+                    hint="rbee-keeper model list",
+                ) from exc
+            await publish(staged, target)
+            found = attrs.evolve(found, directory=target)
+            entry = _entry(str(repo), found, version=fetched.commit, files=fetched.files)
+            self.catalog.save(name, entry)
+        await trio.to_thread.run_sync(discard, partial)
+        self.narrate("fetched", f"{repo} {fetched.commit[:12]}, {human(entry.size)}")
+        return _local_model(str(repo), found)
+
+    async def _download_repository(
+        self, repo: HubRepo, partial: Path, name: str, patience: float
+    ) -> Fetched:
+        log_file = self._fresh_log(name)
+        argv = [sys.executable, "-P", "-m", "rbee.models.hub", repo.repo, str(partial)]
+        argv += ["--revision", repo.revision, "--contact", str(patience)]
+        code = await run_followed(self.run, argv, log_file, self.narrate)
+        if code != 0:
+            with suppress(OSError):
+                partial.rmdir()  # if nothing came
+            raise _child_error(f"fetching {repo}", "download_failed", code, log_file)
+        return Fetched.load(partial)
 
     # packages --------------------------------------------------------------------------------
 
@@ -221,7 +259,7 @@ class _Provider:
             argv = [sys.executable, "-P", "-m", "rbee.models.gguf", str(gguf), str(staged)]
             code = await self.run([*argv, "--dtype", self.dtype], log=log_file)
             if code != 0:
-                raise _dequantise_error(gguf, code, log_file)
+                raise _child_error(f"dequantising {gguf.name}", "dequantise_failed", code, log_file)
             await publish(staged, self.home.models / name)
 
     # what is there ---------------------------------------------------------------------------
@@ -312,6 +350,25 @@ def _package_entry(package: Package, unpacked: Unpacked) -> Entry:
     return _entry(str(package), found, version=unpacked.version, files=unpacked.files)
 
 
+def _refuse_offline(repo: HubRepo) -> None:
+    """Spare the child: it would only say the same."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            raise UnavailableError(
+                f"{repo} is not on this machine, and {name}={os.environ[name]} forbids to ask a "
+                "hub for it",
+                code="hub_offline",
+                hint=f"{name}=0 rbee-keeper model pull {repo}",
+            )
+
+
+def _assemble(fetched: Fetched, partial: Path, staged: Path) -> Inspection:
+    staged.mkdir()
+    for file, part in zip(fetched.files, fetched.parts, strict=True):
+        link(partial / part, staged / file.name)
+    return inspect_model(staged)
+
+
 def _inspect_or_none(directory: Path) -> Inspection | None:
     try:
         return inspect_model(directory)
@@ -350,14 +407,14 @@ def _unchanged(origin: Origin, source: Source) -> bool:
     return (found.st_size, found.st_mtime_ns) == (origin.size, origin.mtime_ns)
 
 
-def _dequantise_error(gguf: Path, code: int, log_file: Path) -> RbeeError:
+def _child_error(what: str, error_code: str, code: int, log_file: Path) -> RbeeError:
     if told := told_error(log_file):
         return told
     killed = " (killed: out of memory?)" if code in (-9, 137) else ""
     tail = log_tail(log_file)
     return MachineError(
-        f"dequantising {gguf.name} ended with {code}{killed}; its last lines:\n{tail}",
-        code="dequantise_failed",
+        f"{what} ended with {code}{killed}; its last lines:\n{tail}",
+        code=error_code,
         hint=f"tail {log_file}",
         exit_code=code,
         log=tail,

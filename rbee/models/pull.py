@@ -9,9 +9,9 @@ import trio
 from rbee.errors import NotFoundError
 from rbee.home import Home
 from rbee.models.catalog import show_model
-from rbee.models.child import Runner
+from rbee.models.child import Narrate, Runner
 from rbee.models.info import damage_of
-from rbee.models.provision import LocalModel, Narrate, provision
+from rbee.models.provision import LocalModel, provision
 from rbee.models.reference import Aliases
 
 

@@ -80,6 +80,26 @@ async def open_staging(models: Path, name: str) -> AsyncGenerator[Path, None]:
             await trio.to_thread.run_sync(discard, staging, abandon_on_cancel=True)
 
 
+def open_partial(models: Path, name: str) -> Path:
+    """Make or find the directory of what has come of a download so far; it outlives the process.
+
+    The caller holds the lock of ``name``, and discards the directory when all of it is in place.
+    """
+    partial = models / ".partial" / name
+    with writing(models):
+        partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return partial
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, so that the first one stays until the second is in its place."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        source.rename(target)
+
+
 async def publish(staged: Path, target: Path) -> None:
     """Put a finished directory in its place; an unusable older one makes room.
 

@@ -25,7 +25,10 @@ class Failure:
 
 
 class Backoff:
-    """Failures by what was to be started; each one in a row doubles the pause, 1 … 60 s."""
+    """Failures by what was to be started; each one in a row doubles the pause, 1 … 60 s.
+
+    What the user can put right (a wrong path, a damaged file) he tries again soon: it stays at 1 s.
+    """
 
     def __init__(self) -> None:
         self._failures: dict[bytes, Failure] = {}
@@ -57,7 +60,8 @@ class Backoff:
         if error.code in PASSING or (before is not None and before.worker_id == worker_id):
             return
         times = before.times + 1 if before and now < before.until + LONGEST else 1
-        pause = min(LONGEST, FIRST * 2 ** min(times - 1, 10))
+        grows = error.http_status >= 500
+        pause = min(LONGEST, FIRST * 2 ** min(times - 1, 10)) if grows else FIRST
         self._failures[_key(request)] = Failure(worker_id, error, times, now, now + pause)
         self._forget_old(now)
 

@@ -75,6 +75,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
         "XDG_RUNTIME_DIR": str(runtime),
         "RBEE_NONCE": os.urandom(8).hex(),
         "SPT_NOENV": "1",
+        "HF_ENDPOINT": "http://127.0.0.1:9",  # nobody answers there
         "PYTHONPATH": f"{broken}:{os.environ.get('PYTHONPATH', '')}",
     }
     home = find_home(environ=env)
@@ -99,7 +100,7 @@ REFUSED = [
     (["nosuch", "--engine", "vllm"], ["no model is called 'nosuch'", "tinyllama", "model list"]),
     (["./empty", "--engine", "vllm"], ["/empty holds no model", "config.json", "found: nothing"]),
     (["./absent", "--engine", "vllm"], ["/absent", "no such file", "config.json"]),
-    (["hf:org/repo", "--engine", "vllm"], ["hf:org/repo", "not supported yet", "smollm2-135m"]),
+    (["hf:org/repo", "--engine", "vllm"], ["hf:org/repo", "cannot be reached", "HF_ENDPOINT=http"]),
     (["pypi:", "--engine", "vllm"], ["does not name a package", "pypi:package"]),
     ([""], ["the model's name is empty"]),
     (["echo", "--prompt", ""], ["the prompt is empty"]),
@@ -223,7 +224,10 @@ def _write_unknown_gguf(directory: Path) -> None:
 BROKEN = [
     (_write_truncated, ["model.safetensors is corrupt", "cut short"]),
     (_write_garbage, ["model.safetensors is corrupt", "not JSON"]),
-    (_write_no_config, ["/broken holds no model", "config.json", "model.safetensors"]),
+    (
+        _write_no_config,
+        ["/broken-_write_no_config holds no model", "config.json", "model.safetensors"],
+    ),
     (_write_unknown_gguf, ["bee.gguf", "architecture", "'bee'"]),
     (_write_unknown_architecture, ["refuses this model", "`bee`", "logs --worker"]),
     (_write_mismatch, ["failed while loading", "end of its log", "logs --worker"]),
@@ -239,9 +243,10 @@ class TestVllm:
     def test_a_damaged_model_is_told_by_its_file(
         self, operator: Operator, tiny: Path, damage: Any, said: list[str]
     ) -> None:
-        broken = _copy(tiny, "broken")
+        # a name of its own: what failed is remembered for a second
+        broken = _copy(tiny, f"broken-{damage.__name__}")
         damage(broken)
-        done = operator.infer("./broken", "--engine", "vllm")
+        done = operator.infer(f"./{broken.name}", "--engine", "vllm")
         shutil.rmtree(broken)
         done.check_refusal(*said)
         left = [path.name for path in operator.home.models.rglob("*") if path.is_file()]

@@ -22,9 +22,10 @@ from rbee.errors import (
 )
 from rbee.hive import workers as module
 from rbee.hive.room import Memory
-from rbee.hive.workers import HiveSetup, Narrate, News, Provision, Workers
+from rbee.hive.workers import HiveSetup, News, Provision, Workers
 from rbee.home import Home
 from rbee.models.catalog import Catalog, Entry
+from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan
 from rbee.models.use import is_used
 from rbee.testing.fakes import FakeConnect, FakeLauncher, FakePeer
@@ -146,7 +147,7 @@ async def test_a_model_is_brought_first_and_gives_its_names(
     home: Home, autojump_clock: trio.abc.Clock
 ) -> None:
     async def bring(request: StartWorker, narrate: Narrate) -> Local:
-        narrate("download", "10 of 20")
+        narrate("download", "10 of 20", share=0.5)
         await trio.sleep(5)
         return Local("pypi:words", home.root / "words", ("words", "w"))
 
@@ -160,9 +161,9 @@ async def test_a_model_is_brought_first_and_gives_its_names(
         assert spec.served_names == ("words", "w")
         await hive.settle()
         told = [item for item in hive.heard if isinstance(item, WorkerNarration)]
-        assert [(item.action, item.text) for item in told] == [
-            ("download", "10 of 20"),
-            ("load", "pypi:words with echo on cpu"),
+        assert [(item.action, item.text, item.share) for item in told] == [
+            ("download", "10 of 20", 0.5),
+            ("load", "pypi:words with echo on cpu", None),
         ]
         assert hive.workers.infos()[0].served_names == ("words", "w")
 

