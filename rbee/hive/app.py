@@ -24,6 +24,7 @@ from rbee.wire.messages import (
     PullModel,
     StartWorker,
     WorkerIds,
+    WorkerNarration,
     WorkerReady,
 )
 
@@ -70,6 +71,10 @@ def make_app(
         workers.ready(await request.read(WorkerReady))
         return Response(status=204)
 
+    async def worker_progress(request: Request) -> Response:
+        workers.take_progress(await request.read(WorkerNarration))
+        return Response(status=204)
+
     async def renew_owner(request: Request) -> Response:
         owners.renew(request.params["queen"], await request.read(OwnerLease))
         return Response(status=204)
@@ -105,6 +110,7 @@ def make_app(
     app.add("GET", messages.HIVE_WORKERS, list_workers)
     app.add("POST", messages.HIVE_WORKERS, start_worker)
     app.add("POST", messages.HIVE_WORKER_READY, worker_ready)
+    app.add("POST", messages.HIVE_WORKER_PROGRESS, worker_progress)
     app.add("DELETE", messages.HIVE_WORKERS + "/{worker}", stop_worker)
     app.add("PUT", messages.HIVE_OWNERS + "/{queen}", renew_owner)
     app.add("DELETE", messages.HIVE_OWNERS + "/{queen}", end_owner)

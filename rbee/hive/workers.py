@@ -308,9 +308,17 @@ class Workers(TaskOwner):
         worker.became_ready.set()
         pid = next(iter(children(worker.info.pid)), 0)  # so far it was the guard's
         worker.seen_at = trio.current_time()
-        self._change(worker, state=WorkerState.READY.value, url=message.url, pid=pid)
+        state = WorkerState.READY.value
+        self._change(worker, state=state, url=message.url, pid=pid, progress="", share=None)
         log.info("worker %s ready at %s", worker.id, message.url)
         self.on_ready(worker.info)
+
+    def take_progress(self, told: WorkerNarration) -> None:
+        """Pass on what a worker's loading is at, for those who wait for it."""
+        worker = self.get(told.worker_id)
+        if not worker.became_ready.is_set():
+            worker.info = attrs.evolve(worker.info, progress=told.text, share=told.share)
+            self.news.send(told)
 
     async def _watch(self, worker: Worker) -> None:
         """Know whether a worker answers and works, and unload one that has had no work for long."""

@@ -48,7 +48,7 @@ async def stream_answer(
                 answer.job_id = events.job_id
                 await _take(event, output, answer)
     finally:
-        output.close_line()
+        output.settle()
 
 
 async def _take(event: object, output: Output, answer: Answer) -> None:
@@ -57,10 +57,11 @@ async def _take(event: object, output: Output, answer: Answer) -> None:
             answer.parts.append(event.t)
             await output.data(event.t)
         case Narration():
-            await output.narrate(event.actor, event.action, event.text)
+            await output.narrate(event.actor, event.action, event.text, event.share)
         case Queued() if event.position > 0:
             await output.narrate("queen", "queue", f"{event.position} before this one")
         case Started():
             answer.started = event
+            output.await_answer("worker", event.model)
         case End():
             answer.end = event

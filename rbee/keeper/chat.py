@@ -19,6 +19,7 @@ from rbee.keeper.output import (
     StdoutClosedError,
     is_terminal,
     note,
+    open_output,
     print_error,
     print_json,
     write,
@@ -34,24 +35,27 @@ EXITS = ("/exit", "/quit", "/bye")
 async def chat(flags: AnswerFlags, model: str) -> None:
     """Talk until ``/exit`` or the end of stdin; Ctrl+C ends the current answer first."""
     home = open_home(flags.home)
-    async with open_queen(
-        home,
-        load_config(home.config_file),
-        url=flags.queen_url or "",
-        token_file=flags.token_file or "",
-    ) as queen:
-        await Conversation(queen, flags, model).keep_talking()
+    async with (
+        open_output(quiet_data=flags.json) as output,
+        open_queen(
+            home,
+            load_config(home.config_file),
+            url=flags.queen_url or "",
+            token_file=flags.token_file or "",
+        ) as queen,
+    ):
+        await Conversation(queen, flags, model, output).keep_talking()
 
 
 class Conversation:
     """What has been said, and the loop that goes on with it."""
 
-    def __init__(self, queen: QueenAccess, flags: AnswerFlags, model: str) -> None:
+    def __init__(self, queen: QueenAccess, flags: AnswerFlags, model: str, output: Output) -> None:
         self._queen = queen
         self._flags = flags
         self._model = model
         self._said: list[Message] = []
-        self._output = Output(quiet_data=flags.json)
+        self._output = output
         self._lines = Lines(0)
         self._prompt = ">>> " if is_terminal(sys.stdin) else ""
 

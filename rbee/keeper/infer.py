@@ -10,7 +10,7 @@ from rbee.errors import RbeeError
 from rbee.home import open_home
 from rbee.keeper.answer import Answer, stream_answer
 from rbee.keeper.flags import InferFlags
-from rbee.keeper.output import Output, note, print_json
+from rbee.keeper.output import note, open_output, print_json
 from rbee.keeper.queen import open_queen
 from rbee.wire.messages import TaskRequest
 
@@ -18,16 +18,18 @@ from rbee.wire.messages import TaskRequest
 async def infer(flags: InferFlags, task: TaskRequest) -> None:
     """Answer ``task`` on stdout, with a queen of our own if none runs."""
     home = open_home(flags.home)
-    output, answer = Output(quiet_data=flags.json), Answer()
-    config = load_config(home.config_file)
-    async with open_queen(
-        home,
-        config,
-        url=flags.queen_url or "",
-        token_file=flags.token_file or "",
-    ) as queen:
+    config, answer = load_config(home.config_file), Answer()
+    async with (
+        open_output(quiet_data=flags.json) as output,
+        open_queen(
+            home,
+            config,
+            url=flags.queen_url or "",
+            token_file=flags.token_file or "",
+        ) as queen,
+    ):
         if queen.owned:
-            await output.narrate("keeper", "start", _told(queen.url, config.queen.port))
+            await output.tell(f"keeper: start {_told(queen.url, config.queen.port)}")
         await stream_answer(queen.client, task, output, answer)
         if flags.json:
             print_json(answer.facts())

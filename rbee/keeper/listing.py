@@ -158,10 +158,19 @@ def _worker_facts(worker: WorkerInfo) -> dict[str, Any]:
     return attrs.asdict(worker) | {"error": worker.error.message if worker.error else None}
 
 
+def state_in_words(worker: WorkerInfo) -> str:
+    """Return a worker's state, with what it is at while it loads."""
+    if not worker.progress:
+        return worker.state
+    share = "" if worker.share is None else f" {int(worker.share * 100)} %"
+    return f"{worker.state} ({worker.progress}{share})"
+
+
 def _worker_row(worker: WorkerInfo) -> dict[str, Any]:
     """Write times for people; what a worker that cannot be used was at is not told."""
     row = {name: getattr(worker, name, None) for name in WORKER_COLUMNS}
     for_ever = worker.keep_alive < 0
+    row["state"] = state_in_words(worker)
     row["keep_alive"] = "for ever" if for_ever else f"{worker.keep_alive:.0f} s"
     row["idle"] = f"{worker.idle:.0f} s" if worker.state == "ready" else None
     return row

@@ -10,17 +10,24 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, TextIO
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rbee.errors import RbeeError
 
-PROGRESS_EVERY = 10.0
-DIM, RED, CLEAR_LINE, PLAIN = "\x1b[2m", "\x1b[31m", "\r\x1b[K", "\x1b[0m"
+if TYPE_CHECKING:  # the quick way to an answer has no steps, so it does not pay for their import
+    from rbee.keeper.progress import Step
+
+DIM, RED, PLAIN = "\x1b[2m", "\x1b[31m", "\x1b[0m"
+CLEAR_LINE, CLEAR_REST = "\r\x1b[K", "\x1b[K"
+DUMB = ("", "dumb", "unknown")
+COLUMNS = 80  # of a terminal that does not know
+REDRAW = 0.2  # seconds between two drawings of the live line
+TELL = 5.0  # seconds between two lines of progress where there is no live line
+LONG = 1.0  # seconds from which a step's end is told there
 
 
 class StdoutClosedError(RbeeError):
@@ -60,8 +67,42 @@ async def write(fd: int, data: bytes) -> None:
         data = data[os.write(fd, data[: select.PIPE_BUF]) :]
 
 
+class Sink:
+    """Text on its way to a file descriptor; `put` never waits, what does not fit is kept."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._left = b""
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._left
+
+    def put(self, text: str) -> None:
+        self._left += text.encode("utf-8", "replace")
+        try:
+            while self._left and self._poll.poll(0):
+                self._left = self._left[os.write(self._fd, self._left[: select.PIPE_BUF]) :]
+        except OSError:  # narration is no reason to fail
+            self._left = b""
+
+    async def flush(self) -> None:
+        """Wait for a slow reader; cancellable."""
+        import trio
+
+        while self._left:
+            await trio.lowlevel.wait_writable(self._fd)
+            self.put("")
+
+
 class Output:
-    """The two streams of a running command.
+    """The two streams of a running command; `open_output` makes one whose seconds go on.
+
+    On a terminal the current step is one live line below everything else; it stays, with its
+    seconds, when the step is over. Elsewhere each step is a line when it begins, one every few
+    seconds while its progress is told, and one at its end if it took long.
 
     Args:
         quiet_data: keep tokens off stdout (``--json`` prints one object at the end).
@@ -70,50 +111,157 @@ class Output:
     def __init__(self, *, quiet_data: bool = False) -> None:
         self._quiet_data = quiet_data
         self._line_open = False  # data has been written since the last newline
-        self._transient = False  # a progress line stands on the terminal
         self._colours = colours(sys.stderr)
+        self._share_terminal = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+        self._stderr = Sink(2)
+        self._step: Step | None = None
+        self._drawn = False
+        self._told_at = 0.0
+        self.is_live = is_terminal(sys.stderr) and os.environ.get("TERM", "dumb") not in DUMB
 
     async def data(self, text: str) -> None:
         """Write answer text at once; raise `StdoutClosedError` when nobody reads any more."""
         if self._quiet_data or not text:
             return
-        await self._clear_transient()
+        if self._step is not None:
+            self.end_step()
+            await self._stderr.flush()
         try:
             await write(1, text.encode("utf-8", "replace"))
         except BrokenPipeError as exc:
             raise StdoutClosedError("stdout is closed") from exc
         self._line_open = not text.endswith("\n")
 
-    def close_line(self) -> None:
-        """End the line that `data` has left open; also while being cancelled, so never waits."""
+    def settle(self) -> None:
+        """End the step and the line that `data` has left open; also while being cancelled, so
+        never waits."""
+        self.end_step()
         if self._line_open:
             self._line_open = False
-            poll = select.poll()
-            poll.register(1, select.POLLOUT)
-            if poll.poll(0):
-                with suppress(OSError):
-                    os.write(1, b"\n")
+            Sink(1).put("\n")
 
-    async def narrate(self, actor: str, action: str, text: str) -> None:
-        """Tell on stderr what is going on; on a terminal ``progress`` overwrites itself."""
-        await self._clear_transient()
-        line = f"{actor}: {text}" if action == "progress" else f"{actor}: {action} {text}"
-        if self._colours:
-            line = f"{DIM}{line}{PLAIN}"
-        self._transient = action == "progress" and is_terminal(sys.stderr)
-        await self._stderr(line + ("" if self._transient else "\n"))
+    # narration -------------------------------------------------------------------------------
+    async def narrate(self, actor: str, action: str, text: str, share: float | None = None) -> None:
+        """Tell what is going on from now on, or how far it is (``share``, 0 … 1)."""
+        self.step(actor, action, text, share)
+        await self._stderr.flush()
 
-    async def _clear_transient(self) -> None:
-        if self._transient:
-            self._transient = False
-            await self._stderr(CLEAR_LINE)
+    async def tell(self, line: str) -> None:
+        """Tell what is so, not what is going on."""
+        self.end_step()
+        self._put_line(line)
+        await self._stderr.flush()
 
-    async def _stderr(self, text: str) -> None:
-        if self._line_open and is_terminal(sys.stdout) and is_terminal(sys.stderr):
-            text = "\n" + text
-            self._line_open = False
-        with suppress(OSError):  # narration is no reason to fail
-            await write(2, text.encode("utf-8", "replace"))
+    def step(self, actor: str, action: str, text: str, share: float | None = None) -> None:
+        """Do as `narrate` does without waiting: for callbacks."""
+        if self._step is not None and self._step.take(actor, action, text, share):
+            self._tell_progress(self._step)
+            return
+        from rbee.keeper.progress import FACTS, Step
+
+        self.end_step()
+        step = Step(actor, action, text, time.monotonic(), share)
+        if action in FACTS:
+            self._put_line(step.name)
+            return
+        self._step = step
+        if self.is_live:
+            self.draw()
+        else:
+            self._put_told(step)
+
+    def await_answer(self, actor: str, text: str) -> None:
+        """Show on a terminal that an answer is awaited; nothing of it stays."""
+        if self.is_live:
+            from rbee.keeper.progress import Step
+
+            self.end_step()
+            self._step = Step(actor, "answer", text, time.monotonic(), stays=False)
+
+    def end_step(self) -> None:
+        step, self._step = self._step, None
+        drawn, self._drawn = self._drawn, False
+        if step is None:
+            return
+        now = time.monotonic()
+        if drawn:
+            self._stderr.put(CLEAR_LINE)
+        if step.stays and (self.is_live or now - step.began >= LONG):
+            self._put_line(step.over(now))
+
+    def draw(self) -> None:
+        """Show the step as it is now, unless the terminal is slow."""
+        if self._step is None or not self._stderr.is_idle:
+            return
+        line = self._dimmed(self._step.line(time.monotonic(), columns()))
+        self._stderr.put(f"{self._newline()}\r{line}{CLEAR_REST}")
+        self._drawn = True
+
+    async def keep_drawing(self) -> None:
+        import trio
+
+        while True:
+            await trio.sleep(REDRAW)
+            self.draw()
+
+    def _tell_progress(self, step: Step) -> None:
+        if self.is_live:
+            self.draw()
+        elif time.monotonic() - self._told_at >= TELL:
+            self._put_told(step)
+
+    def _put_told(self, step: Step) -> None:
+        self._told_at = time.monotonic()
+        self._put_line(step.told())
+
+    def _put_line(self, line: str) -> None:
+        self._stderr.put(f"{self._newline()}{self._dimmed(line)}\n")
+
+    def _dimmed(self, line: str) -> str:
+        return f"{DIM}{line}{PLAIN}" if self._colours else line
+
+    def _newline(self) -> str:
+        """Leave the answer's line, where stdout and stderr are one terminal."""
+        if not (self._line_open and self._share_terminal):
+            return ""
+        self._line_open = False
+        return "\n"
+
+
+@asynccontextmanager
+async def open_output(*, quiet_data: bool = False) -> AsyncGenerator[Output, None]:
+    """Make an `Output` that shows a step's seconds go by; the terminal is clean afterwards.
+
+    On a terminal the body runs in a nursery, so its errors come in a group.
+    """
+    output = Output(quiet_data=quiet_data)
+    try:
+        if output.is_live:
+            async with _drawing(output):
+                yield output
+        else:
+            yield output
+    finally:
+        output.settle()
+
+
+@asynccontextmanager
+async def _drawing(output: Output) -> AsyncGenerator[None, None]:
+    import trio
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(output.keep_drawing)
+        try:
+            yield
+        finally:
+            nursery.cancel_scope.cancel(reason="the command has ended")
+
+
+def columns() -> int:
+    try:
+        return os.get_terminal_size(2).columns or COLUMNS
+    except OSError:
+        return COLUMNS
 
 
 # at the end, outside of trio ----------------------------------------------------------------------
@@ -132,46 +280,6 @@ def note(text: str) -> None:
     """Print a line on stderr."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
-
-
-class ProgressNotes:
-    """Lines on stderr of which those with a share follow upon each other.
-
-    On a terminal such a line has a bar and overwrites the one before; elsewhere one comes every
-    ten seconds.
-    """
-
-    def __init__(self) -> None:
-        self._transient = False
-        self._next = 0.0
-
-    def __call__(self, text: str, share: float | None = None) -> None:
-        if share is None:
-            self.clear()
-            note(text)
-        elif is_terminal(sys.stderr):
-            # a line that wraps could not be overwritten
-            room = shutil.get_terminal_size().columns - 1
-            self._write(CLEAR_LINE + f"{bar(share)} {text}"[:room])
-            self._transient = True
-        elif time.monotonic() >= self._next:
-            self._next = time.monotonic() + PROGRESS_EVERY
-            note(text)
-
-    def clear(self) -> None:
-        """Take the bar away: something else follows, or nothing."""
-        if self._transient:
-            self._transient = False
-            self._write(CLEAR_LINE)
-
-    def _write(self, text: str) -> None:
-        with suppress(OSError):
-            print(text, end="", file=sys.stderr, flush=True)
-
-
-def bar(share: float, width: int = 20) -> str:
-    full = round(min(max(share, 0.0), 1.0) * width)
-    return f"[{'#' * full}{'.' * (width - full)}]"
 
 
 def print_data(text: str) -> None:

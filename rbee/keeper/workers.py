@@ -12,7 +12,7 @@ from rbee.errors import NotFoundError, UnavailableError, UsageError
 from rbee.home import Home, find_home
 from rbee.keeper.flags import WorkerStartFlags, WorkerStopFlags
 from rbee.keeper.listing import NO_QUEEN, open_queen
-from rbee.keeper.output import Output, note, print_data, print_json
+from rbee.keeper.output import note, open_output, print_data, print_json
 from rbee.keeper.queen import QueenAccess
 from rbee.keeper.start import start_settings
 from rbee.models.reference import absolute, meanings
@@ -31,12 +31,11 @@ def start_request(flags: WorkerStartFlags, model: str) -> StartWorker:
 
 async def start_worker(flags: WorkerStartFlags, request: StartWorker) -> None:
     """``worker start``: the worker's id on stdout, when it is ready."""
-    output = Output()
-    async with open_queen(flags, any_version=False) as found:
+    async with open_queen(flags, any_version=False) as found, open_output() as output:
         queen = needed(found, "a worker")
 
         async def tell(narration: Narration) -> None:
-            await output.narrate(narration.actor, narration.action, narration.text)
+            await output.narrate(narration.actor, narration.action, narration.text, narration.share)
 
         if flags.wait:
             info = await queen.client.start_ready_worker(request, tell)

@@ -299,9 +299,15 @@ class Hives(TaskOwner):
         elif name == "workerids":
             self._forget_others(hive, set(codec.loads(data, WorkerIds).worker_ids))
         elif name == "workernarration":
-            self.narrations.send(codec.loads(data, WorkerNarration))
+            self._take_narration(codec.loads(data, WorkerNarration))
         elif name == "workerinfo":
             self.take_info(codec.loads(data, WorkerInfo))
+
+    def _take_narration(self, told: WorkerNarration) -> None:
+        self.narrations.send(told)
+        info = self.workers.get(WorkerId(told.worker_id))
+        if info is not None and told.actor == "worker":  # its progress
+            self.take_info(attrs.evolve(info, progress=told.text, share=told.share))
 
     def _forget_others(self, hive: Hive, living: set[str]) -> None:
         detail = ErrorDetail("worker_lost", f"the worker ended while the news of {hive.name} broke")

@@ -32,6 +32,7 @@ from rbee.worker.limits import answer_budget
 DEFAULT_COUNT = 16
 KINDS = {"rate": float, "latency": float, "load": float, "context": int, "fail": str}
 EXAMPLE = 'rbee-keeper infer --engine echo --model "echo?rate=20" …'
+TELL = 0.1  # seconds between two words about the loading
 NOTICE = 0.2  # seconds in which a waiting request notices that the engine process died
 
 
@@ -225,6 +226,14 @@ def _words(request: ExecuteRequest) -> list[str]:
     return (request.prompt or "").split()
 
 
+async def _load(seconds: float, progress: Progress) -> None:
+    """Take the time of loading, and tell how far it is, as an engine with weights would."""
+    began = trio.current_time()
+    while (left := began + seconds - trio.current_time()) > 0:
+        progress("weights", 1 - left / seconds)
+        await trio.sleep(min(left, TELL))
+
+
 class EchoEngineKind:
     name = "echo"
     needs_model = False
@@ -250,10 +259,10 @@ class EchoEngineKind:
         self, spec: WorkerSpec, *, run_dir: str, progress: Progress
     ) -> AsyncGenerator[Engine, None]:
         options = echo_options(spec)
-        progress("loading nothing")
+        progress("weights", 0.0)
         process = EngineProcess()
         try:
-            await trio.sleep(options.load)
+            await _load(options.load, progress)
             if options.fail == "load":
                 raise MachineError("the echo engine was told to fail while loading")
             yield EchoEngine(options, process)

@@ -125,7 +125,7 @@ async def open_engine(kind: EngineKind, model_dir: str) -> AsyncGenerator[Engine
     kind.check(spec)
     with tempfile.TemporaryDirectory(prefix="rbee-c-", dir="/tmp") as run_dir:
         with trio.fail_after(LOAD_LIMIT):
-            opened = kind.open(spec, run_dir=run_dir, progress=lambda text: None)
+            opened = kind.open(spec, run_dir=run_dir, progress=lambda text, share=None: None)
             engine = await opened.__aenter__()
         try:
             assert engine.context == CONTEXT

@@ -25,6 +25,7 @@ QUEEN_MODELS = "/v2/models"
 QUEEN_WORKER_READY = "/v1/orchestrator/worker-ready"
 HIVE_WORKERS = "/v1/workers"
 HIVE_WORKER_READY = "/v1/workers/ready"
+HIVE_WORKER_PROGRESS = "/v1/workers/progress"
 HIVE_OWNERS = "/v1/owners"
 HIVE_DEVICES = "/v1/devices"
 HIVE_LOGS = "/v1/logs"
@@ -148,6 +149,7 @@ class WorkerInfo:
 
     Attributes:
         state: a `rbee.model.WorkerState` value.
+        progress, share: what the loading is at, and how much of that is done (0 … 1), if known.
         max_model_len, dtype, kv_cache_bytes, max_num_seqs, engine_args: as they were asked for.
         keep_alive: seconds that it stays without work; negative: for ever.
         running: requests that it is at, as last seen.
@@ -165,6 +167,8 @@ class WorkerInfo:
     owner: str = ""
     node: str = "localhost"
     pid: int = 0
+    progress: str = ""
+    share: float | None = None
     max_model_len: int | None = None
     dtype: str | None = None
     kv_cache_bytes: int | None = None
@@ -198,6 +202,7 @@ class Heartbeat:
 class WorkerNarration:
     """What is being done for a worker that is not ready yet, for people who wait for it.
 
+    Also the body of a worker's own ``POST /v1/workers/progress`` to its hive.
     ``share``: how much of it is done, 0 … 1; None where nobody knows.
     """
 

@@ -43,20 +43,24 @@ class Worker:
     config: WorkerConfig
     state: WorkerState = WorkerState.LOADING
     progress: str = "starting"
+    share: float | None = None
     jobs: Jobs = attrs.field(factory=Jobs)
     figures: Figures = attrs.field(factory=Figures)
     stop_asked: trio.Event = attrs.field(factory=trio.Event)
     keep_alive: float = attrs.Factory(lambda worker: worker.config.spec.keep_alive, takes_self=True)
     _engine: Engine | None = None
 
-    def report(self, progress: str) -> None:
-        self.progress = progress
+    def report(self, text: str, share: float | None = None) -> None:
+        """Note what the loading is at; the share of a step never falls."""
+        if text == self.progress and share is not None and self.share is not None:
+            share = max(share, self.share)
+        self.progress, self.share = text, share
 
     def begin(self, engine: Engine) -> None:
         """Take work from now on."""
         self._engine = engine
         self.jobs = Jobs()  # the idle time begins now
-        self.state, self.progress = WorkerState.READY, ""
+        self.state, self.progress, self.share = WorkerState.READY, "", None
 
     def end(self, state: WorkerState, error: RbeeError) -> None:
         """Take no more work; every job ends with ``error``."""
@@ -74,8 +78,8 @@ class Worker:
         if keep >= 0 and not self.jobs.had_any:
             keep = max(keep, FIRST_USE)
         return ReadyState(
-            self.config.spec.id, self.state.value, self.progress, running=len(self.jobs),
-            idle=self.jobs.idle(), keep_alive=keep,
+            self.config.spec.id, self.state.value, self.progress, self.share,
+            running=len(self.jobs), idle=self.jobs.idle(), keep_alive=keep,
         )  # fmt: skip
 
     @property

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
 
+import httpx
 import setproctitle
 import trio
 
@@ -23,7 +24,7 @@ from rbee.scopes import cancel_on_signal, cancel_when, open_service
 from rbee.web.client import call, open_client
 from rbee.web.server import open_listener, serve_http
 from rbee.wire import codec, messages
-from rbee.wire.messages import ErrorDetail, ExecuteRequest, WorkerReady
+from rbee.wire.messages import ErrorDetail, ExecuteRequest, WorkerNarration, WorkerReady
 from rbee.worker import pdeath
 from rbee.worker.app import Worker, make_app
 from rbee.worker.engine import Engine, EngineKind, engine_kind
@@ -34,6 +35,7 @@ TITLE = "llm-worker-rbee"
 CANARY_LIMIT = 120.0  # a first token may compile kernels
 TELL_DELAYS = (0.0, 0.2, 0.4, 0.8, 1.6, *[3.2] * 100)  # a frozen hive may thaw
 TELL_LIMIT = 5.0  # seconds for the hive's answer
+TELL_EVERY = 0.25  # seconds between two looks at the progress; a quick start tells none
 ENDING = 0.5  # seconds in which jobs send their terminal event; also HTTP's own grace
 
 
@@ -108,6 +110,8 @@ async def serve(
         async with trio.open_nursery() as nursery:
             asked = worker.stop_asked.wait
             nursery.start_soon(cancel_when, asked, nursery.cancel_scope, "asked to stop")
+            if config.hive_url:
+                nursery.start_soon(tell_progress, worker)
             await _run_engine(worker, kind, url, task_status)
 
 
@@ -148,7 +152,7 @@ async def _end_with_engine(worker: Worker, engine: Engine) -> None:
     why = await engine.wait_dead()
     spec = worker.config.spec
     hint = f"rbee-keeper logs --worker {spec.id}"
-    doing = f" while {worker.progress}" if worker.progress else ""
+    doing = f" during: {worker.progress}" if worker.progress else ""
     error = ChildExitedError(f"{spec.model}: {why}{doing}", code="engine_died", hint=hint)
     log.error("worker %s: %s", spec.id, why)
     worker.end(WorkerState.FAILED, error)
@@ -172,6 +176,28 @@ async def generate_canary(engine: Engine, config: WorkerConfig) -> None:
             # Its watcher, which ends us, also knows of what it died.
             await trio.sleep_forever()
     raise PeerError("the engine has loaded but generates nothing", code="canary_failed")
+
+
+async def tell_progress(worker: Worker) -> None:
+    """Tell the hive what the loading is at, until it is over; what it does not take is lost."""
+    config, told = worker.config, None
+    await trio.sleep(TELL_EVERY)
+    async with open_client(config.hive_url, config.token) as client:
+        while worker.state is WorkerState.LOADING:
+            now = (worker.progress, worker.share)
+            if now != told:
+                told = now
+                news = WorkerNarration(config.spec.id, "worker", "load", *now)
+                await _tell_once(client, news)
+            await trio.sleep(TELL_EVERY)
+
+
+async def _tell_once(client: httpx.AsyncClient, news: WorkerNarration) -> None:
+    path = messages.HIVE_WORKER_PROGRESS
+    try:
+        await call(client, "POST", path, type(None), news, what="hive", limit=TELL_LIMIT)
+    except RbeeError as exc:
+        log.debug("the hive did not take the progress: %s", exc)
 
 
 async def tell_hive(config: WorkerConfig, url: str) -> None:

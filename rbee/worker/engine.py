@@ -19,7 +19,6 @@ from rbee.wire.messages import ExecuteRequest
 
 GROUP = "rbee.engines"
 
-Progress = Callable[[str], None]  # called in trio's thread with one line for people
 ASGIApp = Callable[
     [
         MutableMapping[str, Any],
@@ -28,6 +27,15 @@ ASGIApp = Callable[
     ],
     Awaitable[None],
 ]
+
+
+class Progress(Protocol):
+    """Takes what the loading is at."""
+
+    def __call__(self, text: str, share: float | None = None) -> None:
+        """Note the step, in words for people, and how much of it is done, 0 … 1, where that is
+        known. Called in trio's thread."""
+        ...
 
 
 @attrs.frozen

@@ -16,21 +16,22 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import attrs
 import trio
 
-from rbee.aio import Aio, Outbox, open_aio
+from rbee.aio import Aio, AioTask, Outbox, open_aio
 from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
 from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
-from rbee.worker import vllm_plan
+from rbee.worker import vllm_plan, weights
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.engine_args import refused, spread_lists
@@ -43,6 +44,8 @@ CLOSE = {
     "cuda": 2.0,
 }  # seconds for EngineCore to end by itself; a CPU one leaves nothing
 NOTICE = 0.2  # seconds between looks at the engine's health
+LOOK = 0.25  # seconds between looks at the weights
+STARTING = "starting the engine"
 LONG_TEXT = 20_000  # characters above which tokenising leaves the main thread
 REFUSALS = (ValueError, TypeError, KeyError, OSError, NotImplementedError)
 OPTIONAL = ("torchvision", "torchaudio", "torchcodec")
@@ -119,15 +122,17 @@ class VllmEngineKind:
         machine = this_machine()
         argv = vllm_plan.arguments(spec, machine)
         os.environ.update(vllm_plan.environment(spec, run_dir))
+        os.environ[weights.VARIABLE] = str(Path(run_dir) / "weights")
         tempfile.tempdir = run_dir
         async with open_aio(name="vllm") as aio:
+            steps = Steps(progress, Path(os.environ[weights.VARIABLE]))
 
             def report(text: str) -> None:
-                aio.token.run_sync_soon(progress, text)
+                aio.token.run_sync_soon(steps.tell, text)
 
             loader = Loader(argv, report, threads(machine), CLOSE[spec.backend])
             try:
-                loaded = await aio.call(loader.load)
+                loaded = await steps.follow(aio.spawn(loader.load))
             except BaseException:
                 kill_children()
                 raise
@@ -138,6 +143,39 @@ class VllmEngineKind:
                 # Cleanup: bounded by vLLM's own limit, then by ours.
                 with trio.move_on_after(CLOSE[spec.backend] + 1, shield=True):
                     await aio.call(loader.close)
+
+
+@attrs.define(eq=False)
+class Steps:
+    """What the loading is at: told by the loader, and by the engine process while it starts."""
+
+    progress: Progress
+    weights: Path
+    _loader_says: str = ""
+    _read: bool = False
+
+    def tell(self, text: str) -> None:
+        self._loader_says = text
+        self.progress(text)
+
+    async def follow(self, loading: AioTask[Loaded]) -> Loaded:
+        """Return what is loaded; cancelling ends the loading."""
+        try:
+            while True:
+                with trio.move_on_after(LOOK):
+                    return await loading.wait()
+                self._look()
+        finally:
+            await loading.aclose()
+
+    def _look(self) -> None:
+        if self._loader_says != STARTING:
+            return
+        share = weights.read_share(self.weights)
+        if share is None:
+            return
+        self.progress("KV cache") if self._read else self.progress("weights", share)
+        self._read = share >= 1
 
 
 def hide_broken_packages() -> None:
@@ -191,7 +229,7 @@ class Loader:
     """Runs in the asyncio thread, which ``AsyncLLM`` blocks while it loads."""
 
     argv: list[str]
-    report: Progress
+    report: Callable[[str], None]
     threads: int
     closing: float
     _llm: Any = None
@@ -207,9 +245,11 @@ class Loader:
         modules = _import_vllm()
         cache_settings(modules.envs, False)  # of an engine before this one
         modules.torch.set_num_threads(self.threads)
+        self.report("config")
         args = self._parse(modules)
         config, options = self._configure(modules, args)
-        self.report("loading weights")
+        self.report(STARTING)
+        weights.count_weights()
         # The CPU platform sets it to `spawn` while it makes the configuration.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         self._llm = self._start(modules, config, options)

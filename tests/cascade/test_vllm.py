@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,15 +17,17 @@ import pytest
 
 from rbee.home import Home
 from rbee.testing.processes import LeakCheck, carriers, title_of
+from tests.terminal import open_terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 CAPITAL = ("--model", "smollm2-135m", "--prompt", "What is the capital of France?")
 
 
-def keeper(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+def keeper(*arguments: str, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:
     argv = [sys.executable, "-m", "rbee", *arguments]
-    return subprocess.run(argv, capture_output=True, timeout=300)
+    environment = os.environ | {"TERM": "xterm"}
+    return subprocess.run(argv, stdout=subprocess.PIPE, stderr=stderr, timeout=300, env=environment)
 
 
 def arrivals(*arguments: str) -> tuple[list[float], bytes]:
@@ -60,11 +63,15 @@ def workers() -> list[dict[str, Any]]:
 
 
 def test_a_real_model_answers_and_its_worker_stays_warm(queen: Home, nonce: str) -> None:
-    first = keeper("infer", *CAPITAL, "--temperature", "0")
-    assert first.returncode == 0, first.stderr.decode()
+    with open_terminal() as terminal:
+        first = keeper("infer", *CAPITAL, "--temperature", "0", stderr=terminal.fd)
+    assert first.returncode == 0, terminal.text
     assert first.stdout == b"The capital of France is Paris.\n"
     assert any("VLLM::EngineCore" in title_of(pid) for pid in carriers(nonce))
     (worker,) = workers()
+    shares = [int(share) for share in re.findall(r"· weights [━╌]+ +(\d+) %", terminal.text)]
+    assert any(share > 0 for share in shares), terminal.text
+    assert shares == sorted(shares)
 
     times, text = arrivals(
         "infer", "--model", "smollm2-135m", "--prompt", "Tell me about bees.",

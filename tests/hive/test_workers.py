@@ -168,6 +168,23 @@ async def test_a_model_is_brought_first_and_gives_its_names(
         assert hive.workers.infos()[0].served_names == ("words", "w")
 
 
+async def test_what_a_loading_worker_tells_is_passed_on_until_it_is_ready(home: Home) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        told = WorkerNarration(worker_id, "worker", "load", "weights", 0.5)
+        hive.workers.take_progress(told)
+        (info,) = hive.workers.infos()
+        assert (info.state, info.progress, info.share) == ("loading", "weights", 0.5)
+        hive.ready(worker_id)
+        hive.workers.take_progress(told)
+        (info,) = hive.workers.infos()
+        assert (info.state, info.progress, info.share) == ("ready", "", None)
+        await hive.settle()
+        assert hive.heard.count(told) == 1
+        with pytest.raises(NotFoundError):
+            hive.workers.take_progress(attrs.evolve(told, worker_id="worker-x"))
+
+
 async def test_a_model_of_the_catalog_is_in_use_until_its_worker_has_ended(home: Home) -> None:
     async def bring(request: StartWorker, narrate: Narrate) -> Local:
         return Local("pypi:words", home.models / "words", ("words",))

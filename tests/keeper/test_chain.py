@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import sys
 
@@ -13,6 +15,7 @@ from rbee import guard
 from rbee.home import Home
 from rbee.testing.processes import Identity, LeakCheck, Tree
 from tests.keeper.test_infer import keeper, open_keeper, read_until
+from tests.terminal import open_terminal, screen
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +36,23 @@ async def test_a_cold_infer_answers_and_leaves_nothing_behind(home: Home, leaks:
     done = await keeper(*ECHO)
     assert (done.returncode, done.stdout) == (0, b"a b a b\n")
     assert b"rbee-keeper queen start" in done.stderr  # how to keep it warm
+    await leaks.wait_clean(1)
+
+
+async def test_the_loading_is_shown_from_the_engine_to_the_terminal(
+    home: Home, leaks: LeakCheck
+) -> None:
+    line = ("infer", "--model", "echo?load=2", "--engine", "echo", "--prompt", "a b")
+    environment = os.environ | {"TERM": "xterm", "NO_COLOR": "1"}
+    with open_terminal() as terminal:
+        async with open_keeper(*line, stderr=terminal.fd, env=environment) as process:
+            answer = await read_until(process.stdout, b"a b\n")
+    assert (process.returncode, answer) == (0, b"a b " * 7 + b"a b\n")
+    shares = [int(n) for n in re.findall(r"· weights [━╌]+ +(\d+) %", terminal.text)]
+    assert len(set(shares)) >= 4
+    assert shares == sorted(shares)
+    (line_left,) = [line for line in screen(terminal.text) if line.startswith("hive: load")]
+    assert re.fullmatch(r"hive: load echo\?load=2 with echo on cpu … [2-5]\.\d s", line_left)
     await leaks.wait_clean(1)
 
 

@@ -9,6 +9,7 @@ import pytest
 from rbee.home import Home
 from rbee.keeper import listing
 from rbee.keeper.flags import QueenFlags
+from rbee.wire.messages import WorkerInfo
 from tests.keeper.fake_queen import FakeQueen, open_fake
 
 LISTS = (listing.list_workers, listing.list_processes)
@@ -41,6 +42,21 @@ async def test_workers_are_listed_with_their_models(
         await listing.list_workers(QueenFlags(json=True))
     (worker,) = json.loads(capfd.readouterr().out)
     assert (worker["worker_id"], worker["model"], worker["state"]) == ("worker-1", "echo", "ready")
+
+
+@pytest.mark.parametrize(
+    ("info", "told"),
+    [
+        (
+            WorkerInfo("w", "m", "loading", progress="weights", share=0.425),
+            "loading (weights 42 %)",
+        ),
+        (WorkerInfo("w", "m", "loading", progress="KV cache"), "loading (KV cache)"),
+        (WorkerInfo("w", "m", "ready"), "ready"),
+    ],
+)
+def test_the_state_of_a_loading_worker_tells_how_far_it_is(info: WorkerInfo, told: str) -> None:
+    assert listing.state_in_words(info) == told
 
 
 async def test_the_status_sums_up(home: Home, capfd: pytest.CaptureFixture[str]) -> None:

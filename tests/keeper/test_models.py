@@ -193,7 +193,7 @@ async def test_a_pull_for_a_node_goes_through_the_queen(
     )
     async with open_fake(queen, home):
         await pull_model(PullFlags(node="far", dtype="bfloat16"), "hf:org/far")
-        assert capfd.readouterr() == ("/there\n", "hive: fetch it\n")
+        assert capfd.readouterr() == ("/there\n", "hive: fetch it 50 %\n")
         assert queen.pulls == [PullModel("hf:org/far", "far", "bfloat16")]
         queen.script = [Error("insufficient", "no room", "free some")]
         with pytest.raises(Exception, match="no room"):

@@ -35,24 +35,24 @@ async def test_data_goes_out_at_once_and_its_line_is_ended_once(
     await out.data("a")
     assert capfd.readouterr().out == "a"
     await out.data("")
-    out.close_line()
-    out.close_line()
+    out.settle()
+    out.settle()
     await out.data("b\n")
-    out.close_line()
+    out.settle()
     assert capfd.readouterr().out == "\nb\n"
 
 
 async def test_narration_goes_to_stderr_only(capfd: pytest.CaptureFixture[str]) -> None:
     out = Output()
     await out.narrate("hive", "start", "a worker")
-    await out.narrate("hive", "progress", "50 %")
-    assert capfd.readouterr() == ("", "hive: start a worker\nhive: 50 %\n")
+    await out.narrate("queen", "ready", "after 0.1 s")
+    assert capfd.readouterr() == ("", "hive: start a worker\nqueen: ready after 0.1 s\n")
 
 
 async def test_quiet_data_stays_off_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     out = Output(quiet_data=True)
     await out.data("a")
-    out.close_line()
+    out.settle()
     assert capfd.readouterr().out == ""
 
 
@@ -107,25 +107,3 @@ def test_facts_are_aligned(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("size", "told"), [(5, "5 B"), (2048, "2.0 KiB"), (5 << 40, "5.0 TiB")])
 def test_sizes_are_told_for_people(size: int, told: str) -> None:
     assert output.human_bytes(size) == told
-
-
-def test_progress_off_a_terminal_is_told_now_and_then(capfd: pytest.CaptureFixture[str]) -> None:
-    notes = output.ProgressNotes()
-    for share in (0.1, 0.2, 0.3):
-        notes(f"at {share}", share)
-    notes("done")
-    notes.clear()
-    assert capfd.readouterr().err == "at 0.1\ndone\n"
-
-
-def test_progress_on_a_terminal_is_a_bar_that_overwrites_itself(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(output, "is_terminal", lambda stream: True)
-    notes = output.ProgressNotes()
-    notes("half", 0.5)
-    notes("all", 1.0)
-    notes("done")
-    clear = output.CLEAR_LINE
-    first, second = "[##########..........] half", "[####################] all"
-    assert capfd.readouterr().err == f"{clear}{first}{clear}{second}{clear}done\n"

@@ -21,7 +21,7 @@ from rbee.errors import (
 from rbee.web.client import open_client, open_events
 from rbee.web.router import App, Response
 from rbee.web.server import open_listener, serve_http
-from rbee.wire.messages import WorkerReady
+from rbee.wire.messages import WorkerNarration, WorkerReady
 from rbee.worker import daemon
 from rbee.worker.app import Worker, make_app
 from rbee.worker.daemon import serve
@@ -51,7 +51,8 @@ async def test_while_loading_it_answers_503_with_its_state(tmp_path, monkeypatch
                 ready = await client.get("/v1/ready")
                 assert ready.status_code == 503
                 assert ready.json()["state"] == "loading"
-                assert ready.json()["progress"] == "loading nothing"
+                assert ready.json()["progress"] == "weights"
+                assert 0 <= ready.json()["share"] < 0.5
                 for path in ("/execute", "/v1/chat/completions"):
                     refused = await client.post(path, json={"job_id": "j", "prompt": "x"})
                     assert refused.status_code == 503
@@ -135,13 +136,18 @@ async def test_an_engine_that_dies_at_its_first_token_is_told_by_who_watches_it(
     assert scope.cancelled_caught  # its own words say less than the watcher's
 
 
-def hive_app(answers, got):
+def hive_app(answers, got, progress=None):
     async def ready(request):
         got.append(await request.read(WorkerReady))
         return Response(status=answers.pop(0))
 
+    async def take_progress(request):
+        progress.append(await request.read(WorkerNarration))
+        return Response(status=204 if len(progress) > 1 else 500)
+
     app = App(token=TOKEN)
     app.add("POST", "/v1/workers/ready", ready)
+    app.add("POST", "/v1/workers/progress", take_progress)
     return app
 
 
@@ -154,6 +160,43 @@ async def test_the_ready_callback_is_retried_until_the_hive_takes_it(tmp_path):
             url = await nursery.start(serve, make_config(tmp_path, hive_url=hive))
             nursery.cancel_scope.cancel()
     assert got == [WorkerReady("worker-1", url, "echo-model", "cpu", "0")] * 3
+
+
+async def test_a_loading_worker_tells_its_hive_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(daemon, "TELL_EVERY", 0.05)
+    got, progress = [], []
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            http = partial(serve_http, hive_app([204], got, progress), grace=0.1)
+            hive = await nursery.start(http, open_listener("127.0.0.1", 0, exact=True))
+            await nursery.start(serve, make_config(tmp_path, hive_url=hive, load="0.6"))
+            nursery.cancel_scope.cancel()
+    assert len(progress) >= 3  # it goes on after the one that was refused
+    shares = [told.share for told in progress]
+    assert sorted(set(shares)) == shares  # no word twice
+    assert progress[0] == WorkerNarration("worker-1", "worker", "load", "weights", shares[0])
+
+
+async def test_a_quick_start_is_not_slowed_by_telling_of_it(tmp_path):
+    got, progress = [], []
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            http = partial(serve_http, hive_app([204], got, progress), grace=0.1)
+            hive = await nursery.start(http, open_listener("127.0.0.1", 0, exact=True))
+            await nursery.start(serve, make_config(tmp_path, hive_url=hive))
+            nursery.cancel_scope.cancel()
+    assert (len(got), progress) == (1, [])
+
+
+async def test_the_share_of_a_step_never_falls(tmp_path):
+    worker = Worker(make_config(tmp_path))
+    for share in (0.5, 0.4, 0.6):
+        worker.report("weights", share)
+    assert (worker.progress, worker.share) == ("weights", 0.6)
+    worker.report("weights", 0.1)
+    assert worker.share == 0.6
+    worker.report("another", 0.1)
+    assert worker.share == 0.1
 
 
 async def test_a_worker_that_its_hive_does_not_know_ends(tmp_path):
