@@ -54,7 +54,11 @@ async def cancel_on_signal(
     A SIGHUP that was ignored when we started (nohup) stays ignored.
     """
 
+    on_the_way_out = False
+
     def stop(number: int) -> None:
+        nonlocal on_the_way_out
+        on_the_way_out = True
         name = signal.Signals(number).name
         if reason is not None and not reason.signal:
             reason.signal = number
@@ -62,7 +66,10 @@ async def cancel_on_signal(
         scope.cancel(reason=name)
 
     numbers = _stop_signals()
-    with _noted(numbers) as early, trio.open_signal_receiver(*numbers) as signals:
+    with (
+        _noted(numbers, lambda: on_the_way_out) as early,
+        trio.open_signal_receiver(*numbers) as signals,
+    ):
         guard.release_interrupt()
         task_status.started()
         for number in early:
@@ -77,15 +84,18 @@ def _stop_signals() -> list[signal.Signals]:
 
 
 @contextmanager
-def _noted(numbers: Iterable[signal.Signals]) -> Iterator[list[int]]:
-    """Take what arrives around trio's receiver: what that has not given out, it raises again."""
+def _noted(numbers: Iterable[signal.Signals], is_ending: Callable[[], bool]) -> Iterator[list[int]]:
+    """Take what arrives around trio's receiver: what that has not given out, it raises again.
+
+    In a process that is ending they stay ignored: the default handler would change its exit code.
+    """
     noted: list[int] = []
     before = {number: signal.signal(number, lambda n, _: noted.append(n)) for number in numbers}
     try:
         yield noted
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if is_ending() else handler)
 
 
 async def cancel_when(

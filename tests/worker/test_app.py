@@ -134,7 +134,7 @@ async def ready_state(worker):
 
 
 async def test_it_tells_how_long_it_has_had_no_work_and_how_long_it_is_to_stay(open_worker):
-    async with open_worker(rate="1000") as worker:
+    async with open_worker(rate="50") as worker:
         new = await ready_state(worker)
         assert (new["running"], new["keep_alive"]) == (0, 300)
         await worker.events(max_tokens=1, keep_alive=0.0)
