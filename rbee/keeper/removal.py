@@ -62,7 +62,7 @@ def _refuse_used(infos: Sequence[ModelInfo]) -> None:
             raise ConflictError(
                 f"{info.model} is in use: a running worker has loaded it; nothing was removed",
                 code="model_in_use",
-                hint="rbee-keeper ps   # then rbee-keeper worker stop WORKER, or queen stop",
+                hint="rbee-keeper worker list   # then rbee-keeper worker stop WORKER",
             )
 
 

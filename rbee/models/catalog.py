@@ -19,7 +19,13 @@ import attrs
 from rbee.errors import BadInputError, NotFoundError
 from rbee.home import Home, write_atomic, writing
 from rbee.models.reference import Aliases, Reference, parse, slug
-from rbee.models.staging import discard, lock_now
+from rbee.models.staging import (
+    PARTIAL,
+    discard,
+    discard_partial,
+    lock_now,
+    partial_references,
+)  # fmt: skip
 from rbee.models.use import unused
 from rbee.wire import codec
 
@@ -101,7 +107,20 @@ class Catalog:
     models: Path
 
     def items(self) -> list[Item]:
-        return [self.read(path.stem) for path in sorted(self.models.glob("*.json"))]
+        """Return all records, and the downloads that were cut off before there was one."""
+        names = [path.stem for path in sorted(self.models.glob("*.json"))]
+        unfinished = partial_references(self.models)
+        cut = [self._unfinished(name, of) for name, of in unfinished.items() if name not in names]
+        return [*map(self.read, names), *cut]
+
+    def _unfinished(self, name: str, reference: str) -> Item:
+        directory = self.models / PARTIAL / name
+        sizes = {path.name: path.stat() for path in sorted(directory.iterdir())}
+        files = tuple(File(part, found.st_size) for part, found in sizes.items())
+        last = max((found.st_mtime for found in sizes.values()), default=0.0)
+        entry = Entry(reference, "hf", "", files, "", created=last, last_used=last)
+        damage = f"not finished: rbee-keeper model pull {reference} goes on with it"
+        return Item(name, directory, entry, damage)
 
     def read(self, name: str) -> Item:
         """Read one record; what is wrong with it or its files is told, not raised."""
@@ -137,10 +156,11 @@ class Catalog:
     def remove(self, item: Item) -> None:
         """Remove a record and its files; the caller holds the lock of its name."""
         with writing(self.models):
-            away = self._move_away(item.directory)
+            away = self._move_away(self.models / item.name)
             self._record(item.name).unlink(missing_ok=True)
         if away:
             discard(away)
+        discard_partial(self.models, item.name)
 
     def _record(self, name: str) -> Path:
         return self.models / f"{name}.json"

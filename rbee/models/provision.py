@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +37,14 @@ from rbee.models.reference import (
     slug,
 )
 from rbee.models.repository import Fetched
-from rbee.models.staging import discard, link, open_lock, open_partial, open_staging, publish
+from rbee.models.staging import (
+    discard_partial,
+    link,
+    open_lock,
+    open_partial,
+    open_staging,
+    publish,
+)  # fmt: skip
 from rbee.models.use import refuse_if_used
 
 log = logging.getLogger(__name__)
@@ -164,7 +170,7 @@ class _Provider:
 
     async def _fetch_repository(self, repo: HubRepo, name: str, patience: float) -> LocalModel:
         _refuse_offline(repo)
-        partial = open_partial(self.home.models, name)
+        partial = open_partial(self.home.models, name, str(repo))
         fetched = await self._download_repository(repo, partial, name, patience)
         target = self.home.models / name
         async with open_staging(self.home.models, name) as staging:
@@ -173,7 +179,7 @@ class _Provider:
                 with writing(self.home.models):
                     found = await trio.to_thread.run_sync(_assemble, fetched, partial, staged)
             except BadInputError as exc:  # whole and still no model: nothing to go on with
-                await trio.to_thread.run_sync(discard, partial)
+                await trio.to_thread.run_sync(discard_partial, self.home.models, name)
                 raise BadInputError(
                     f"{repo} cannot be loaded: {exc.message}",
                     code=exc.code,
@@ -183,7 +189,7 @@ class _Provider:
             found = attrs.evolve(found, directory=target)
             entry = _entry(str(repo), found, version=fetched.commit, files=fetched.files)
             self.catalog.save(name, entry)
-        await trio.to_thread.run_sync(discard, partial)
+        await trio.to_thread.run_sync(discard_partial, self.home.models, name)
         self.narrate("fetched", f"{repo} {fetched.commit[:12]}, {human(entry.size)}")
         return _local_model(str(repo), found)
 
@@ -195,8 +201,8 @@ class _Provider:
         argv += ["--revision", repo.revision, "--contact", str(patience)]
         code = await run_followed(self.run, argv, log_file, self.narrate)
         if code != 0:
-            with suppress(OSError):
-                partial.rmdir()  # if nothing came
+            if not any(partial.iterdir()):  # nothing came
+                discard_partial(self.home.models, name)
             raise _child_error(f"fetching {repo}", "download_failed", code, log_file)
         return Fetched.load(partial)
 

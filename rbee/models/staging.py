@@ -19,6 +19,7 @@ from rbee.home import writing
 from rbee.models.locks import lock_file, try_lock, unlock
 from rbee.models.use import unused
 
+PARTIAL = ".partial"
 POLL = 0.1
 CLEANUP = 5.0
 _AREA = ".locks"
@@ -80,15 +81,31 @@ async def open_staging(models: Path, name: str) -> AsyncGenerator[Path, None]:
             await trio.to_thread.run_sync(discard, staging, abandon_on_cancel=True)
 
 
-def open_partial(models: Path, name: str) -> Path:
+def open_partial(models: Path, name: str, reference: str) -> Path:
     """Make or find the directory of what has come of a download so far; it outlives the process.
 
-    The caller holds the lock of ``name``, and discards the directory when all of it is in place.
+    The caller holds the lock of ``name``, and calls `discard_partial` when all of it is in place.
     """
-    partial = models / ".partial" / name
+    partial = models / PARTIAL / name
     with writing(models):
         partial.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _note_of(models, name).write_text(reference)
     return partial
+
+
+def discard_partial(models: Path, name: str) -> None:
+    discard(models / PARTIAL / name)
+    _note_of(models, name).unlink(missing_ok=True)
+
+
+def partial_references(models: Path) -> dict[str, str]:
+    """Return what the unfinished downloads are of, by name."""
+    notes = sorted((models / PARTIAL).glob("*.reference"))
+    return {path.stem: path.read_text() for path in notes if path.with_suffix("").is_dir()}
+
+
+def _note_of(models: Path, name: str) -> Path:
+    return models / PARTIAL / f"{name}.reference"
 
 
 def link(source: Path, target: Path) -> None:

@@ -55,7 +55,7 @@ def unused(models: Path, name: str) -> Iterator[None]:
         raise ConflictError(
             f"{name} is in use: a running worker has loaded it",
             code="model_in_use",
-            hint="rbee-keeper ps   # then rbee-keeper worker stop WORKER, or queen stop",
+            hint="rbee-keeper worker list   # then rbee-keeper worker stop WORKER",
         )
     try:
         yield

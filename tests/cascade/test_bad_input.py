@@ -298,7 +298,7 @@ class TestVllm:
         entry = Entry(fetched.as_uri(), "file", "", (), "float32")
         Catalog(operator.home.models).save("fetched", entry)
         assert operator.infer(str(fetched), "--engine", "vllm", "--max-tokens", "3").code == 0
-        operator.run("model", "rm", str(fetched)).check_refusal("in use", "queen stop")
+        operator.run("model", "rm", str(fetched)).check_refusal("in use", "worker stop")
         assert (fetched / "config.json").exists()
 
 

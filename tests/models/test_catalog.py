@@ -17,7 +17,7 @@ from rbee.models.catalog import (
     remove_model,
     show_model,
 )
-from rbee.models.staging import lock_now
+from rbee.models.staging import lock_now, open_partial
 from tests.models.conftest import used
 
 ENTRY = Entry(
@@ -139,6 +139,27 @@ def test_a_model_that_is_being_fetched_is_kept(home: Home) -> None:
     with lock_now(home.models, "some"), pytest.raises(ConflictError, match="being fetched"):
         remove_model(home, "some")
     assert not list_models(home)[0].damage
+
+
+def test_a_download_that_was_cut_off_is_told_and_can_be_removed(home: Home) -> None:
+    partial = open_partial(home.models, "hf--tiny-1.1B--abc", "hf:org/tiny-1.1B")
+    (partial / "part").write_bytes(b"x" * 7)
+    (item,) = list_models(home)
+    assert item.entry
+    assert (item.entry.reference, item.entry.size) == ("hf:org/tiny-1.1B", 7)
+    assert "rbee-keeper model pull hf:org/tiny-1.1B" in item.damage
+    put(home)
+    remove_model(home, "hf:org/tiny-1.1B")
+    assert [item.name for item in list_models(home)] == ["some"]
+    assert list((home.models / ".partial").iterdir()) == []
+
+
+def test_with_a_model_goes_what_came_of_a_second_download(home: Home) -> None:
+    put(home)
+    (open_partial(home.models, "some", "pypi:some-model") / "part").write_bytes(b"x")
+    assert [item.name for item in list_models(home)] == ["some"]
+    remove_model(home, "pypi:some-model")
+    assert list((home.models / ".partial").iterdir()) == []
 
 
 def test_records_are_json_for_people(home: Home) -> None:
