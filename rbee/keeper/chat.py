@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import sys
+from functools import partial
 
 import trio
 
@@ -25,7 +26,7 @@ from rbee.keeper.output import (
     write,
 )
 from rbee.keeper.queen import QueenAccess, open_queen
-from rbee.keeper.task import chat_task
+from rbee.keeper.task import chat_task, check_known
 from rbee.wire.messages import Message
 
 NO_QUEEN = ("unreachable", "queen_stopping", "stream_broken")
@@ -35,13 +36,15 @@ EXITS = ("/exit", "/quit", "/bye")
 async def chat(flags: AnswerFlags, model: str) -> None:
     """Talk until ``/exit`` or the end of stdin; Ctrl+C ends the current answer first."""
     home = open_home(flags.home)
+    config = load_config(home.config_file)
     async with (
         open_output(quiet_data=flags.json) as output,
         open_queen(
             home,
-            load_config(home.config_file),
+            config,
             url=flags.queen_url or "",
             token_file=flags.token_file or "",
+            check=partial(check_known, flags, model, config),
         ) as queen,
     ):
         await Conversation(queen, flags, model, output).keep_talking()

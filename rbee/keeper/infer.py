@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 
 from rbee.client import KEEP_A_QUEEN, OPERATOR, AsyncClient
 from rbee.config import load_config
@@ -12,6 +13,7 @@ from rbee.keeper.answer import Answer, stream_answer
 from rbee.keeper.flags import InferFlags
 from rbee.keeper.output import note, open_output, print_json
 from rbee.keeper.queen import open_queen
+from rbee.keeper.task import check_known
 from rbee.wire.messages import TaskRequest
 
 
@@ -26,6 +28,7 @@ async def infer(flags: InferFlags, task: TaskRequest) -> None:
             config,
             url=flags.queen_url or "",
             token_file=flags.token_file or "",
+            check=partial(check_known, flags, flags.model, config),
         ) as queen,
     ):
         if queen.owned:

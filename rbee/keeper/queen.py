@@ -6,7 +6,7 @@ import fcntl
 import os
 import secrets
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from ipaddress import ip_address
 from pathlib import Path
@@ -56,9 +56,17 @@ class QueenAccess:
 
 @asynccontextmanager
 async def open_queen(
-    home: Home, config: Config, *, url: str = "", token_file: str = ""
+    home: Home,
+    config: Config,
+    *,
+    url: str = "",
+    token_file: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[QueenAccess, None]:
     """Use the queen at ``url``, else the home's running one, else own one while the body runs.
+
+    Args:
+        check: raises what would make a queen of our own pointless, before it is started.
 
     Raises:
         UnavailableError: the queen asked for, or the one that runs, does not answer.
@@ -68,6 +76,8 @@ async def open_queen(
     async with AsyncExitStack() as stack:
         opened = open_running_queen(home, url=url, token_file=token_file)
         access = await stack.enter_async_context(opened)
+        if access is None:
+            check()
         yield access or await _enter_own(stack, home, config)
 
 

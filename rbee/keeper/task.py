@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rbee.config import Config
 from rbee.errors import BadInputError
 from rbee.keeper.flags import AnswerFlags, InferFlags
 from rbee.keeper.start import start_settings
+from rbee.model import DEFAULT_ENGINE, LOCALHOST
 from rbee.wire.messages import Message, TaskRequest
 
 
@@ -41,6 +43,21 @@ def chat_task(flags: AnswerFlags, model: str, messages: Iterable[Message]) -> Ta
     """Make the task of one turn of a conversation."""
     system = [Message("system", flags.system)] if flags.system else []
     return TaskRequest(messages=(*system, *messages), **_settings(flags, model))
+
+
+def check_known(flags: AnswerFlags, model: str, config: Config) -> None:
+    """Refuse a name that stands for no model here; another node may know it, another engine too.
+
+    Raises:
+        NotFoundError: nothing is called so.
+        BadInputError: a path that holds no model, or a malformed reference.
+    """
+    defaults = config.defaults.get(model)
+    engine = flags.engine or (defaults.engine if defaults else None) or DEFAULT_ENGINE
+    if engine == DEFAULT_ENGINE and flags.node in (None, LOCALHOST):
+        from rbee.models.reference import parse
+
+        parse(_absolute(model), config.aliases)
 
 
 def _settings(flags: AnswerFlags, model: str) -> dict[str, Any]:

@@ -308,8 +308,14 @@ def clean(leaks: LeakCheck, within: float = 10) -> None:
 
 
 def test_an_error_of_a_cold_start_leaves_nothing(leaks: LeakCheck) -> None:
-    infer("nosuch", "--engine", "vllm").check_refusal("no model is called 'nosuch'")
+    infer("echo?fail=canary", "--engine", "echo").check_refusal("SIGKILL while generating")
     clean(leaks, 1)
+
+
+def test_for_a_model_that_nobody_knows_nothing_is_started() -> None:
+    done = infer("nosuch", "--engine", "vllm")
+    done.check_refusal("no model is called 'nosuch'")
+    assert "start a queen" not in done.err
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly(leaks: LeakCheck) -> None:
