@@ -117,7 +117,7 @@ REFUSED = [
     (["echo?fail=load"], ["told to fail while loading", "end of its log", "logs --worker worker-"]),
     (
         ["echo?fail=canary"],
-        ["SIGKILL while generating one token", "end of its log", "logs --worker"],
+        ["SIGKILL during: generating one token", "end of its log", "logs --worker"],
     ),
 ]
 
@@ -308,7 +308,7 @@ def clean(leaks: LeakCheck, within: float = 10) -> None:
 
 
 def test_an_error_of_a_cold_start_leaves_nothing(leaks: LeakCheck) -> None:
-    infer("echo?fail=canary", "--engine", "echo").check_refusal("SIGKILL while generating")
+    infer("echo?fail=canary", "--engine", "echo").check_refusal("SIGKILL during: generating")
     clean(leaks, 1)
 
 
