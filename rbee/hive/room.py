@@ -101,13 +101,14 @@ class Room:
             with waited:
                 await self._make(plan, newcomer, narrate)
             if waited.cancelled_caught:
-                self._refuse(plan, newcomer)
+                self._refuse(plan, newcomer, self._available(newcomer))
 
     async def _make(self, plan: MemoryPlan, newcomer: Tenant, narrate: Narrate) -> None:
         told = False
         while plan.required > self._available(newcomer):
-            if plan.required > self._available(newcomer) + self._to_be_had(newcomer):
-                self._refuse(plan, newcomer)
+            at_most = self._available(newcomer) + self._to_be_had(newcomer)
+            if plan.required > at_most:
+                self._refuse(plan, newcomer, at_most)
             await self._refresh()
             idle = [one for one in self._others(newcomer) if _may_go(one) and one.idle > 0]
             for victim in sorted(idle, key=lambda one: -one.idle):
@@ -120,8 +121,8 @@ class Room:
                 told = True
                 await trio.sleep(AGAIN)
 
-    def _refuse(self, plan: MemoryPlan, newcomer: Tenant) -> None:
-        self._memory.check(plan, max(0, int(self._available(newcomer))), what=newcomer.name)
+    def _refuse(self, plan: MemoryPlan, newcomer: Tenant, available: float) -> None:
+        self._memory.check(plan, max(0, int(available)), what=newcomer.name)
 
     def _available(self, newcomer: Tenant) -> float:
         """Return the bytes for a newcomer now, less what was promised to those who load."""

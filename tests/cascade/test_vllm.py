@@ -17,6 +17,7 @@ import pytest
 
 from rbee.home import Home
 from rbee.testing.processes import LeakCheck, carriers, title_of
+from rbee.testing.tiny_model import write_tiny_model
 from tests.terminal import open_terminal
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -83,6 +84,30 @@ def test_a_real_model_answers_and_its_worker_stays_warm(queen: Home, nonce: str)
 
     assert [w["pid"] for w in workers()] == [worker["pid"]]
     assert "Paris" in ask_openai(worker["url"], queen)
+
+
+def test_of_two_models_with_room_for_one_the_idle_one_goes(
+    home: Home, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    home.config_file.write_text('[hive]\nmemory = "1536M"\n')  # one is planned at 1.1 GiB
+    request.getfixturevalue("queen")
+    models = [str(write_tiny_model(tmp_path / name)) for name in ("a", "b")]
+    pids = []
+    for model in (*models, models[0]):
+        done = keeper("infer", "--model", model, "--prompt", "bee", "--max-tokens", "3")
+        assert done.returncode == 0, done.stderr.decode()
+        (worker,) = workers()
+        assert worker["model"] == f"file://{model}"
+        pids.append(worker["pid"])
+    assert len(set(pids)) == 3
+    assert b"unload what was not used" in done.stderr
+    refused = keeper(
+        "infer", "--model", models[1], "--prompt", "bee", "--kv-cache", "1G", "--max-tokens", "3"
+    )
+    assert refused.returncode == 1
+    assert b"not enough memory" in refused.stderr
+    assert b"available 1.5 GiB" in refused.stderr
+    assert [worker["pid"] for worker in workers()] == pids[-1:]  # in vain it does not go
 
 
 def ask_openai(url: str, home: Home) -> str:
