@@ -25,9 +25,11 @@ class Failure:
 
 
 class Backoff:
-    """Failures by what was to be started; each one in a row doubles the pause, 1 … 60 s.
+    """Failures by what was to be started.
 
-    What the user can put right (a wrong path, a damaged file) he tries again soon: it stays at 1 s.
+    One may be an accident (a worker that was killed), so the next try comes at once; after that
+    each one in a row doubles the pause, 1 … 60 s. What the user can put right (a wrong path, a
+    damaged file) he tries again soon: it stays at 1 s.
     """
 
     def __init__(self) -> None:
@@ -60,8 +62,7 @@ class Backoff:
         if error.code in PASSING or (before is not None and before.worker_id == worker_id):
             return
         times = before.times + 1 if before and now < before.until + LONGEST else 1
-        grows = error.http_status >= 500
-        pause = min(LONGEST, FIRST * 2 ** min(times - 1, 10)) if grows else FIRST
+        pause = _pause(times, grows=error.http_status >= 500)
         self._failures[_key(request)] = Failure(worker_id, error, times, now, now + pause)
         self._forget_old(now)
 
@@ -72,6 +73,12 @@ class Backoff:
         for key, failure in list(self._failures.items()):
             if now > failure.until + LONGEST:
                 del self._failures[key]
+
+
+def _pause(times: int, *, grows: bool) -> float:
+    if times == 1:
+        return 0.0
+    return min(LONGEST, FIRST * 2 ** min(times - 2, 10)) if grows else FIRST
 
 
 def _key(request: StartWorker) -> bytes:
