@@ -46,7 +46,7 @@ def test_rotation_holds_each_process_and_signal_once_and_each_state() -> None:
 @pytest.mark.parametrize("process", PROCESSES)
 async def test_whatever_is_killed_nothing_is_left(process: str) -> None:
     cells = [cell for cell in rotated_cells() if cell.process == process]
-    results = await run_cells(cells, Workload.echo())
+    results = await run_cells(cells, Workload.echo(), at_once=3)
     assert len(results) == len(SIGNALS)
     problems = [f"{result.cell}: {result.problem}" for result in results if result.problem]
     assert not problems, "\n".join(problems)
