@@ -323,15 +323,15 @@ class Workers(TaskOwner):
     async def _watch(self, worker: Worker) -> None:
         """Know whether a worker answers and works, and unload one that has had no work for long."""
         await worker.became_ready.wait()
-        async with self._connect(worker.info) as worker.peer:
-            pause = PROBE
-            while True:
-                await trio.sleep(pause)
-                seen = await self._look_at(worker)
-                left = _left(seen)
-                if left <= 0:
-                    await self._unload(worker, f"no work for {worker.idle:.0f} s")
-                pause = min(PROBE, max(left, AGAIN))
+        worker.peer = self._connect(worker.info)
+        pause = PROBE
+        while True:
+            await trio.sleep(pause)
+            seen = await self._look_at(worker)
+            left = _left(seen)
+            if left <= 0:
+                await self._unload(worker, f"no work for {worker.idle:.0f} s")
+            pause = min(PROBE, max(left, AGAIN))
 
     async def _look_at_all(self) -> None:
         async with trio.open_nursery() as nursery:

@@ -121,8 +121,7 @@ class FakeConnect:
     launch: FakeLauncher
     peers: dict[str, FakePeer] = attrs.field(factory=dict)
 
-    @asynccontextmanager
-    async def __call__(self, worker: WorkerInfo) -> AsyncGenerator[FakePeer, None]:
+    def __call__(self, worker: WorkerInfo) -> FakePeer:
         end = self.launch.running[worker.worker_id].end
         self.peers[worker.worker_id] = FakePeer(worker.worker_id, worker.keep_alive, end)
-        yield self.peers[worker.worker_id]
+        return self.peers[worker.worker_id]

@@ -128,6 +128,7 @@ async def health(worker: Worker, request: Request) -> Response:
 
 
 async def ready(worker: Worker, request: Request) -> Response:
+    check_addressee(worker, request)
     state = worker.ready_state()
     if worker.state is WorkerState.READY:
         return json_response(state)
@@ -170,6 +171,7 @@ async def cancel(worker: Worker, request: Request) -> Response:
 
 
 async def shutdown(worker: Worker, request: Request) -> Response:
+    check_addressee(worker, request)
     asked = await request.read(StopWorker) if b"content-type" in request.headers else StopWorker()
     if asked.if_idle and worker.jobs:
         raise ConflictError(

@@ -152,6 +152,15 @@ async def test_one_that_was_started_for_somebody_waits_for_him_whatever_its_keep
         assert (await ready_state(worker))["keep_alive"] == 10
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/ready"), ("POST", "/v1/admin/shutdown")])
+async def test_what_is_meant_for_a_worker_that_had_its_port_is_refused(open_worker, method, path):
+    async with open_worker() as worker:
+        headers = {"x-rbee-worker-id": "worker-0"}
+        refused = await worker.client.request(method, path, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "other_worker")
+        assert (await ready_state(worker))["state"] == "ready"
+
+
 async def test_asked_to_stop_if_idle_it_stays_at_its_work(open_worker):
     async with open_worker(rate="50") as worker:
         async with worker.stream(max_tokens=7) as stream:
