@@ -56,7 +56,7 @@ def _error_of(event: messages.Error) -> RbeeError:
     hint = event.hint
     if event.code == OwnerGoneError.code and not hint:
         hint = KEEP_A_QUEEN
-    return from_wire(event.code, event.message, hint=hint)
+    return from_wire(event.code, event.message, hint=hint, details=event.details)
 
 
 class TaskStream:

@@ -8,12 +8,19 @@ from typing import Annotated, Any, Literal
 import attrs
 from cyclopts import Parameter
 
+from rbee.errors import UsageError
+
 
 def _one_or_json(_: Any, value: str) -> list[str]:
     """Take ``RBEE_STOP`` as one string, blanks included, or as a JSON list of several."""
     if value.startswith("["):
-        parsed = jsonlib.loads(value)
-        return [str(item) for item in parsed]
+        try:
+            return [str(item) for item in jsonlib.loads(value)]
+        except ValueError as exc:
+            raise UsageError(
+                f"{value[:40]!r} begins like a JSON list and is none: {exc}",
+                hint="""RBEE_STOP='["one", "two"]' rbee-keeper infer …""",
+            ) from exc
     return [value]
 
 

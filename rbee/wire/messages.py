@@ -326,6 +326,7 @@ class ReadyState:
         running: requests that it is at.
         idle: seconds since the last one ended (or since it is ready); 0 while one runs.
         keep_alive: seconds without work after which it is to go; negative: for ever.
+        is_fresh: whether nobody has used it yet.
     """
 
     worker_id: str
@@ -335,6 +336,7 @@ class ReadyState:
     running: int = 0
     idle: float = 0.0
     keep_alive: float = KEEP_ALIVE
+    is_fresh: bool = False
 
 
 @attrs.frozen
@@ -509,9 +511,12 @@ class End:
 
 @attrs.frozen
 class Error:
+    """``details``: what a program may want of the error, such as the bytes of a 507."""
+
     code: str
     message: str
     hint: str = ""
+    details: dict[str, Any] = attrs.field(factory=dict)
 
 
 Event = Queued | Narration | Started | Token | End | Error
