@@ -52,7 +52,8 @@ app = App(
     result_action="return_value",
 )
 queen = App(name="queen", help="Start, stop and show the queen that outlives commands.")
-node = App(name="node", help="Show and change the machines of the cluster.")
+# not shown before a machine can be added
+node = App(name="node", help="Show and change the machines of the cluster.", show=False)
 hive = App(name="hive", help="Start, stop and show the hives of the running queen.")
 worker = App(name="worker", help="Start, stop and show workers.")
 model = App(name="model", help="Fetch, show and remove models.")
