@@ -12,6 +12,7 @@ import trio
 
 from rbee.client import AsyncClient
 from rbee.daemon import read_run_file
+from rbee.errors import RbeeError
 from rbee.home import find_home
 from rbee.wire.messages import End, TaskRequest, Token
 
@@ -31,4 +32,9 @@ async def main(prompt: str, model: str = "smollm2-135m", engine: str | None = No
 
 
 if __name__ == "__main__":
-    trio.run(main, *sys.argv[1:])
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: {sys.argv[0]} PROMPT [MODEL [ENGINE]]")
+    try:
+        trio.run(main, *sys.argv[1:])
+    except RbeeError as error:
+        sys.exit(f"error: {error}\n  hint: {error.hint}")

@@ -146,10 +146,14 @@ def _table(data: Any, name: str, kind: type[Any], path: Path) -> Any:
     if not values:
         return kind()
     from rbee.errors import BadInputError
+    from rbee.units import size
     from rbee.wire.codec import structure
 
     try:
-        return structure(values, kind)
+        table = structure(values, kind)
+        if isinstance(table, HiveConfig) and table.memory is not None:
+            size(table.memory, hint="")
+        return table
     except BadInputError as exc:
         raise ConfigError(
             f"{path}: [{name}]: {exc.message}", hint=f"${{EDITOR:-vi}} {path}"

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import attrs
 import setproctitle
@@ -24,6 +24,9 @@ from rbee.home import write_atomic, writing
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 from rbee.wire import codec
 from rbee.wire.messages import DaemonStart, Hello, RunFile
+
+if TYPE_CHECKING:
+    from cyclopts import App
 
 log = logging.getLogger(__name__)
 
@@ -147,10 +150,17 @@ def _report(root: Root, exc: BaseException) -> int:
     return error.exit_code
 
 
-def run_cli(app: Callable[..., object]) -> NoReturn:
+def run_cli(app: App) -> NoReturn:
     """Run a program's command line and exit with its code."""
+    from cyclopts import CycloptsError
+
     try:
-        code = app(result_action="return_value")
+        code = app(result_action="return_value", exit_on_error=False, print_error=False)
+    except CycloptsError as exc:
+        exc.verbose = False
+        words = " ".join([*app.name, *(exc.command_chain or ()), "--help"])
+        print_error(UsageError(" ".join(str(exc).split()), hint=words))
+        code = UsageError.exit_code
     except RbeeError as exc:
         print_error(exc)
         code = exc.exit_code

@@ -15,6 +15,7 @@ import trio
 from rbee.model import WorkerState
 from rbee.models.footprint import MemoryPlan
 from rbee.models.memory import Local
+from rbee.models.preflight import human
 from rbee.wire.messages import StartWorker
 
 AGAIN = 0.25  # seconds between two looks while busy or loading workers hold the memory
@@ -127,7 +128,10 @@ class Room:
         return False
 
     def _refuse(self, plan: MemoryPlan, newcomer: Tenant, available: float) -> None:
-        self._memory.check(plan, max(0, int(available)), what=newcomer.name)
+        what = newcomer.name
+        if self._memory.budget is not None and newcomer.backend == "cpu":
+            what += f" (the hive's workers may take {human(self._memory.budget)}: [hive] memory)"
+        self._memory.check(plan, max(0, int(available)), what=what)
 
     async def _available(self, newcomer: Tenant) -> float:
         """Return the bytes for a newcomer now, less what was promised to those who load."""

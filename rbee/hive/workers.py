@@ -454,7 +454,7 @@ def _left(seen: ReadyState | None) -> float:
     """Return the seconds until a worker is to be unloaded if nobody uses it."""
     if seen is None or seen.running or seen.keep_alive < 0:
         return float("inf")
-    return seen.keep_alive - seen.idle
+    return max(seen.keep_alive, FIRST_USE if seen.is_fresh else 0) - seen.idle
 
 
 def _figures(seen: ReadyState) -> dict[str, Any]:

@@ -344,6 +344,8 @@ def run_line(arguments: Sequence[str]) -> int:
         return _report(_usage_error(exc, arguments))
     except RbeeError as exc:
         return _report(exc)
+    except SystemExit:  # rich's, when the reader of the help has had enough
+        return 0
     except KeyboardInterrupt:  # before trio has taken over the signals
         return 130
     return code if isinstance(code, int) else 0

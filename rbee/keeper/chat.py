@@ -82,6 +82,8 @@ class Conversation:
             if isinstance(error, StdoutClosedError | OwnerGoneError) or error.code in NO_QUEEN:
                 raise
             self._said.pop()
+            if not self._prompt:  # a script, which asks for the exit code and goes by it
+                raise error from None
             print_error(error)
 
     async def _reply(self, text: str) -> None:

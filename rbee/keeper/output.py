@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rbee.errors import RbeeError
+from rbee.errors import MachineError, RbeeError
 
 if TYPE_CHECKING:  # the quick way to an answer has no steps, so it does not pay for their import
     from rbee.keeper.progress import Step
@@ -128,8 +128,8 @@ class Output:
             await self._stderr.flush()
         try:
             await write(1, text.encode("utf-8", "replace"))
-        except BrokenPipeError as exc:
-            raise StdoutClosedError("stdout is closed") from exc
+        except OSError as exc:
+            raise stdout_error(exc) from exc
         self._line_open = not text.endswith("\n")
 
     def settle(self) -> None:
@@ -276,6 +276,13 @@ def print_error(error: RbeeError) -> None:
     note("\n".join(lines))
 
 
+def stdout_error(exc: OSError) -> RbeeError:
+    """Make the error of a stdout that takes no more."""
+    if isinstance(exc, BrokenPipeError):
+        return StdoutClosedError("stdout is closed")
+    return MachineError(f"cannot write to stdout: {exc.strerror}", hint="df -h .")
+
+
 def note(text: str) -> None:
     """Print a line on stderr."""
     with suppress(OSError):
@@ -283,13 +290,13 @@ def note(text: str) -> None:
 
 
 def print_data(text: str) -> None:
-    """Print a line on stdout; raise `StdoutClosedError` when nobody reads it."""
+    """Print a line on stdout; raise an error when it takes no more."""
     try:
         print(text, flush=True)
-    except BrokenPipeError as exc:
+    except OSError as exc:
         # What is left in the buffer would fail once more when the interpreter ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise StdoutClosedError("stdout is closed") from exc
+        raise stdout_error(exc) from exc
 
 
 def print_json(value: Any) -> None:

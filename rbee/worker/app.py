@@ -43,8 +43,6 @@ from rbee.worker.metrics import CONTENT_TYPE, Figures
 
 log = logging.getLogger(__name__)
 
-FIRST_USE = 10.0  # seconds that a new worker stays at least: it was started for somebody
-
 
 @attrs.define(eq=False)
 class Worker:
@@ -84,12 +82,9 @@ class Worker:
 
     def ready_state(self) -> ReadyState:
         """Tell how it stands, for the hive that may unload it."""
-        keep = self.keep_alive
-        if keep >= 0 and not self.jobs.had_any:
-            keep = max(keep, FIRST_USE)
         return ReadyState(
             self.config.spec.id, self.state.value, self.progress, self.share,
-            running=len(self.jobs), idle=self.jobs.idle(), keep_alive=keep,
+            running=len(self.jobs), idle=self.jobs.idle(), keep_alive=self.keep_alive,
             is_fresh=not self.jobs.had_any,
         )  # fmt: skip
 

@@ -513,6 +513,15 @@ async def test_a_worker_without_work_is_unloaded_after_its_keep_alive(
         assert "stopping" in await hive.states(worker_id)
 
 
+async def test_a_new_worker_stays_for_its_first_use_whatever_its_keep_alive(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading(attrs.evolve(REQUEST, keep_alive=0.0))
+        hive.ready(worker_id)
+        assert await until_over(hive, worker_id) == pytest.approx(module.FIRST_USE, abs=1)
+
+
 @pytest.mark.parametrize("keeps", [{"running": 1}, {"keep_alive": -1.0}, {"answers": False}])
 async def test_one_that_works_or_is_to_stay_or_is_silent_is_not_unloaded(
     home: Home, autojump_clock: trio.abc.Clock, keeps: dict[str, object]

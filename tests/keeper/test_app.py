@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -143,3 +144,25 @@ def test_a_list_in_the_environment_that_is_none_is_told(
     monkeypatch.setenv("RBEE_STOP", "[one")
     assert keeper.run_line(["infer", "--model", "m", "--prompt", "p"]) == 2
     assert "begins like a JSON list and is none" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("rbee --help | head -1; exit ${PIPESTATUS[0]}", 0, ""),
+        ("rbee status >/dev/full", 1, "cannot write to stdout: No space left on device"),
+        ("echo hello | $PYTHON -m rbee run nosuch", 1, "no model is called 'nosuch'"),
+    ],
+)
+def test_whatever_becomes_of_stdin_and_stdout_is_told_in_one_line(
+    home: Home, line: str, code: int, said: str
+) -> None:
+    script = line.replace("rbee ", '"$PYTHON" -m rbee ', 1) if line.startswith("rbee") else line
+    done = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -147,9 +147,11 @@ async def test_it_tells_how_long_it_has_had_no_work_and_how_long_it_is_to_stay(o
             assert (busy["running"], busy["idle"], busy["keep_alive"]) == (1, 0, -1)
 
 
-async def test_one_that_was_started_for_somebody_waits_for_him_whatever_its_keep_alive(open_worker):
-    async with open_worker(keep_alive=0.0) as worker:
-        assert (await ready_state(worker))["keep_alive"] == 10
+async def test_it_tells_whether_anybody_has_used_it(open_worker):
+    async with open_worker(rate="1000") as worker:
+        assert (await ready_state(worker))["is_fresh"]
+        await worker.events(max_tokens=1)
+        assert not (await ready_state(worker))["is_fresh"]
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/ready"), ("POST", "/v1/admin/shutdown")])
