@@ -73,7 +73,7 @@ class Link:
             # A black hole swallows silently: no RST, no FIN, no error for who sends.
             queue = "blackhole" if direction in cut else shape or "pfifo"
             in_network = ["nsenter", "-t", str(pid), "-n", find_program("tc")]
-            _must([*in_network, "qdisc", "replace", "dev", interface, "root", *queue.split()])
+            _run([*in_network, "qdisc", "replace", "dev", interface, "root", *queue.split()])
         self.cut, self.shape = cut, shape
 
 
@@ -254,10 +254,11 @@ def _is_sshd(pid: int) -> bool:
         return False
 
 
-def _must(argv: Sequence[str]) -> None:
+def _run(argv: Sequence[str]) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}")
+        hint = "modprobe sch_netem" if "netem" in argv else ""
+        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}", hint=hint)
 
 
 def _wait_for(happened: Callable[[], bool], otherwise: str) -> None:

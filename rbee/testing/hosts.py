@@ -55,7 +55,7 @@ def why_no_hosts() -> str:
     ]:
         return f"{' and '.join(missing)} not found (to have them: {PACKAGES})"
     if os.geteuid() == 0 and not Path("/run/sshd").is_dir():
-        # Its own file system has one; a root's sshd on loopback has none.
+        # With namespaces a host has its own /run; on loopback root's sshd needs the machine's.
         return why_none()
     return ""
 
@@ -205,7 +205,7 @@ def _read_report(popen: subprocess.Popen[bytes], log: IO[bytes]) -> Report:
         if not more:
             log.seek(0)
             tail = log.read()[-2000:].decode(errors="replace").strip()
-            raise MachineError(f"the hosts did not come up within {OPEN_LIMIT:g} s: {tail}")
+            raise MachineError(f"the hosts did not come up: {tail}")
         data += more
     said: dict[str, Any] = json.loads(data)
     if "error" in said:
