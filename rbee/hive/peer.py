@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import attrs
-import httpx
-import trio
 
-from rbee.errors import BadInputError, RbeeError
+from rbee.errors import ConflictError, RbeeError
 from rbee.web.client import PROBE, call, open_client
-from rbee.wire import codec, messages
+from rbee.wire import messages
 from rbee.wire.messages import ReadyState, StopWorker, WorkerInfo
+
+T = TypeVar("T")
 
 
 class Peer(Protocol):
@@ -24,44 +23,46 @@ class Peer(Protocol):
         ...
 
     async def stop_if_idle(self) -> bool:
-        """Have it take no more work; False if it is at work, or does not answer."""
+        """Have it take no more work; False if it is at work.
+
+        Raises:
+            RbeeError: it does not answer; it may have heard all the same.
+        """
         ...
 
 
-class Connect(Protocol):
-    def __call__(self, worker: WorkerInfo) -> AbstractAsyncContextManager[Peer]: ...
+Connect = Callable[[WorkerInfo], Peer]
 
 
 @attrs.frozen
 class HttpPeer:
-    client: httpx.AsyncClient
-    name: str
+    """A worker by its address; each call is a connection of its own, so nothing is to be closed."""
+
+    url: str
+    worker_id: str
+    token: str
 
     async def state(self) -> ReadyState | None:
-        with trio.move_on_after(PROBE):
-            try:
-                answer = await self.client.get(messages.READY)
-                # 503 as well: one that is stopping answers, too.
-                return codec.loads(answer.content, ReadyState)
-            except (httpx.HTTPError, BadInputError):
-                return None
-        return None
+        try:
+            return await self._call("GET", messages.READY, ReadyState)
+        except RbeeError:
+            return None
 
     async def stop_if_idle(self) -> bool:
         try:
-            body = StopWorker(if_idle=True)
-            await call(self.client, "POST", messages.SHUTDOWN, type(None), body, what=self.name)
-        except RbeeError:  # busy, or whatever keeps it from answering: not known to be idle
+            await self._call("POST", messages.SHUTDOWN, type(None), StopWorker(if_idle=True))
+        except ConflictError:
             return False
         return True
 
+    async def _call(self, method: str, path: str, kind: type[T], body: Any = None) -> T:
+        what = f"worker {self.worker_id}"
+        async with open_client(self.url, self.token) as client:
+            # Its port may be another's by now.
+            client.headers[messages.WORKER_ID_HEADER] = self.worker_id
+            return await call(client, method, path, kind, body, what=what, limit=PROBE)
+
 
 def connect_with(token: str) -> Connect:
-    """Make the function that opens a worker's HTTP."""
-
-    @asynccontextmanager
-    async def connect(worker: WorkerInfo) -> AsyncGenerator[Peer, None]:
-        async with open_client(worker.url, token) as client:
-            yield HttpPeer(client, f"worker {worker.worker_id}")
-
-    return connect
+    """Make the function that reaches a worker over HTTP."""
+    return lambda worker: HttpPeer(worker.url, worker.worker_id, token)
