@@ -362,7 +362,6 @@ class TestHosts:
     def test_root_can_log_in_where_the_user_is_another(self, cuttable):
         assert ssh(cuttable, "mac", "id -un", options=("-l", "root")) == "root\n"
 
-
     def test_hosts_opened_twice_do_not_meet(self, hosts):
         with open_hosts_sync("mac") as others:
             assert others["mac"].address not in {host.address for host in hosts.values()}
