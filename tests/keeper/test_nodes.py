@@ -31,7 +31,8 @@ CAPABILITIES = {
 }
 MAC = Node(
     "mac", host="192.0.2.7", user="me", status=NodeStatus.UNREACHABLE, last_error="refused\nlog",
-    capabilities=CAPABILITIES, environment={"API_TOKEN": "hush", "A": "1"}, last_seen=time.time() - 7300,
+    capabilities=CAPABILITIES, environment={"API_TOKEN": "hush", "A": "1"},
+    last_seen=time.time() - 7300,
 )  # fmt: skip
 
 
