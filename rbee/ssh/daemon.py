@@ -147,9 +147,10 @@ def _nonsense(process: RemoteProcess, line: str) -> PeerError:
 async def _ended(process: RemoteProcess, what: str, status: int) -> RbeeError:
     node = process.connection.node
     tail = await fetch_tail(process.connection, process.facts.log)
-    if "No module named" in tail:
+    missing = [line for line in tail.splitlines() if "No module named" in line]
+    if missing:
         return RemoteProgramError(
-            f"node {node} cannot run {what}: {tail.splitlines()[-1]}",
+            f"node {node} cannot run {what}: {missing[-1]}",
             hint=f"rbee-keeper node install {node}",
             node=node,
             log=tail,

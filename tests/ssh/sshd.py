@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -68,9 +68,7 @@ class Sshd:
 
 
 def keygen(path: Path, passphrase: str = "", kind: str = "ed25519") -> None:
-    subprocess.run(
-        ["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", str(path)], check=True
-    )
+    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-f", str(path)], check=True)
 
 
 @contextmanager
@@ -108,10 +106,8 @@ def open_sshd(directory: Path, *settings: str, home: Path | None = None) -> Iter
         yield sshd
     finally:
         for pid in sshd.sessions():
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         process.kill()
         process.wait()
 
