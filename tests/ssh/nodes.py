@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ GRACES = (1.5, 1.0)
 
 
 def start(lease: float = LEASE) -> DaemonStart:
-    return DaemonStart("queen-1", "s3cret", run_dir="h12345678", lease=lease)
+    return DaemonStart("queen-1", "s3cret", run_dir=f"h{secrets.token_hex(4)}", lease=lease)
 
 
 @asynccontextmanager

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import trio
-from tests.ssh.nodes import GRACES, LEASE, gone, open_planted, pids, start
-from tests.ssh.sshd import Sshd
 
 import rbee
 from rbee.aio import Aio
@@ -22,6 +20,8 @@ from rbee.ssh import (
     open_connection,
     open_remote_daemon,
 )
+from tests.ssh.nodes import GRACES, LEASE, gone, open_planted, pids, start
+from tests.ssh.sshd import Sshd
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,6 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.ssh.nodes import LEASE
-from tests.ssh.sshd import SSHD, Sshd, open_sshd
 
 from rbee import guard
 from rbee.aio import Aio, open_aio
@@ -22,6 +20,8 @@ from rbee.ssh import (
     remote,
     run,
 )
+from tests.ssh.nodes import LEASE
+from tests.ssh.sshd import SSHD, Sshd, open_sshd
 
 pytestmark = pytest.mark.slow
 
