@@ -81,15 +81,10 @@ async def open_remote_daemon(
         argv, graces, start.lease, env=env or {}, home=home, log=log_file, run_dir=start.run_dir,
         python=python, adopt_grace=adopt_grace,
     )  # fmt: skip
-    try:
-        async with open_remote(connection, wish, first=first, limit=MAX_HELLO) as process:
-            hello = await _wait_hello(process, hello_limit)
-            process.channel.discard_output()
-            yield RemoteDaemon(process, hello)
-    except BaseExceptionGroup as group:
-        if len(group.exceptions) == 1:  # the beats' nursery is no business of the caller's
-            raise group.exceptions[0] from None
-        raise
+    async with open_remote(connection, wish, first=first, limit=MAX_HELLO) as process:
+        hello = await _wait_hello(process, hello_limit)
+        process.channel.discard_output()
+        yield RemoteDaemon(process, hello)
 
 
 async def _wait_hello(process: RemoteProcess, limit: float) -> Hello:

@@ -31,6 +31,7 @@ from rbee.ssh.host_keys import HostKey, known_name
 from rbee.ssh.target import SshTarget
 
 MAX_HOPS = 8
+HUNG_UP = (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionError)
 SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
 
 
@@ -96,16 +97,21 @@ class Dialler:
         given["known_hosts"] = known = _read_known_hosts([named] if named else options.known_hosts)
         client = _Client(known)
         try:
-            await self._log_in(options, given, client)
-        except asyncssh.KeyExchangeFailed as exc:
-            # asyncssh asks for the kinds of key that it knows of this host, and nothing else.
-            if not client.knows(options):
-                raise failures.refused(exc, self._target, options.host) from exc
-            raise self._changed(options, None) from exc
+            await self._log_in_as_known(options, given, client)
         except asyncssh.HostKeyNotVerifiable as exc:
             raise self._untrusted(exc, client, options) from exc
         except failures.FOREIGN as exc:
             raise failures.refused(exc, self._target, options.host) from exc
+
+    async def _log_in_as_known(self, options: Any, given: dict[str, Any], client: _Client) -> None:
+        """Ask for the kinds of host key that are known, as ssh does; then for whatever there is."""
+        try:
+            await self._log_in(options, given, client)
+        except HUNG_UP:  # with what is known the two found no common kind, perhaps
+            if not client.connected or client.offered or not client.knows(options):
+                raise
+            given["server_host_key_algs"] = "default"
+            await self._log_in(options, given, client)
 
     def _options(
         self, host: str, port: int | None, user: str | None, keys: tuple[Path, ...]
@@ -159,6 +165,8 @@ class Dialler:
         if way:
             given["tunnel"] = way[-1]
         elif not options.proxy_command:
+            if self.line.sock is not None:
+                self.line.sock.close()
             self.line.sock = given["sock"] = await self._connect(options.host, options.port)
             given["tunnel"] = None
 
@@ -183,7 +191,7 @@ class Dialler:
         if client.offered is None:
             return failures.refused(exc, self._target, options.host)
         if client.knows(options):
-            return self._changed(options, client.offered)
+            return self._changed(client.offered)
         key = client.offered
         return UnknownHostKeyError(
             f"node {self._target.node}: nobody has vouched for the host key of {key.host} yet; "
@@ -193,13 +201,11 @@ class Dialler:
             node=self._target.node,
         )
 
-    def _changed(self, options: Any, key: HostKey | None) -> ChangedHostKeyError:
-        name = known_name(options.host_key_alias or options.host, options.port)
-        offers = f"it offers {key.fingerprint}" if key else "it offers a key of another kind"
+    def _changed(self, key: HostKey) -> ChangedHostKeyError:
         return ChangedHostKeyError(
-            f"node {self._target.node}: the host key of {name} is not the one that is known: "
-            f"{offers}. Another machine may answer in its place",
-            hint=f"ssh-keygen -R '{name}'   # only if you know why it changed",
+            f"node {self._target.node}: the host key of {key.host} is not the one that is known: "
+            f"it offers {key.fingerprint}. Another machine may answer in its place",
+            hint=f"ssh-keygen -R '{key.host}'   # only if you know why it changed",
             node=self._target.node,
         )
 
@@ -212,8 +218,10 @@ class _Client(asyncssh.SSHClient):  # type: ignore[misc]
         self._seen: tuple[str, str, int] | None = None
         self._peer = ""
         self.offered: HostKey | None = None
+        self.connected = False
 
     def connection_made(self, conn: Any) -> None:
+        self.connected = True
         peer = conn.get_extra_info("peername")
         self._peer = peer[0] if peer else ""
 

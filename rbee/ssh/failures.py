@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
 import asyncssh
 
 from rbee.aio import AioCancelledError
+from rbee.errors import leaves
 from rbee.ssh.errors import (
     ConnectionLostError,
     HostKeyError,
@@ -105,6 +107,8 @@ def lost(exc: BaseException | None, node: str) -> ConnectionLostError:
 def _words(exc: BaseException) -> str:
     if isinstance(exc, asyncssh.Error):
         return str(exc.reason)
-    if isinstance(exc, OSError) and exc.strerror:
-        return str(exc.strerror)
+    if isinstance(exc.__cause__, BaseExceptionGroup):  # one failure per address of the host
+        return "; ".join(dict.fromkeys(_words(leaf) for leaf in leaves(exc.__cause__)))
+    if isinstance(exc, OSError) and exc.strerror and exc.errno:
+        return os.strerror(exc.errno)
     return str(exc)

@@ -311,12 +311,17 @@ def _start_line(wish: Wish, facts: Facts, first: str) -> str:
 async def _beating(
     connection: Connection, channel: Channel, lease: float
 ) -> AsyncGenerator[None, None]:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_keep_beating, connection, channel, lease / 5)
-        try:
-            yield
-        finally:
-            nursery.cancel_scope.cancel(reason="the body ended")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_keep_beating, connection, channel, lease / 5)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel(reason="the body ended")
+    except BaseExceptionGroup as group:
+        if len(group.exceptions) == 1:  # the beats' nursery is no business of the caller's
+            raise group.exceptions[0] from None
+        raise
 
 
 async def _keep_beating(connection: Connection, channel: Channel, every: float) -> None:
