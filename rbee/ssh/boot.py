@@ -136,6 +136,8 @@ def make_run(home: Any, name: Any) -> Any:
 
 
 def prepare(request: Any) -> Any:
+    if not sys.platform.startswith("linux"):
+        raise RefusedError("machine", f"it runs {sys.platform}, the guards need Linux")
     os.environ.update(request["env"])
     home = find_home(request["home"])
     python, version = find_python(request, home)

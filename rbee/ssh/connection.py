@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 WAITS = (0.0, 0.2, 0.4)  # seconds before each try
 CLOSE = 0.5  # seconds for a polite good-bye
+DRAIN = 2.0  # seconds for the output that the exit status has overtaken
 STDERR_TAIL = 64 * 1024
 BLOCK = 128 * 1024
 
@@ -272,6 +273,8 @@ class Channel(asyncssh.SSHClientSession):  # type: ignore[misc]
 
     def exit_status_received(self, status: int) -> None:
         self._status = status
+        # What the login shell has left in the background may hold the channel open for ever.
+        asyncio.get_running_loop().call_later(DRAIN, self._send, "abort")
 
     def exit_signal_received(self, name: str, core: bool, message: str, lang: str) -> None:
         self._status = 128 + _signal_number(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
@@ -159,7 +160,8 @@ async def _ended(process: RemoteProcess, what: str, status: int) -> RbeeError:
 
 
 def _tail_command(process: RemoteProcess) -> str:
-    return f"{process.connection.target.command} tail -n 50 '{process.facts.log}'"
+    command = shlex.join(["tail", "-n", "50", process.facts.log])
+    return f"{process.connection.target.command} {shlex.quote(command)}"
 
 
 async def fetch_tail(connection: Connection, path: str, size: int = LOG_TAIL) -> str:

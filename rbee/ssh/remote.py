@@ -11,6 +11,7 @@ import inspect
 import json
 import logging
 import secrets
+import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
@@ -156,7 +157,7 @@ async def run(
         if process.channel.overflowed:
             raise OutputTooLongError(
                 f"{argv[0]} on node {connection.node} says more than {limit} bytes",
-                hint=f"{connection.target.command} {argv[0]} --help",
+                hint=f"{connection.target.command} {shlex.quote(shlex.quote(argv[0]))} --help",
                 node=connection.node,
             )
         return Completed(status, said, process.channel.stderr)

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import attrs
 
+from rbee.errors import BadInputError
+
 LEASE = 10.0
+# An ssh_config may hand both to a shell (ProxyCommand, Match exec): the same are refused by ssh.
+FORBIDDEN = frozenset("'`\"$\\;&<>|(){}")
 
 
 @attrs.frozen
@@ -24,6 +28,9 @@ class SshTarget:
         agent: path of the agent's socket; None takes the ssh_config's, then ``SSH_AUTH_SOCK``;
             "" uses no agent.
         connect_limit: seconds for each try: name, TCP, keys, login.
+
+    Raises:
+        BadInputError: host or user have what SSH gives to no shell either.
     """
 
     node: str
@@ -36,6 +43,11 @@ class SshTarget:
     agent: str | None = None
     connect_limit: float = 10.0
 
+    def __attrs_post_init__(self) -> None:
+        _check(self.node, "host", self.host, FORBIDDEN | {" ", "*", "?", "!"})
+        if self.user is not None:
+            _check(self.node, "user", self.user, FORBIDDEN)
+
     @property
     def command(self) -> str:
         """The ssh command that goes the same way, for hints."""
@@ -45,3 +57,17 @@ class SshTarget:
         words += [word for key in self.keys for word in ("-i", str(key))]
         words.append(f"{self.user}@{self.host}" if self.user else self.host)
         return shlex.join(words)
+
+
+def _check(node: str, what: str, value: str, forbidden: frozenset[str]) -> None:
+    wrong = {char for char in value if char in forbidden or not char.isprintable()}
+    if not value or value.startswith("-") or wrong:
+        why = (
+            f"contains {' '.join(map(repr, sorted(wrong)))}"
+            if wrong
+            else "is empty or begins with -"
+        )
+        raise BadInputError(
+            f"node {node}: the SSH {what} {value!r} {why}",
+            hint=f"rbee-keeper node update {shlex.quote(node)} --{what} NAME",
+        )

@@ -145,6 +145,7 @@ async def test_killed_session_ends_the_daemon_at_once_and_raises(
                 sshd.kill_sessions()
                 with pytest.raises(ConnectionLostError, match="node mac"):
                     await daemon.wait()
+                assert isinstance(await connection.wait_lost(), ConnectionLostError)
     assert connection.fence.is_up
     assert connection.fence.lifted_at >= connection.fence.last_beat + LEASE + 8
     await gone(*pids(daemon), within=GRACES[0] + 1.5)

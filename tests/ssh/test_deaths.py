@@ -130,6 +130,19 @@ async def test_leaving_under_a_partition_is_bounded_and_fenced(
     await clean(host, SILENT)
 
 
+async def test_a_flood_into_a_partition_holds_nothing_up(
+    hosts: Hosts, host: Host, aio: Aio
+) -> None:
+    target = SshTarget("mac", "mac", config=hosts.ssh_config, agent="")
+    try:
+        async with open_connection(target, aio, lease=LEASE) as connection:
+            async with open_planted(connection, "flood", ""):
+                partition(host)
+                await clean(host, SILENT)
+    finally:
+        host.heal()
+
+
 async def test_a_partition_is_noticed_within_the_lease(hosts: Hosts, host: Host, aio: Aio) -> None:
     target = SshTarget("mac", "mac", config=hosts.ssh_config, agent="")
     try:

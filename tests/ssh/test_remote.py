@@ -97,6 +97,7 @@ async def test_a_program_that_is_not_there_is_named(sshd: Sshd, aio: Aio) -> Non
     ("forced", "kind", "says"),
     [
         ('echo welcome; echo -n to; eval "$SSH_ORIGINAL_COMMAND"', None, ""),
+        ('sleep 60 & eval "$SSH_ORIGINAL_COMMAND"', None, ""),
         ('PATH=/nowhere; eval "$SSH_ORIGINAL_COMMAND"', RemotePythonError, "no python3"),
         ("echo This account is not available; exit 1", LoginShellError, "not available"),
         ("yes", LoginShellError, "talks without end"),
