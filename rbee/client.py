@@ -56,7 +56,7 @@ def _error_of(event: messages.Error) -> RbeeError:
     hint = event.hint
     if event.code == OwnerGoneError.code and not hint:
         hint = KEEP_A_QUEEN
-    return from_wire(event.code, event.message, hint=hint)
+    return from_wire(event.code, event.message, hint=hint, details=event.details)
 
 
 class TaskStream:
@@ -234,11 +234,33 @@ class AsyncClient:
         """
         await self._call("DELETE", f"{messages.QUEEN_HIVES}/{quote(node, safe='')}", None)
 
-    async def nodes(self) -> list[str]:
-        found: list[dict[str, Any]] = await self._call(
-            "GET", messages.QUEEN_NODES, list[dict[str, Any]]
+    async def nodes(self) -> list[messages.NodeInfo]:
+        """List this cluster's machines; ``localhost``, the queen's own, is the first."""
+        found: list[messages.NodeInfo] = await self._call(
+            "GET", messages.QUEEN_NODES, list[messages.NodeInfo]
         )
-        return [str(node["name"]) for node in found]
+        return found
+
+    async def node(self, name: str) -> messages.NodeInfo:
+        """Describe one node; raise `NotFoundError` if there is none of that name."""
+        info: messages.NodeInfo = await self._call("GET", _node(name), messages.NodeInfo)
+        return info
+
+    async def add_node(self, node: messages.AddNode) -> messages.NodeInfo:
+        """Have the queen try a node and register it; nothing is kept of one that fails."""
+        info: messages.NodeInfo = await self._call(
+            "POST", messages.QUEEN_NODES, messages.NodeInfo, node
+        )
+        return info
+
+    async def update_node(self, name: str, update: messages.UpdateNode) -> messages.NodeInfo:
+        """Change what ``update`` gives of a node's entry."""
+        info: messages.NodeInfo = await self._call("PATCH", _node(name), messages.NodeInfo, update)
+        return info
+
+    async def remove_node(self, name: str) -> None:
+        """Forget a node; raise `NotFoundError` if there is none of that name."""
+        await self._call("DELETE", _node(name), None)
 
     async def hives(self) -> list[messages.HiveInfo]:
         found: list[messages.HiveInfo] = await self._call(
@@ -270,6 +292,10 @@ class AsyncClient:
     async def shutdown(self) -> None:
         """Order the queen to end; it has acknowledged, not ended, when this returns."""
         await self._call("POST", messages.SHUTDOWN, None)
+
+
+def _node(name: str) -> str:
+    return f"{messages.QUEEN_NODES}/{quote(name, safe='')}"
 
 
 def error_of(status: int, body: bytes) -> RbeeError:

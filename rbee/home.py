@@ -36,6 +36,10 @@ class Home:
         return self.root / "config.toml"
 
     @property
+    def queen_db(self) -> Path:
+        return self.root / "queen.db"
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 

@@ -12,14 +12,14 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def size(text: str) -> int:
+def size(text: str, *, hint: str = "rbee-keeper infer --kv-cache 512M …") -> int:
     """Read a size in bytes: ``268435456``, ``256M``, ``1.5GiB``; units are powers of 1024."""
     match = _SIZE.fullmatch(text.strip())
     found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if not found:
         raise BadInputError(
             f"{text!r} is not a size (needed: bytes above 0, or a number with K, M, G or T)",
-            hint="rbee-keeper infer --kv-cache 512M …",
+            hint=hint,
         )
     return found
 

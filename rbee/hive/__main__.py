@@ -61,7 +61,7 @@ def run_daemon(
     from rbee.model import new_id
     from rbee.units import size
 
-    budget = None if memory is None else size(memory)
+    budget = None if memory is None else size(memory, hint="rbee-hive daemon --memory 8G")
 
     async def main(root: daemon.Root) -> None:
         place = open_home(home)

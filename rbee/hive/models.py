@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import trio
+
 from rbee.config import load_config
 from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, Local, Provision
+from rbee.models import memory
 from rbee.models.child import Narrate
-from rbee.models.footprint import stored_dtype
-from rbee.models.memory import check_room, free_memory, plan_memory
+from rbee.models.footprint import MemoryPlan, stored_dtype
 from rbee.models.provision import provision
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
@@ -38,7 +40,16 @@ def provisioner(setup: HiveSetup) -> Provision:
 
 def memory_of(setup: HiveSetup) -> Memory:
     """Say how a hive counts the memory of its machine."""
-    return Memory(plan=plan_memory, free=free_memory, check=check_room, budget=setup.memory)
+    looking = trio.CapacityLimiter(2)
+
+    # In threads: a disk that hangs, or a driver that takes its time, must not freeze the hive.
+    async def plan(local: memory.Local, request: StartWorker) -> MemoryPlan:
+        return await trio.to_thread.run_sync(memory.plan_memory, local, request, limiter=looking)
+
+    async def free(backend: str, device: str) -> int | None:
+        return await trio.to_thread.run_sync(memory.free_memory, backend, device, limiter=looking)
+
+    return Memory(plan=plan, free=free, check=memory.check_room, budget=setup.memory)
 
 
 async def _run(argv: Sequence[str], *, log: Path) -> int:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import attrs
 
-from rbee.errors import RbeeError
+from rbee.errors import ConflictError, RbeeError
 from rbee.web.client import PROBE, call, open_client
 from rbee.wire import messages
 from rbee.wire.messages import ReadyState, StopWorker, WorkerInfo
@@ -23,7 +23,11 @@ class Peer(Protocol):
         ...
 
     async def stop_if_idle(self) -> bool:
-        """Have it take no more work; False if it is at work, or does not answer."""
+        """Have it take no more work; False if it is at work.
+
+        Raises:
+            RbeeError: it does not answer; it may have heard all the same.
+        """
         ...
 
 
@@ -47,7 +51,7 @@ class HttpPeer:
     async def stop_if_idle(self) -> bool:
         try:
             await self._call("POST", messages.SHUTDOWN, type(None), StopWorker(if_idle=True))
-        except RbeeError:  # busy, or whatever keeps it from answering: not known to be idle
+        except ConflictError:
             return False
         return True
 

@@ -1,7 +1,7 @@
 """Room for one more model: what is free, what is promised, and who goes for it.
 
 Only workers that nobody uses go, the least recently used first, and none that was told to stay for
-ever. One start at a time looks for room: two would both count on the same memory.
+ever, or that has just become ready and waits for who it was started for.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Memory:
         budget: bytes that this hive's workers on the CPU may take in all; None for no bound.
     """
 
-    plan: Callable[[Local, StartWorker], MemoryPlan | None]
-    free: Callable[[str, str], int | None]
+    plan: Callable[[Local, StartWorker], Awaitable[MemoryPlan | None]]
+    free: Callable[[str, str], Awaitable[int | None]]
     check: Check
     budget: int | None = None
 
@@ -88,57 +88,62 @@ class Room:
         self._tenants = tenants
         self._refresh = refresh
         self._unload = unload
-        self._lock = trio.Lock()
 
     async def make(self, plan: MemoryPlan, newcomer: Tenant, narrate: Narrate) -> None:
-        """Return once there is room for ``plan``, which the caller then gives the newcomer.
+        """Return once there is room for ``plan``; the caller gives it the newcomer at once.
+
+        Nothing is awaited between the last look and the return: what one start counts on, the
+        others see as promised.
 
         Raises:
             InsufficientError: there is not, even if everybody who may go went.
         """
-        async with self._lock:
-            waited = trio.move_on_after(WAIT)
-            with waited:
-                await self._make(plan, newcomer, narrate)
-            if waited.cancelled_caught:
-                self._refuse(plan, newcomer, self._available(newcomer))
+        with trio.move_on_after(WAIT):
+            return await self._make(plan, newcomer, narrate)
+        self._refuse(plan, newcomer, await self._available(newcomer))
+        raise AssertionError("what does not fit is refused")
 
     async def _make(self, plan: MemoryPlan, newcomer: Tenant, narrate: Narrate) -> None:
         told = False
-        while plan.required > self._available(newcomer):
-            at_most = self._available(newcomer) + self._to_be_had(newcomer)
+        while plan.required > (available := await self._available(newcomer)):
+            at_most = available + self._to_be_had(newcomer)
             if plan.required > at_most:
                 self._refuse(plan, newcomer, at_most)
             await self._refresh()
-            idle = [one for one in self._others(newcomer) if _may_go(one) and one.idle > 0]
-            for victim in sorted(idle, key=lambda one: -one.idle):
-                narrate("unload", f"what was not used for {victim.idle:.0f} s: memory is needed")
-                if await self._unload(victim):
-                    break
-            else:
-                if not told:
-                    narrate("wait", "the memory that is needed is in use")
-                told = True
-                await trio.sleep(AGAIN)
+            if await self._unload_one(newcomer, narrate):
+                continue
+            if not told:
+                narrate("wait", "the memory that is needed is in use")
+            told = True
+            await trio.sleep(AGAIN)
+
+    async def _unload_one(self, newcomer: Tenant, narrate: Narrate) -> bool:
+        """Unload the least recently used one that nobody uses; False if there is none."""
+        idle = [one for one in self._others(newcomer) if _may_go(one) and one.idle > 0]
+        for victim in sorted(idle, key=lambda one: -one.idle):
+            narrate("unload", f"what was not used for {victim.idle:.0f} s: memory is needed")
+            if await self._unload(victim):
+                return True
+        return False
 
     def _refuse(self, plan: MemoryPlan, newcomer: Tenant, available: float) -> None:
         self._memory.check(plan, max(0, int(available)), what=newcomer.name)
 
-    def _available(self, newcomer: Tenant) -> float:
+    async def _available(self, newcomer: Tenant) -> float:
         """Return the bytes for a newcomer now, less what was promised to those who load."""
+        free = await self._memory.free(newcomer.backend, newcomer.device)
         available = float("inf")
-        free = self._memory.free(newcomer.backend, newcomer.device)
         if free is not None:
-            loading = [one for one in self._others(newcomer) if not _has_loaded(one)]
-            available = free - sum(map(_planned, loading))
+            available = free - sum(map(_planned, filter(_loads, self._others(newcomer))))
         if self._memory.budget is not None and newcomer.backend == "cpu":
             taken = sum(map(_planned, self._others(newcomer)))
             available = min(available, self._memory.budget - taken)
         return available
 
     def _to_be_had(self, newcomer: Tenant) -> float:
-        """Return the bytes that may come back: of those who may go, now or when they are idle."""
-        return sum(_planned(one) for one in self._others(newcomer) if _may_go(one) or _loads(one))
+        """Return the bytes that may come back: of those who go, or may when they are idle."""
+        others = self._others(newcomer)
+        return sum(_planned(one) for one in others if _may_go(one) or _loads(one) or _goes(one))
 
     def _others(self, newcomer: Tenant) -> list[Tenant]:
         return [one for one in self._tenants() if one is not newcomer and _shares(one, newcomer)]
@@ -159,8 +164,8 @@ def _loads(one: Tenant) -> bool:
     return one.state in (WorkerState.STARTED, WorkerState.LOADING)
 
 
-def _has_loaded(one: Tenant) -> bool:
-    return not _loads(one)
+def _goes(one: Tenant) -> bool:
+    return one.state not in (WorkerState.READY, WorkerState.UNRESPONSIVE) and not _loads(one)
 
 
 def _may_go(one: Tenant) -> bool:

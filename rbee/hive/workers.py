@@ -13,7 +13,14 @@ import attrs
 import trio
 
 from rbee.broadcast import Broadcast
-from rbee.errors import ConflictError, NotFoundError, RbeeError, UnavailableError, leaves
+from rbee.errors import (
+    BadInputError,
+    ConflictError,
+    NotFoundError,
+    RbeeError,
+    UnavailableError,
+    leaves,
+)
 from rbee.guard import children
 from rbee.hive.failures import died, too_slow
 from rbee.hive.launch import Launcher
@@ -43,6 +50,7 @@ log = logging.getLogger(__name__)
 
 LOAD_LIMIT = 600.0  # seconds from the launch to the ready callback
 KEPT_LOGS = 30
+FIRST_USE = 10.0  # seconds that a new worker waits for whom it was started for
 AGAIN = 0.2  # seconds at least between two looks at a worker
 
 News = WorkerInfo | WorkerNarration | Heartbeat
@@ -113,8 +121,10 @@ class Worker:
     became_ready: trio.Event = attrs.field(factory=trio.Event)
     plan: MemoryPlan | None = None
     peer: Peer | None = None
+    is_asked: bool = False
     unloading: bool = False
     seen_at: float = 0.0
+    is_fresh: bool = True
 
     @property
     def name(self) -> str:
@@ -134,10 +144,11 @@ class Worker:
 
     @property
     def idle(self) -> float:
-        """Seconds without work, as far as is known; 0 for one that works."""
+        """Seconds without work, as far as is known; 0 for one that works, or soon will."""
         if self.info.running or self.state is not WorkerState.READY:
             return 0.0
-        return self.info.idle + trio.current_time() - self.seen_at
+        idle = self.info.idle + trio.current_time() - self.seen_at
+        return 0.0 if self.is_fresh and idle < FIRST_USE else idle
 
     @property
     def state(self) -> WorkerState:
@@ -269,10 +280,19 @@ class Workers(TaskOwner):
             return await self._provision(worker.request, self._narrate(worker))
 
     async def _take_room(self, worker: Worker, local: Local | None) -> None:
-        plan = self._memory.plan(local, worker.request) if local is not None else None
+        plan = await self._plan(local, worker.request) if local is not None else None
         if plan is not None:
             await self._room.make(plan, worker, self._narrate(worker))
         worker.plan = plan
+
+    async def _plan(self, local: Local, request: StartWorker) -> MemoryPlan | None:
+        try:
+            return await self._memory.plan(local, request)
+        except (ArithmeticError, ValueError, RecursionError) as exc:
+            raise BadInputError(
+                f"the memory that {local.reference} needs cannot be counted: {exc}",
+                hint=f"cat {local.directory / 'config.json'}",
+            ) from exc
 
     async def _warm(self, worker: Worker) -> None:
         with trio.move_on_after(LOAD_LIMIT):  # the launch says what is wrong then
@@ -348,6 +368,7 @@ class Workers(TaskOwner):
         state = WorkerState.UNRESPONSIVE if seen is None else WorkerState.READY
         if state is not worker.state:
             log.warning("worker %s is %s", worker.id, state.value)
+        worker.is_fresh = worker.is_fresh if seen is None else seen.is_fresh
         before = worker.info
         told = {} if seen is None else _figures(seen)
         worker.info = attrs.evolve(before, state=state.value, **told)
@@ -395,10 +416,16 @@ class Workers(TaskOwner):
 
     async def _unload(self, worker: Worker, why: str) -> bool:
         """Stop a worker that nobody uses; False if it is at work after all."""
-        if worker.peer is None or worker.state is not WorkerState.READY:
+        if worker.peer is None or worker.is_asked or worker.state is not WorkerState.READY:
             return False
-        worker.unloading = True
-        worker.unloading = await worker.peer.stop_if_idle()
+        worker.is_asked = worker.unloading = True
+        try:
+            worker.unloading = await worker.peer.stop_if_idle()
+        except RbeeError as exc:  # it may have heard: if it ends now, that is not unasked
+            log.warning("worker %s is not unloaded: %s", worker.id, exc)
+            return False
+        finally:
+            worker.is_asked = False
         if not worker.unloading:
             return False
         log.info("worker %s is unloaded: %s", worker.id, why)

@@ -24,6 +24,7 @@ from rbee.keeper.flags import (
     QueenFlags,
     RemoveFlags,
     TailFlags,
+    UpdateNodeFlags,
     WorkerStartFlags,
     WorkerStopFlags,
 )
@@ -39,6 +40,7 @@ ModelName = Annotated[
     Parameter(help="A directory, a GGUF file, an alias, hf:org/repo or pypi:package."),
 ]
 WorkerName = Annotated[str, Positional, Parameter(help="The worker's id.")]
+NodeName = Annotated[str, Positional, Parameter(help="The node's name.")]
 
 app = App(
     name="rbee-keeper",
@@ -50,10 +52,12 @@ app = App(
     result_action="return_value",
 )
 queen = App(name="queen", help="Start, stop and show the queen that outlives commands.")
+# not shown before a machine can be added
+node = App(name="node", help="Show and change the machines of the cluster.", show=False)
 hive = App(name="hive", help="Start, stop and show the hives of the running queen.")
 worker = App(name="worker", help="Start, stop and show workers.")
 model = App(name="model", help="Fetch, show and remove models.")
-for group in (queen, hive, worker, model):
+for group in (queen, node, hive, worker, model):
     app.command(group)
 
 
@@ -104,6 +108,44 @@ def queen_stop(*, flags: DataFlags | None = None) -> int:
 def queen_status(*, flags: QueenFlags | None = None) -> int:
     """Show the queen."""
     return _list("show_queen", flags)
+
+
+@node.command(name="list")
+def node_list(*, flags: DataFlags | None = None) -> int:
+    """Show the machines that are registered, and this one."""
+    from rbee.keeper import nodes
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(nodes.list_nodes, flags or DataFlags()))
+
+
+@node.command(name="show")
+def node_show(name: NodeName, /, *, flags: DataFlags | None = None) -> int:
+    """Show how a node is reached, when it was last seen, and what it has."""
+    from rbee.keeper import nodes
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(nodes.show_node, flags or DataFlags(), name))
+
+
+@node.command(name="update")
+def node_update(name: NodeName, /, *, flags: UpdateNodeFlags | None = None) -> int:
+    """Change what is given of a node's entry; an empty string brings back the default."""
+    from rbee.keeper import nodes
+    from rbee.keeper.root import run_command
+
+    flags = flags or UpdateNodeFlags()
+    update = nodes.node_update(flags)
+    return run_command(partial(nodes.update_node, flags, name, update))
+
+
+@node.command(name="remove")
+def node_remove(name: NodeName, /, *, flags: DataFlags | None = None) -> int:
+    """Forget a node; nothing on it is touched."""
+    from rbee.keeper import nodes
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(nodes.remove_node, flags or DataFlags(), name))
 
 
 @hive.command(name="start")

@@ -8,12 +8,19 @@ from typing import Annotated, Any, Literal
 import attrs
 from cyclopts import Parameter
 
+from rbee.errors import UsageError
+
 
 def _one_or_json(_: Any, value: str) -> list[str]:
     """Take ``RBEE_STOP`` as one string, blanks included, or as a JSON list of several."""
     if value.startswith("["):
-        parsed = jsonlib.loads(value)
-        return [str(item) for item in parsed]
+        try:
+            return [str(item) for item in jsonlib.loads(value)]
+        except ValueError as exc:
+            raise UsageError(
+                f"{value[:40]!r} begins like a JSON list and is none: {exc}",
+                hint="""RBEE_STOP='["one", "two"]' rbee-keeper infer …""",
+            ) from exc
     return [value]
 
 
@@ -115,6 +122,46 @@ class NodeFlags(QueenFlags):
     """Flags of the commands about one node's hive."""
 
     node: Annotated[str | None, Parameter(help="The node (default: localhost).")] = None
+
+
+# How a node is reached is said on the spot, never inherited: RBEE_HOST is where a queen listens.
+_Said = Parameter(show_env_var=False)
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class UpdateNodeFlags(DataFlags):
+    """Flags of ``node update``; an empty string brings back the default."""
+
+    host: Annotated[
+        str | None, _Said, Parameter(help="Host name or address (default: the node's name).")
+    ] = None
+    port: Annotated[str | None, _Said, Parameter(help="The SSH port (default: 22).")] = None
+    user: Annotated[str | None, _Said, Parameter(help="The user to log in as.")] = None
+    key: Annotated[
+        str | None, _Said, Parameter(help="A private key (default: the agent's and ~/.ssh's).")
+    ] = None
+    from_ssh_config: Annotated[
+        str | None,
+        _Said,
+        Parameter(help="A host of ~/.ssh/config instead of host, port, user and key."),
+    ] = None
+    transport: Annotated[
+        Literal["direct", "ssh", ""] | None,
+        _Said,
+        Parameter(help="direct, or ssh: all of it through the SSH connection."),
+    ] = None
+    rbee_path: Annotated[
+        str | None, _Said, Parameter(help="Where rbee-hive is there (default: ~/.rbee/venv/bin).")
+    ] = None
+    env: Annotated[
+        tuple[str, ...],
+        _Said,
+        Parameter(
+            help="Set there for the hive, NAME=VALUE (repeatable); NAME= removes it.",
+            negative_iterable=(),
+        ),
+    ] = ()
 
 
 @Parameter(name="*")

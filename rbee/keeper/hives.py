@@ -97,7 +97,7 @@ async def _hives(flags: NodeFlags) -> list[HiveInfo]:
             hives = [alone] if alone else []
         else:
             hives = await queen.client.hives()
-            _check_node(flags.node, set(await queen.client.nodes()))
+            _check_node(flags.node, {known.name for known in await queen.client.nodes()})
     return [hive for hive in hives if flags.node in (None, hive.node)]
 
 

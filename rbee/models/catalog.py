@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import attrs
@@ -115,7 +115,7 @@ class Catalog:
 
     def _unfinished(self, name: str, reference: str) -> Item:
         directory = self.models / PARTIAL / name
-        sizes = {path.name: path.stat() for path in sorted(directory.iterdir())}
+        sizes = _stats(directory)
         files = tuple(File(part, found.st_size) for part, found in sizes.items())
         last = max((found.st_mtime for found in sizes.values()), default=0.0)
         entry = Entry(reference, "hf", "", files, "", created=last, last_used=last)
@@ -174,6 +174,14 @@ class Catalog:
         if away.exists():
             shutil.rmtree(away)
         return directory.rename(away)
+
+
+def _stats(directory: Path) -> dict[str, os.stat_result]:
+    found = {}
+    with suppress(FileNotFoundError):  # it is finished just now
+        for path in sorted(directory.iterdir()):
+            found[path.name] = path.stat()
+    return found
 
 
 def list_models(home: Home) -> list[Item]:

@@ -265,7 +265,8 @@ def _item(dtype: str) -> int:
 
 def _block(options: Mapping[str, str]) -> int:
     given = options.get("block-size", "")
-    return int(given) if given.isdigit() and int(given) > KV_BLOCK else KV_BLOCK
+    is_number = given.isdecimal() and len(given) < 10
+    return max(KV_BLOCK, int(given)) if is_number else KV_BLOCK
 
 
 def _fraction(options: Mapping[str, str]) -> float | None:

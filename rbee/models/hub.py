@@ -100,7 +100,7 @@ class Hub:
         return commit, [_remote(sibling, commit) for sibling in info.siblings or ()]
 
     def _contact(self) -> Any:
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         for contact in range(1, CONTACTS + 1):
             try:
@@ -110,6 +110,12 @@ class Hub:
                     files_metadata=True,
                     timeout=self.limits.connect,
                 )
+            except HFValidationError as exc:
+                raise BadInputError(
+                    f"hf:{self.asked.repo} cannot be the name of a repository: {exc}",
+                    code="bad_reference",
+                    hint="rbee-keeper model aliases",
+                ) from exc
             except HfHubHTTPError as exc:
                 status, headers = exc.response.status_code, exc.response.headers
                 error = self.asked.refused(status, headers)

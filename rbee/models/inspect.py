@@ -67,7 +67,7 @@ def inspect_model(directory: Path) -> Inspection:
     Raises:
         BadInputError: names the file that is missing or corrupt.
     """
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     weights = [read_header(path) for path in weight_files(directory)]
     by_dtype = sum((found.bytes_by_dtype for found in weights), Counter[str]())
     files = tuple(sorted((p.name, p.stat().st_size) for p in directory.iterdir() if p.is_file()))
@@ -117,7 +117,7 @@ def read_header(path: Path) -> Weights:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _corrupt(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _corrupt(path, "its header is not an object")
@@ -161,7 +161,7 @@ def _tensor(path: Path, name: str, tensor: Any) -> tuple[int, str, int, int]:
 
 
 def _index_files(index: Path) -> list[str]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise _corrupt(index, "it has no weight_map")
     return list(weight_map.values())
@@ -187,10 +187,15 @@ def _has_chat_template(directory: Path) -> bool:
     if any((directory / f"chat_template.{kind}").is_file() for kind in ("jinja", "json")):
         return True
     settings = directory / "tokenizer_config.json"
-    return settings.is_file() and bool(_read_json(settings).get("chat_template"))
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a model.
+
+    Raises:
+        BadInputError: it is missing, cannot be read, or is none.
+    """
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -204,7 +209,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise BadInputError(
             f"cannot read {path}: {exc.strerror}", code="unreadable", hint=f"ls -l {path}"
         ) from exc
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _corrupt(path, "it is not JSON") from None
     if not isinstance(found, dict):
         raise _corrupt(path, "it is not a JSON object")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
+
+from rbee.models.inspect import read_json
 
 KV_BLOCK = 128  # tokens in one block of the KV cache
 IN_FLIGHT = 16384  # tokens that a window keeps besides itself: two batches that are being computed
@@ -67,7 +68,7 @@ def cache_shape(
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Return the language model's part of ``config.json``."""
-    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    config = read_json(directory / "config.json")
     found = (config.get(part) for part in PARTS)
     return next((part for part in found if isinstance(part, dict)), config)
 

@@ -99,8 +99,12 @@ class Reference:
 
     @property
     def extra_names(self) -> tuple[str, ...]:
-        """The alias and the hub id: names under which the model is served as well."""
-        hub = [source.repo for source in self.sources if isinstance(source, HubRepo)]
+        """The alias and the hub id: names under which the model is served as well.
+
+        Of a certain revision the bare id is not one: that means the default one.
+        """
+        hubs = [source for source in self.sources if isinstance(source, HubRepo)]
+        hub = [source.repo for source in hubs if not source.revision]
         return tuple(name for name in (self.alias, *hub[:1]) if name)
 
 
@@ -192,8 +196,17 @@ def _typed_path(name: str) -> Path | None:
         return _file_url(name)
     if not name or "\0" in name or name.startswith(("hf:", "pypi:")):
         return None
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    path = _expanded(name) if name.startswith("~") else Path(name)
     return path if _looks_like_path(name) or _is_model(path) else None
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as exc:
+        raise NotFoundError(
+            f"there is no model at {name}: {exc}", code="model_not_found", hint="getent passwd"
+        ) from exc
 
 
 def _file_url(name: str) -> Path:

@@ -100,8 +100,11 @@ def discard_partial(models: Path, name: str) -> None:
 
 def partial_references(models: Path) -> dict[str, str]:
     """Return what the unfinished downloads are of, by name."""
-    notes = sorted((models / PARTIAL).glob("*.reference"))
-    return {path.stem: path.read_text() for path in notes if path.with_suffix("").is_dir()}
+    found = {}
+    for path in sorted((models / PARTIAL).glob("*.reference")):
+        with suppress(FileNotFoundError):  # it is finished just now
+            found[path.stem] = path.read_text()
+    return {name: of for name, of in found.items() if (models / PARTIAL / name).is_dir()}
 
 
 def _note_of(models: Path, name: str) -> Path:
@@ -146,6 +149,7 @@ def _swap_in(staged: Path, target: Path) -> None:
 def _sync_files(directory: Path) -> None:
     """A power loss after the rename must not leave whole names on empty files."""
     for path in (*(entry for entry in directory.rglob("*") if entry.is_file()), directory):
+        trio.from_thread.check_cancelled()
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -154,5 +158,5 @@ def _sync_files(directory: Path) -> None:
 
 
 def _remove_all(area: Path, name: str) -> None:
-    for left in area.glob(f"{name}.*"):
+    for left in area.glob(f"{name}.{'[0-9a-f]' * 8}"):  # not those of NAME.5
         shutil.rmtree(left, ignore_errors=True)

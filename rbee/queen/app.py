@@ -15,6 +15,7 @@ from rbee.queen.aliases import Aliases
 from rbee.queen.hives import Hives, QueenSetup
 from rbee.queen.jobs import Job, Jobs
 from rbee.queen.models import Models
+from rbee.queen.nodes import add_node_routes
 from rbee.queen.starts import ask, until_ready
 from rbee.web.narrated import narrated
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
@@ -51,9 +52,6 @@ def make_app(
         except NotFoundError:  # idempotent: it has ended, or never was
             return Response(status=204)
         return Response(status=204)
-
-    async def list_nodes(request: Request) -> Response:
-        return json_response([{"name": node} for node in hives.nodes()])
 
     async def list_hives(request: Request) -> Response:
         return json_response(hives.infos())
@@ -111,7 +109,7 @@ def make_app(
     app.add("GET", messages.HEALTH, health, is_open=True)
     app.add("POST", messages.TASKS, start_task)
     app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
-    app.add("GET", messages.QUEEN_NODES, list_nodes)
+    add_node_routes(app, setup.home)
     app.add("GET", messages.QUEEN_HIVES, list_hives)
     app.add("POST", messages.QUEEN_HIVES, start_hive)
     app.add("DELETE", messages.QUEEN_HIVES + "/{node}", stop_hive)

@@ -94,7 +94,7 @@ class Job:
         """Make ``error`` the terminal event, unless one went by already."""
         if not self.watch.seen and not self.last:
             log.info("job %s: %s: %s", self.id, error.code, error)
-            self.last = sse.encode(Error(error.code, error.message, error.hint))
+            self.last = sse.encode(Error(error.code, error.message, error.hint, error.details))
 
     def close(self) -> None:
         self._send.close()

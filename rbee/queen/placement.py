@@ -13,11 +13,13 @@ OPTIONS = ("max_model_len", "dtype", "kv_cache_bytes", "max_num_seqs")
 _ORDER = (WorkerState.READY.value, WorkerState.LOADING.value, WorkerState.STARTED.value)
 
 
-def _itself(name: str) -> Collection[str]:
+def itself(name: str) -> Collection[str]:
     return (name,)
 
 
-def fits(worker: WorkerInfo, request: TaskRequest, meanings: Meanings = _itself) -> bool:
+def fits(
+    worker: WorkerInfo, request: TaskRequest | StartWorker, meanings: Meanings = itself
+) -> bool:
     """Tell whether a worker serves what a request asks for; what it does not name is free."""
     return (
         not _names(worker, meanings).isdisjoint(meanings(request.model))
@@ -35,7 +37,7 @@ def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
     return {worker.model, *worker.served_names, *meanings(worker.model)}
 
 
-def _was_started_so(worker: WorkerInfo, request: TaskRequest) -> bool:
+def _was_started_so(worker: WorkerInfo, request: TaskRequest | StartWorker) -> bool:
     """Tell whether a worker has the options that a request names."""
     asked = {name: getattr(request, name) for name in OPTIONS}
     return request.engine_args.items() <= worker.engine_args.items() and all(
@@ -46,7 +48,7 @@ def _was_started_so(worker: WorkerInfo, request: TaskRequest) -> bool:
 def choose(
     workers: Iterable[WorkerInfo],
     request: TaskRequest,
-    meanings: Meanings = _itself,
+    meanings: Meanings = itself,
     running: Mapping[str, int] | None = None,
 ) -> WorkerInfo | None:
     """Take a ready worker before one that is still on its way; None if there is neither.

@@ -95,6 +95,7 @@ class FakePeer:
     end: Callable[[int], None]
     running: int = 0
     answers: bool = True
+    is_fresh: bool = True
     since: float = attrs.field(factory=trio.current_time)
 
     async def state(self) -> ReadyState | None:
@@ -103,8 +104,9 @@ class FakePeer:
             return None
         idle = 0.0 if self.running else trio.current_time() - self.since
         return ReadyState(
-            self.worker_id, "ready", running=self.running, idle=idle, keep_alive=self.keep_alive
-        )
+            self.worker_id, "ready", running=self.running, idle=idle, keep_alive=self.keep_alive,
+            is_fresh=self.is_fresh,
+        )  # fmt: skip
 
     async def stop_if_idle(self) -> bool:
         await trio.lowlevel.checkpoint()

@@ -6,9 +6,7 @@
 It reads an `Order` from its first line of stdin, prints one line, a `Report` or an error, and ends
 with its stdin; the guard around it then kills all that is left below and removes the directory.
 
-With namespaces it sits in one that holds a bridge, the hosts' switch. The only thing outside is
-one interface with a private address, the other end of the switch's uplink, whose name is made of
-its network: so two fleets cannot have the same one.
+With namespaces it sits in the one of the hosts' switch.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +40,10 @@ from rbee.testing.sshd import (
     ssh_config,
     write_sshd_config,
 )
+from rbee.testing.switch import Switch, move_into_switch
 
 USER = "node"
-ATTEMPTS = 20
+NOTHING = b"\n"  # an empty message would be the end of the channel
 
 
 @attrs.frozen
@@ -127,42 +127,129 @@ class Init:
             raise MachineError(f"cannot make host {self.place.name}: {text}")
 
 
-def make(order: Order) -> tuple[Report, list[int]]:
-    """Make the hosts; return what was made and their network namespaces."""
-    layout = Layout(Path(order.directory))
-    layout.directory.mkdir(mode=0o755)
-    layout.directory.chmod(0o755)  # whatever the umask: the users of the hosts have homes in it
+@attrs.frozen(eq=False)
+class Fleet:
+    """The hosts and what they are made of."""
+
+    order: Order
+    layout: Layout
+    login: Login
+    places: Sequence[Place]
+    switch: Switch | None
+    inits: list[Init] = attrs.field(factory=list)
+    networks: list[int] = attrs.field(factory=list)
+
+    def make(self) -> None:
+        """Make all that there is of the hosts; all listen when this returns."""
+        for place in self.places:
+            place.directory.mkdir()
+        make_keys([self.layout.key, *(place.host_key for place in self.places)])
+        self._write_client_files()
+        self._start_all()
+        self._connect()
+
+    def report(self, why_loopback: str) -> Report:
+        return Report(
+            why_loopback=why_loopback,
+            address=self.switch.address(1) if self.switch else "127.0.0.1",
+            switch=os.getpid() if self.switch else 0,
+            user=self.login.user, uid=self.login.uid, gid=self.login.gid,
+            hosts=[(i.place.name, i.place.address, i.place.port, i.pid) for i in self.inits],
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """Kill what others started in the hosts: the guard around us sees only what is below it."""
+        if self.switch is None:
+            return
+        for network in self.networks:
+            while found := namespaces.members(os.fstat(network).st_ino):
+                for pid in found:
+                    guard.send_signal(pid, guard.start_time(pid), signal.SIGKILL)
+                time.sleep(0.002)
+        self.switch.unplug()
+
+    def _start_all(self) -> None:
+        for place in self.places:
+            self.inits.append(self._start(place))
+        for init in self.inits:
+            init.expect(APART)
+
+    def _connect(self) -> None:
+        count = len(self.inits)
+        if self.switch:
+            self.switch.connect([init.pid for init in self.inits])
+            # Held open: the number of a network is not given to another one while we look for it.
+            for init in self.inits:
+                self.networks.append(os.open(f"/proc/{init.pid}/ns/net", os.O_RDONLY))
+        for number, init in enumerate(self.inits, 2):
+            lines = self.switch.interface_lines(number, "eth0", count) if self.switch else []
+            init.channel.send("\n".join(lines).encode() or NOTHING)
+        for init in self.inits:
+            init.expect(UP)
+
+    def _write_client_files(self) -> None:
+        layout, places = self.layout, self.places
+        layout.known_hosts.write_text("".join(map(known_hosts, places)))
+        layout.hashed_known_hosts.write_text("".join(map(hashed_known_hosts, places)))
+        layout.ssh_config.write_text(
+            ssh_config(places, user=self.login.user, key=layout.key, known=layout.known_hosts)
+        )
+
+    def _start(self, place: Place) -> Init:
+        login = self._login_at(place)
+        host_init.make_home(login)
+        config = write_sshd_config(place, login, public_key(self.layout.key))
+        isolation = self._isolation(place, login) if self.switch else None
+        ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        if pid := os.fork():
+            theirs.close()
+            return Init(place, pid, ours)
+        try:
+            host_init.run(place, config, theirs, isolation, parent)
+        except BaseException as exc:
+            theirs.send(FAILED + str(exc).encode()[:60000])
+        finally:
+            os._exit(1)
+
+    def _login_at(self, place: Place) -> Login:
+        home, environment = self.layout.home(place.name), self.order.environment
+        if not self.switch:  # this user has a home already, which is not to be touched
+            environment = {"HOME": str(home), **environment}
+        return attrs.evolve(self.login, home=home, environment=environment)
+
+    def _isolation(self, place: Place, login: Login) -> Isolation:
+        assert self.switch is not None
+        etc = place.directory / "etc"
+        etc.mkdir()
+        host_init.write_users(etc, login)
+        known = {"localhost": "127.0.0.1", "queen": self.switch.address(1)}
+        known |= {other.name: other.address for other in self.places}
+        (etc / "hosts").write_text("".join(f"{at} {name}\n" for name, at in known.items()))
+        return Isolation(etc, tuple(Path(path) for path in self.order.readable))
+
+
+def make(order: Order) -> tuple[Fleet, Report]:
+    """Make the hosts that were ordered; all listen when this returns."""
+    if not find_program("sshd"):
+        raise MachineError("sshd is missing", hint="apt-get install openssh-server")
     why = "asked for" if order.namespaces is False else namespaces.why_none()
     if why and order.namespaces:
         raise MachineError(why)
-    network = "" if why else _move_into_switch()
-    places = _places(layout, order.names, network)
-    for place in places:
-        place.directory.mkdir()
-    make_keys([layout.key, *(place.host_key for place in places)])
+    layout = Layout(Path(order.directory))
+    layout.directory.mkdir()
+    layout.directory.chmod(0o755)  # whatever the umask: the users of the hosts have homes in it
     login = _any_login() if why else _new_login()
-    inits = [_start(layout, place, login, order, network) for place in places]
-    for init in inits:
-        init.expect(APART)
-    if network:
-        _wire(network, inits)
-    for number, init in enumerate(inits):
-        lines = _host_lines(network, number + 2, len(inits)) if network else []
-        init.channel.send("\n".join(lines).encode() or b"\n")
-    _write_client_files(layout, places, login.user)
-    for init in inits:
-        init.expect(UP)
-    report = Report(
-        why_loopback=why,
-        address=f"{network}.1" if network else "127.0.0.1",
-        switch=os.getpid() if network else 0,
-        user=login.user, uid=login.uid, gid=login.gid,
-        hosts=[(i.place.name, i.place.address, i.place.port, i.pid) for i in inits],
-    )  # fmt: skip
-    return report, [namespaces.network_of(init.pid) for init in inits] if network else []
+    switch = None if why else move_into_switch(outside=os.getppid())
+    fleet = Fleet(order, layout, login, _places(layout, order.names, switch), switch)
+    try:
+        fleet.make()
+    except BaseException:
+        fleet.end()
+        raise
+    return fleet, fleet.report(why)
 
 
-# whom they let in -------------------------------------------------------------------------------
 def _any_login() -> Login:
     """Return the user who runs this: without root, sshd lets in nobody else."""
     if os.geteuid() == 0 and not Path("/run/sshd").is_dir():
@@ -179,13 +266,12 @@ def _new_login() -> Login:
     return Login(USER, uid, uid, Path(), {})
 
 
-# where they are ---------------------------------------------------------------------------------
-def _places(layout: Layout, names: Sequence[str], network: str) -> list[Place]:
-    if network:
-        return [layout.place(name, f"{network}.{i}", 22) for i, name in enumerate(names, 2)]
-    # An address each, that nobody else has picked: so also their ports are their own.
-    loopback = f"127.{1 + secrets.randbelow(254)}.{1 + secrets.randbelow(254)}"
-    addresses = [f"{loopback}.{number}" for number in range(2, 2 + len(names))]
+def _places(layout: Layout, names: Sequence[str], switch: Switch | None) -> list[Place]:
+    if switch:
+        return [layout.place(name, switch.address(i), 22) for i, name in enumerate(names, 2)]
+    # A network each, that nobody else has picked: so also their ports are their own.
+    network = f"127.{1 + secrets.randbelow(254)}.{1 + secrets.randbelow(254)}"
+    addresses = [f"{network}.{number}" for number in range(2, 2 + len(names))]
     return [
         layout.place(name, address, _free_port(address))
         for name, address in zip(names, addresses, strict=True)
@@ -196,109 +282,6 @@ def _free_port(address: str) -> int:
     with socket.create_server((address, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
-
-
-def _move_into_switch() -> str:
-    """Move this process into a namespace with an uplink; return the network that it claimed."""
-    machine = os.open("/proc/self/ns/net", os.O_RDONLY)
-    namespaces.unshare(namespaces.NEWNET)
-    with namespaces.entered(machine):
-        candidates = [namespaces.pick_network() for _ in range(ATTEMPTS)]
-    os.close(machine)
-    address = namespaces.hardware_address(1)
-    for network in candidates:
-        peer = f"name {_uplink(network)} address {address} netns {os.getppid()}"
-        try:
-            namespaces.batch("ip", [f"link add up0 type veth peer {peer}"])
-        except OSError as exc:
-            if "File exists" not in str(exc):
-                raise
-        else:
-            return network
-    raise MachineError("found no private network that is free")
-
-
-def _uplink(network: str) -> str:
-    return "rbee" + network.removeprefix("10.").replace(".", "-")
-
-
-def _wire(network: str, inits: Sequence[Init]) -> None:
-    lines = ["link add br0 type bridge", "link set br0 up", "link set up0 master br0 up"]
-    for number, init in enumerate(inits, 2):
-        peer = f"name eth0 address {namespaces.hardware_address(number)} netns {init.pid}"
-        lines += [f"link add p{number} type veth peer {peer}", f"link set p{number} master br0 up"]
-    namespaces.batch("ip", lines)
-    machine = os.open(f"/proc/{os.getppid()}/ns/net", os.O_RDONLY)
-    with namespaces.entered(machine):
-        namespaces.batch("ip", _interface_lines(network, 1, _uplink(network), len(inits)))
-    os.close(machine)
-
-
-def _host_lines(network: str, number: int, hosts: int) -> list[str]:
-    return ["link set lo up", *_interface_lines(network, number, "eth0", hosts)]
-
-
-def _interface_lines(network: str, number: int, name: str, hosts: int) -> list[str]:
-    # The neighbours are written down: a cut is silent then, and over at once when it is healed.
-    return [
-        f"addr add {network}.{number}/24 dev {name}",
-        f"link set {name} up",
-        *(
-            f"neigh add {network}.{other} lladdr {namespaces.hardware_address(other)} "
-            f"dev {name} nud permanent"
-            for other in range(1, hosts + 2)
-            if other != number
-        ),
-    ]
-
-
-# their life -------------------------------------------------------------------------------------
-def _start(layout: Layout, place: Place, login: Login, order: Order, network: str) -> Init:
-    home = layout.home(place.name)
-    environment = order.environment if network else {"HOME": str(home), **order.environment}
-    login = attrs.evolve(login, home=home, environment=environment)
-    host_init.make_home(login)
-    config = write_sshd_config(place, login, public_key(layout.key))
-    isolation = _isolation(place, login, order, network) if network else None
-    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    if pid := os.fork():
-        theirs.close()
-        return Init(place, pid, ours)
-    try:
-        host_init.run(place, config, theirs, isolation, parent)
-    except BaseException as exc:
-        theirs.send(FAILED + str(exc).encode()[:60000])
-    finally:
-        os._exit(1)
-
-
-def _isolation(place: Place, login: Login, order: Order, network: str) -> Isolation:
-    etc = place.directory / "etc"
-    etc.mkdir()
-    host_init.write_users(etc, login)
-    names = ["localhost", "queen", *order.names]
-    addresses = ["127.0.0.1", *(f"{network}.{i}" for i in range(1, len(names)))]
-    pairs = zip(addresses, names, strict=True)
-    (etc / "hosts").write_text("".join(f"{address} {name}\n" for address, name in pairs))
-    return Isolation(etc, tuple(Path(path) for path in order.readable))
-
-
-def _write_client_files(layout: Layout, places: Sequence[Place], user: str) -> None:
-    layout.known_hosts.write_text("".join(map(known_hosts, places)))
-    layout.hashed_known_hosts.write_text("".join(map(hashed_known_hosts, places)))
-    config = ssh_config(places, user=user, key=layout.key, known=layout.known_hosts)
-    layout.ssh_config.write_text(config)
-
-
-def _end(networks: Sequence[int]) -> None:
-    """Kill what others started in the hosts: the guard's own sweep sees only what is below it."""
-    for network in networks:
-        while found := namespaces.members(network):
-            for pid in found:
-                guard.send_signal(pid, guard.start_time(pid), signal.SIGKILL)
-    if networks:
-        namespaces.batch("ip", ["link del up0"])  # the kernel's own removal takes its time
 
 
 def _say(line: dict[str, Any]) -> None:
@@ -313,15 +296,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)  # the end of stdin, which follows, is enough
     order = Order(**json.loads(sys.stdin.buffer.readline()))
     try:
-        if not find_program("sshd"):
-            raise MachineError("sshd is missing", hint="apt-get install openssh-server")
-        report, networks = make(order)
+        fleet, report = make(order)
     except (RbeeError, OSError) as exc:
         _say({"error": str(exc), "hint": getattr(exc, "hint", "")})
         return 1
     _say(attrs.asdict(report))
     sys.stdin.buffer.read()
-    _end(networks)
+    fleet.end()
     return 0
 
 

@@ -44,7 +44,7 @@ def write_users(etc: Path, login: Login) -> None:
     """Write user files as the machine's, with one more user; the machine's own stay as they are."""
     user, uid, gid = login.user, login.uid, login.gid
     first = {
-        "passwd": f"{user}:x:{uid}:{gid}::{login.home}:/bin/sh",
+        "passwd": f"{user}:x:{uid}:{gid}::{login.home}:{_shell()}",
         # Not "!": sshd lets nobody in whose account is locked.
         "shadow": f"{user}:*:19000:0:99999:7:::",
         "group": f"{user}:x:{gid}:",
@@ -53,6 +53,10 @@ def write_users(etc: Path, login: Login) -> None:
         target, machines = etc / name, Path("/etc") / name
         target.touch(mode=0o600 if name == "shadow" else 0o644)
         target.write_text(f"{line}\n{machines.read_text() if machines.exists() else ''}")
+
+
+def _shell() -> str:
+    return next((shell for shell in ("/bin/bash", "/bin/sh") if Path(shell).exists()), "")
 
 
 def free_uid(first: int = 50000, last: int = 59999) -> int:
@@ -72,7 +76,7 @@ def run(
     if isolation is not None:
         _move_apart(place.name, isolation)
     channel.send(APART)
-    if lines := channel.recv(1 << 16).decode():
+    if lines := channel.recv(1 << 16).decode().strip():
         namespaces.batch("ip", lines.splitlines())
     _keep_sshd(place, config, channel)
 

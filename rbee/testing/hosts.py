@@ -8,7 +8,7 @@ As root, each host is a set of kernel namespaces: an address and a host name of 
 ``node`` that the machine does not know (its user files are covered inside the host only, so
 nobody is added anywhere), an empty /run. The file system, and with it this Python, is shared.
 Without root, or where the kernel refuses, each host is an sshd on a loopback address that lets in
-the current user, with another ``HOME``: no partitions, `Host.why_whole` says why.
+the current user, with another ``HOME``: no partitions, `Host.why_no_partition` says why.
 
 A guard holds the hosts. When whoever opened them ends, even by ``kill -9``, it ends every process
 in them and removes their files; the interfaces go with the namespaces.
@@ -16,52 +16,36 @@ in them and removes their files; the interfaces go with the namespaces.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
 import select
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import attrs
 import trio
 
-from rbee import guard
 from rbee.errors import BadInputError, MachineError
 from rbee.model import node_name
 from rbee.process import GUARD
-from rbee.testing import namespaces
 from rbee.testing.fleet import Layout, Order, Report
-from rbee.testing.host_init import START_SSHD, read_pid
-from rbee.testing.processes import (
-    Identity,
-    Stat,
-    boot_id,
-    descendants,
-    identify,
-    is_running,
-    scan,
-    title_of,
-)
-from rbee.testing.sshd import PACKAGES, Place, find_program, hashed_known_hosts, known_hosts
+from rbee.testing.host import Direction, Host, HostProcess, Link
+from rbee.testing.namespaces import network_of, why_none
+from rbee.testing.processes import identify
+from rbee.testing.sshd import PACKAGES, find_program, hashed_known_hosts, known_hosts
+
+__all__ = ["Host", "HostProcess", "Hosts", "open_hosts", "open_hosts_sync", "why_no_hosts"]
 
 OPEN_LIMIT = 30.0
 GRACE = 3.0
-WAIT_LIMIT = 10.0
-POLL = 0.005
-PATH = "/usr/local/bin:/usr/bin:/bin"
 MAX_HOSTS = 200
-
-Direction = Literal["to", "from"]
-BOTH: tuple[Direction, ...] = ("to", "from")
 
 
 def why_no_hosts() -> str:
@@ -71,203 +55,9 @@ def why_no_hosts() -> str:
     ]:
         return f"{' and '.join(missing)} not found (to have them: {PACKAGES})"
     if os.geteuid() == 0 and not Path("/run/sshd").is_dir():
-        # Its own file system has one; a root's sshd on loopback has none.
-        return namespaces.why_none()
+        # With namespaces a host has its own /run; on loopback root's sshd needs the machine's.
+        return why_none()
     return ""
-
-
-@attrs.frozen
-class HostProcess:
-    """A process on a host, by the pid that this machine knows it by."""
-
-    identity: Identity
-    parent: int
-    title: str
-
-    @property
-    def pid(self) -> int:
-        return self.identity.pid
-
-    def signal(self, number: int = signal.SIGKILL) -> bool:
-        """Signal exactly this process; False when it has gone."""
-        return guard.send_signal(self.identity.pid, self.identity.start, number)
-
-
-@attrs.define(eq=False)
-class Link:
-    """The cable between a host and the others; there is none on loopback.
-
-    Each direction is one queue of the kernel: ``to`` the host at the switch's port, ``from`` it at
-    its own interface.
-    """
-
-    ends: Mapping[Direction, tuple[int, str]]
-    shape: str = ""
-    cut: frozenset[Direction] = frozenset()
-
-    def set(self, cut: frozenset[Direction], shape: str) -> None:
-        for direction, (pid, interface) in self.ends.items():
-            # A black hole swallows silently: no RST, no FIN, no error for who sends.
-            queue = "blackhole" if direction in cut else shape or "pfifo"
-            in_network = ["nsenter", "-t", str(pid), "-n", find_program("tc")]
-            _must([*in_network, "qdisc", "replace", "dev", interface, "root", *queue.split()])
-        self.cut, self.shape = cut, shape
-
-
-@attrs.frozen(eq=False)
-class Host:
-    """One throw-away host. All methods are quick and synchronous, except `run`.
-
-    Attributes:
-        user: whom its sshd lets in with `key`.
-        home: where this user is at home.
-        known_hosts: the host's line for a known_hosts file.
-        hashed_known_hosts: the same, its names hashed.
-        can_partition: whether its network can be cut.
-        why_whole: why not, "" if it can; for a test to skip with.
-    """
-
-    place: Place
-    user: str
-    uid: int
-    gid: int
-    home: Path
-    key: Path
-    known_hosts: str
-    hashed_known_hosts: str
-    environment: Mapping[str, str]
-    why_whole: str
-    init: Identity
-    network: int
-    link: Link = attrs.field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.place.name
-
-    @property
-    def address(self) -> str:
-        return self.place.address
-
-    @property
-    def port(self) -> int:
-        return self.place.port
-
-    @property
-    def log(self) -> Path:
-        """What its sshd wrote."""
-        return self.place.log
-
-    @property
-    def can_partition(self) -> bool:
-        return not self.why_whole
-
-    # what runs on it ----------------------------------------------------------------------------
-    def argv(self, *command: str | os.PathLike[str], root: bool = False) -> list[str]:
-        """Return the command line that runs ``command`` on the host without SSH, as its user.
-
-        It finds the environment of a login. What it starts ends with the hosts, at the latest;
-        on loopback it is not among `processes`.
-        """
-        environment = {"HOME": str(self.home), "USER": self.user, "PATH": PATH, **self.environment}
-        pairs = [f"{name}={value}" for name, value in environment.items()]
-        words = [os.fspath(word) for word in command]
-        return [*self._entering(root), "env", "-i", "-C", str(self.home), *pairs, *words]
-
-    def _entering(self, root: bool) -> list[str]:
-        if not self.network:
-            return []
-        enter = ["nsenter", "-t", str(self.init.pid), "-n", "-m", "-u", "--"]
-        as_user = ["setpriv", f"--reuid={self.uid}", f"--regid={self.gid}", "--clear-groups", "--"]
-        return enter if root else enter + as_user
-
-    def run(
-        self, argv: Sequence[str | os.PathLike[str]], *, root: bool = False, check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end on the host, without SSH; it ends with us at the latest."""
-        # On loopback nothing else would end it with us; in namespaces the fleet does.
-        bound = [] if self.network else ["setpriv", "--pdeathsig", "KILL", "--"]
-        return subprocess.run(
-            [*bound, *self.argv(*argv, root=root)],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=check,
-        )  # fmt: skip
-
-    def processes(self, *, sshd: bool = False) -> list[HostProcess]:
-        """List what runs on the host, whatever it did to get away; sshd's own only if asked for.
-
-        With namespaces that is all in the host's network and all below its first process; on
-        loopback the latter.
-        """
-        stats = scan()
-        found = {*descendants(self.init.pid, stats), *self._in_network(stats)} - {self.init.pid}
-        boot = boot_id()
-        return [
-            HostProcess(Identity(pid, stat.start, boot), stat.parent, title_of(pid))
-            for pid in sorted(found)
-            if (stat := stats.get(pid)) and not stat.is_zombie and (sshd or not _is_sshd(pid))
-        ]
-
-    def _in_network(self, stats: Mapping[int, Stat]) -> set[int]:
-        if not self.network:
-            return set()
-        return {pid for pid in stats if namespaces.network_of(pid) == self.network}
-
-    # its sshd -----------------------------------------------------------------------------------
-    def kill_sessions(self) -> int:
-        """Kill -9 the sshd processes of all connections, not the listener; return how many."""
-        listener = read_pid(self.place)
-        found = [p for p in self.processes(sshd=True) if _is_sshd(p.pid) and p.pid != listener]
-        return sum(process.signal() for process in found)
-
-    def stop_sshd(self) -> None:
-        """Kill -9 the listener: nobody can connect any more, connections go on."""
-        if listener := identify(read_pid(self.place)):
-            guard.send_signal(listener.pid, listener.start, signal.SIGKILL)
-            _wait_for(lambda: not self.listens(), f"sshd of {self.name} does not end")
-
-    def start_sshd(self) -> None:
-        """Start the listener again, if it does not run."""
-        guard.send_signal(self.init.pid, self.init.start, START_SSHD)
-        _wait_for(self.listens, f"sshd of {self.name} does not start; see {self.log}")
-
-    def listens(self) -> bool:
-        """Tell whether its sshd runs."""
-        listener = identify(read_pid(self.place))
-        return listener is not None and is_running(listener)
-
-    # its network --------------------------------------------------------------------------------
-    def partition(self, *directions: Direction) -> None:
-        """Cut the host off, without a sign to either side; `heal` ends it.
-
-        Args:
-            directions: ``to`` for what is sent to the host, ``from`` for what it sends; none means
-                both.
-
-        Raises:
-            MachineError: it cannot be cut off, see `why_whole`.
-        """
-        self._change(frozenset(directions or BOTH), self.link.shape)
-
-    def heal(self) -> None:
-        """End a partition, at once."""
-        self._change(frozenset(), self.link.shape)
-
-    def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
-        """Delay all it sends and receives by ``delay`` seconds, lose a share ``loss`` of it.
-
-        Raises:
-            MachineError: the kernel has no ``netem``, or see `why_whole`.
-        """
-        shape = f"netem delay {delay * 1000:g}ms loss {loss * 100:g}%" if delay or loss else ""
-        self._change(self.link.cut, shape)
-
-    def _change(self, cut: frozenset[Direction], shape: str) -> None:
-        if self.why_whole:
-            raise MachineError(
-                f"the network of {self.name} cannot be cut: {self.why_whole}",
-                hint="run the tests as root",
-            )
-        self.link.set(cut, shape)
 
 
 @attrs.frozen(eq=False)
@@ -415,7 +205,7 @@ def _read_report(popen: subprocess.Popen[bytes], log: IO[bytes]) -> Report:
         if not more:
             log.seek(0)
             tail = log.read()[-2000:].decode(errors="replace").strip()
-            raise MachineError(f"the hosts did not come up within {OPEN_LIMIT:g} s: {tail}")
+            raise MachineError(f"the hosts did not come up: {tail}")
         data += more
     said: dict[str, Any] = json.loads(data)
     if "error" in said:
@@ -449,29 +239,7 @@ def _host(layout: Layout, report: Report, environment: Mapping[str, str], number
         place=place, user=report.user, uid=report.uid, gid=report.gid, home=layout.home(name),
         key=layout.key, known_hosts=known_hosts(place),
         hashed_known_hosts=hashed_known_hosts(place), environment=environment,
-        why_whole=report.why_loopback, init=init,
-        network=namespaces.network_of(pid) if report.switch else 0,
+        why_no_partition=report.why_loopback, init=init,
+        network=network_of(pid) if report.switch else 0,
         link=Link(ends if report.switch else {}),
     )  # fmt: skip
-
-
-def _is_sshd(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
-    except OSError:
-        return False
-
-
-def _must(argv: Sequence[str]) -> None:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}")
-
-
-def _wait_for(happened: Callable[[], bool], otherwise: str) -> None:
-    until = time.monotonic() + WAIT_LIMIT
-    while not happened():
-        if time.monotonic() > until:
-            raise MachineError(otherwise)
-        with contextlib.suppress(InterruptedError):
-            time.sleep(POLL)

@@ -1,4 +1,4 @@
-"""Namespaces of the kernel as machines: making them, joining them, wiring them together.
+"""Namespaces of the kernel as machines: making them, joining them, seeing who is in them.
 
 Nothing here is named below /run/netns: a namespace lives as long as a process in it, so the
 kernel itself removes it, with its interfaces, when the last one is killed.
@@ -7,10 +7,7 @@ kernel itself removes it, with its interfaces, when the last one is killed.
 from __future__ import annotations
 
 import ctypes
-import ipaddress
 import os
-import secrets
-import struct
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -127,34 +124,6 @@ def _try_out() -> str:
     )  # fmt: skip
     said = done.stderr.strip()
     return f"this machine makes no network namespaces: {said}" if done.returncode else ""
-
-
-def hardware_address(number: int) -> str:
-    """Return the address of the interface with this number in its network."""
-    return f"02:72:62:65:65:{number:02x}"
-
-
-def pick_network() -> str:
-    """Return the first three numbers of a private network to which this namespace has no route."""
-    taken = list(_routed())
-    while True:
-        found = f"10.{200 + secrets.randbelow(55)}.{secrets.randbelow(256)}"
-        network = ipaddress.ip_network(f"{found}.0/24")
-        if not any(network.overlaps(other) for other in taken):
-            return found
-
-
-def _routed() -> Iterator[ipaddress.IPv4Network]:
-    for line in Path("/proc/thread-self/net/route").read_text().splitlines()[1:]:
-        _, destination, _, _, _, _, _, mask, *_ = line.split()
-        network = ipaddress.ip_network(f"{_address(destination)}/{_address(mask)}", strict=False)
-        # A whole 10.0.0.0/8 behind a gateway is a way out, and ours is the narrower one.
-        if isinstance(network, ipaddress.IPv4Network) and network.prefixlen > 8:
-            yield network
-
-
-def _address(text: str) -> str:
-    return str(ipaddress.IPv4Address(struct.pack("=I", int(text, 16))))
 
 
 def network_of(pid: int) -> int:

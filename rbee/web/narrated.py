@@ -58,5 +58,5 @@ async def _last_event(work: Work, tell: Tell) -> Any:
         exc = next(leaves(group))
         error = exc if isinstance(exc, RbeeError) else MachineError(f"{type(exc).__name__}: {exc}")
         log.info("%s: %s", error.code, error)
-        last = Error(error.code, error.message, error.hint)
+        last = Error(error.code, error.message, error.hint, error.details)
     return last

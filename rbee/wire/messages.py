@@ -119,6 +119,76 @@ class StartHive:
     node: str = "localhost"
 
 
+# nodes ----------------------------------------------------------------------------------------
+@attrs.frozen
+class NodeInfo:
+    """One machine of the cluster; ``GET /v2/nodes`` lists them, ``localhost`` first.
+
+    Attributes:
+        host, port, user, key, ssh_alias: as registered; ``key`` is a path on the queen's machine.
+        address: where it is, for people.
+        rbee_path: the directory of its rbee; "" for ``localhost``.
+        environment: of its hive; values that are named like secrets are hidden.
+        transport: ``direct`` or ``ssh``.
+        status: ``unknown``, ``ready``, ``unreachable`` or ``unusable``.
+        last_seen, created: seconds since the epoch; 0 is never.
+        last_error: why it is not ready.
+        capabilities: what `rbee-hive detect` printed there when it was last asked.
+    """
+
+    name: str
+    host: str = ""
+    port: int | None = None
+    user: str = ""
+    key: str = ""
+    ssh_alias: str = ""
+    address: str = ""
+    rbee_path: str = ""
+    environment: dict[str, str] = attrs.field(factory=dict)
+    transport: str = "direct"
+    status: str = "unknown"
+    last_seen: float = 0.0
+    last_error: str = ""
+    capabilities: dict[str, Any] = attrs.field(factory=dict)
+    created: float = 0.0
+
+
+@attrs.frozen
+class AddNode:
+    """``POST`` to a queen's nodes. Answer: 201 and `NodeInfo`, once the node has been tried.
+
+    "" and None stand for the default. ``ssh_alias`` excludes ``host``, ``port``, ``user``, ``key``.
+    """
+
+    name: str
+    host: str = ""
+    port: int | None = None
+    user: str = ""
+    key: str = ""
+    ssh_alias: str = ""
+    rbee_path: str = ""
+    environment: dict[str, str] = attrs.field(factory=dict)
+    transport: str = ""
+
+
+@attrs.frozen
+class UpdateNode:
+    """``PATCH`` of a node. Answer: `NodeInfo`.
+
+    None leaves a value as it is; "" (``port``: 0) brings back the default. ``environment`` is put
+    on top of what there is; an empty value removes its variable.
+    """
+
+    host: str | None = None
+    port: int | None = None
+    user: str | None = None
+    key: str | None = None
+    ssh_alias: str | None = None
+    rbee_path: str | None = None
+    environment: dict[str, str] | None = None
+    transport: str | None = None
+
+
 # workers --------------------------------------------------------------------------------------
 @attrs.frozen
 class StartWorker:
@@ -256,6 +326,7 @@ class ReadyState:
         running: requests that it is at.
         idle: seconds since the last one ended (or since it is ready); 0 while one runs.
         keep_alive: seconds without work after which it is to go; negative: for ever.
+        is_fresh: whether nobody has used it yet.
     """
 
     worker_id: str
@@ -265,6 +336,7 @@ class ReadyState:
     running: int = 0
     idle: float = 0.0
     keep_alive: float = KEEP_ALIVE
+    is_fresh: bool = False
 
 
 @attrs.frozen
@@ -439,9 +511,12 @@ class End:
 
 @attrs.frozen
 class Error:
+    """``details``: what a program may want of the error, such as the bytes of a 507."""
+
     code: str
     message: str
     hint: str = ""
+    details: dict[str, Any] = attrs.field(factory=dict)
 
 
 Event = Queued | Narration | Started | Token | End | Error

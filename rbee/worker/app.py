@@ -22,7 +22,17 @@ from rbee.errors import (
 )
 from rbee.home import default_root
 from rbee.model import WorkerConfig, WorkerState, new_id
-from rbee.web.router import App, Receive, Request, Response, Scope, Send, Stream, json_response
+from rbee.web.router import (
+    App,
+    Emit,
+    Receive,
+    Request,
+    Response,
+    Scope,
+    Send,
+    Stream,
+    json_response,
+)
 from rbee.wire import messages
 from rbee.wire.messages import ExecuteRequest, Health, ReadyState, StopWorker
 from rbee.worker.engine import Engine
@@ -80,6 +90,7 @@ class Worker:
         return ReadyState(
             self.config.spec.id, self.state.value, self.progress, self.share,
             running=len(self.jobs), idle=self.jobs.idle(), keep_alive=keep,
+            is_fresh=not self.jobs.had_any,
         )  # fmt: skip
 
     @property
@@ -151,8 +162,13 @@ async def execute(worker: Worker, request: Request) -> Stream:
     if body.keep_alive is not None:
         worker.keep_alive = body.keep_alive
     execution = Execution(engine, body, worker.config.spec, worker.jobs, worker.figures)
+
+    async def run(emit: Emit) -> None:
+        _ = worker.engine  # it may have been told to stop while the body came
+        await execution.run(emit)
+
     name = messages.JOB_ID_HEADER.encode()
-    return Stream(execution.run, ((name, body.job_id.encode("latin-1", "replace")),))
+    return Stream(run, ((name, body.job_id.encode("latin-1", "replace")),))
 
 
 def check_addressee(worker: Worker, request: Request) -> None:

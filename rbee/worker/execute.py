@@ -75,7 +75,7 @@ class Execution:
             self._outcome = "refused"
             raise error
         self._outcome = "cancelled" if error.code == "cancelled" else "failed"
-        await emit(sse.encode(Error(error.code, error.message, error.hint)))
+        await emit(sse.encode(Error(error.code, error.message, error.hint, error.details)))
 
     async def _generate(self, emit: Emit) -> None:
         async with trio.open_nursery() as nursery:

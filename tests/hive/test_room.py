@@ -43,24 +43,33 @@ class House:
     knows: bool = True
     gone: list[str] = attrs.field(factory=list)
     told: list[str] = attrs.field(factory=list)
+    asked: list[Guest] = attrs.field(factory=list)
     asked_in_vain: list[str] = attrs.field(factory=list)
     room: Room = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         memory = Memory(
-            plan=lambda local, request: None,
-            free=lambda *where: self.free(*where),
+            plan=no_plan,
+            free=self.look_free,
             check=check,
             budget=self.budget,
         )
         self.room = Room(memory, lambda: self.guests, trio.lowlevel.checkpoint, self.unload)
+
+    async def look_free(self, backend: str, device: str) -> int | None:
+        await trio.lowlevel.checkpoint()
+        return self.free(backend, device)
 
     def free(self, backend: str, device: str) -> int | None:
         there = [one for one in self.guests if one.plan and one.state is WorkerState.READY]
         return TOTAL - sum(one.plan.required for one in there) if self.knows else None
 
     async def unload(self, one: Guest) -> bool:
+        if one in self.asked:
+            return False
+        self.asked.append(one)
         await trio.sleep(1)
+        self.asked.remove(one)
         if one.idle == 0 or one.name in self.asked_in_vain:
             one.idle = 0
             return False
@@ -83,6 +92,10 @@ class House:
 
     async def look(self, plan: MemoryPlan, newcomer: Guest) -> None:
         await self.room.make(plan, newcomer, lambda action, text: self.told.append(action))
+
+
+async def no_plan(local: object, request: object) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 def check(plan: MemoryPlan, available: int, *, what: str) -> None:
@@ -219,3 +232,24 @@ async def test_only_those_on_the_same_device_go(autojump_clock: trio.abc.Clock) 
     house.free = lambda *where: 40 if "same" not in house.gone else 100
     await house.make(90, Guest("new", state=WorkerState.STARTED, **cuda))
     assert house.gone == ["same"]
+
+
+async def test_one_that_is_going_already_is_waited_for(autojump_clock: trio.abc.Clock) -> None:
+    going = guest("a", 80, state=WorkerState.STOPPING)
+    house = House([going], budget=TOTAL)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(house.make, 80)
+        await trio.sleep(2)
+        assert house.told == ["wait"]
+        house.guests.remove(going)
+
+
+async def test_a_start_that_waits_holds_up_no_other(autojump_clock: trio.abc.Clock) -> None:
+    house = House([guest("a", 60, idle=0)])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(house.make, 50)
+        await trio.sleep(1)
+        start = trio.current_time()
+        await house.make(30, Guest("small", state=WorkerState.STARTED))
+        assert trio.current_time() == start
+        nursery.cancel_scope.cancel()

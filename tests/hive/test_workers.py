@@ -48,12 +48,16 @@ def memory(budget: int | None = None) -> Memory:
     def check(plan: MemoryPlan, available: int, *, what: str) -> None:
         raise InsufficientError(f"full: {what}", required=plan.required, available=available)
 
-    return Memory(
-        plan=lambda local, request: MemoryPlan(100, 0, 0),
-        free=lambda backend, device: None,
-        check=check,
-        budget=budget,
-    )
+    async def plan(local: Local, request: StartWorker) -> MemoryPlan:
+        await trio.lowlevel.checkpoint()
+        if request.model == "uncountable":
+            raise OverflowError("int too large")
+        return MemoryPlan(100, 0, 0)
+
+    async def free(backend: str, device: str) -> None:
+        await trio.lowlevel.checkpoint()
+
+    return Memory(plan=plan, free=free, check=check, budget=budget)
 
 
 async def nothing(request: StartWorker, narrate: Narrate) -> None:
@@ -556,6 +560,8 @@ async def test_an_idle_worker_goes_for_a_model_that_needs_its_memory(
     async with open_hive(home, provision=bring, budget=150) as hive:
         first = await hive.loading(attrs.evolve(REQUEST, model="a"))
         hive.ready(first)
+        await wait_all_tasks_blocked()
+        hive.peers[first].is_fresh = False
         await trio.sleep(1)
         second = await hive.loading(attrs.evolve(REQUEST, model="b"))
         await trio.sleep(1)
@@ -569,4 +575,33 @@ async def test_an_idle_worker_goes_for_a_model_that_needs_its_memory(
         third = await hive.loading(attrs.evolve(REQUEST, model="c"))
         await trio.sleep(100)
         assert (await hive.infos(third))[-1].error.code == "insufficient"
+        assert list(hive.launch.running) == [second]
+
+
+async def test_a_model_whose_memory_cannot_be_counted_is_a_failed_worker(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async def bring(request: StartWorker, narrate: Narrate) -> Local:
+        return Local(request.model, home.models, (request.model,))
+
+    async with open_hive(home, provision=bring) as hive:
+        worker_id = await hive.loading(attrs.evolve(REQUEST, model="uncountable"))
+        error = (await hive.infos(worker_id))[-1].error
+        assert error.code == "bad_input"
+        assert "too large" in error.message
+
+
+async def test_a_new_worker_waits_for_whom_it_was_started_for(
+    home: Home, autojump_clock: trio.abc.Clock
+) -> None:
+    async def bring(request: StartWorker, narrate: Narrate) -> Local:
+        return Local(request.model, home.models, (request.model,))
+
+    async with open_hive(home, provision=bring, budget=150) as hive:
+        first = await hive.loading(attrs.evolve(REQUEST, model="a"))
+        second = await hive.loading(attrs.evolve(REQUEST, model="b"))
+        hive.ready(first)
+        await trio.sleep(module.FIRST_USE - 1)
+        assert list(hive.launch.running) == [first]
+        await trio.sleep(2)
         assert list(hive.launch.running) == [second]

@@ -135,3 +135,11 @@ def test_help_imports_nothing_heavy(line: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "Usage" in done.stdout or __version__ in done.stdout
+
+
+def test_a_list_in_the_environment_that_is_none_is_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RBEE_STOP", "[one")
+    assert keeper.run_line(["infer", "--model", "m", "--prompt", "p"]) == 2
+    assert "begins like a JSON list and is none" in capfd.readouterr().err

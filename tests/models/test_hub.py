@@ -574,3 +574,10 @@ def test_the_hubs_library_stays_out_of_keeper_and_daemons() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+async def test_what_cannot_be_a_repositorys_name_is_not_the_hubs_fault(
+    get: Get, hub: HubServer
+) -> None:
+    with pytest.raises(BadInputError, match="hf:org/a--b cannot be the name of a repository"):
+        await get("hf:org/a--b")

@@ -41,7 +41,7 @@ def test_a_directory_wins_over_an_alias_of_the_same_name(
 def test_the_callers_alias_comes_before_the_built_in_one() -> None:
     reference = parse("tinyllama", {"tinyllama": ["hf:me/mine@v1", "pypi:Mine.Model"]})
     assert reference.sources == (HubRepo("me/mine", "v1"), Package("mine-model"))
-    assert reference.extra_names == ("tinyllama", "me/mine")
+    assert reference.extra_names == ("tinyllama",)
 
 
 def test_a_hub_id_means_the_alias_that_names_it() -> None:
@@ -174,3 +174,13 @@ def test_slugs_are_safe_file_names_and_differ() -> None:
     slugs = [slug(source) for source in sources]
     assert len(set(slugs)) == len(slugs)
     assert all(s.isascii() and "/" not in s and " " not in s for s in slugs)
+
+
+def test_a_certain_revision_is_not_served_under_the_bare_hub_id() -> None:
+    assert parse("hf:org/repo").extra_names == ("org/repo",)
+    assert parse("hf:org/repo@v2").extra_names == ()
+
+
+def test_the_home_of_nobody_holds_no_model() -> None:
+    with pytest.raises(NotFoundError, match="~nosuchuser"):
+        parse("~nosuchuser/model")

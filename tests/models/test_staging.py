@@ -91,11 +91,11 @@ async def test_a_staging_directory_goes_with_its_body(home: Home, leftovers: Lef
 
 
 async def test_staging_removes_what_a_killed_one_left_and_no_other(home: Home) -> None:
-    for name in ("x.dead", "y.alive"):
+    for name in ("x.0123abcd", "y.0123abcd"):
         (home.models / ".staging" / name).mkdir(parents=True)
     async with open_staging(home.models, "x"):
         pass
-    assert [path.name for path in home.models.glob(".staging/*")] == ["y.alive"]
+    assert [path.name for path in home.models.glob(".staging/*")] == ["y.0123abcd"]
 
 
 async def test_publishing_replaces_an_unusable_directory(home: Home) -> None:
@@ -115,3 +115,8 @@ async def test_a_home_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="needs a writable home"):
         async with open_lock(tmp_path / "models", "x"):
             pytest.fail("there is no such directory")
+
+
+async def test_the_staging_of_another_model_whose_name_begins_the_same_stays(home: Home) -> None:
+    async with open_staging(home.models, "x--1.5") as other, open_staging(home.models, "x--1"):
+        assert other.is_dir()

@@ -172,6 +172,24 @@ async def test_asked_to_stop_if_idle_it_stays_at_its_work(open_worker):
         assert idle.status_code == 202
 
 
+async def test_a_job_whose_body_comes_after_the_stop_is_refused_before_it_began(open_worker):
+    async with open_worker() as worker:
+        port = httpx.URL(worker.url).port
+        body = b'{"job_id": "late", "prompt": "x"}'
+        head = (
+            f"POST /execute HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+            await stream.send_all(head.encode() + body[:5])
+            await trio.sleep(0.1)  # the head has been read, and nothing shows that
+            stopped = await worker.client.post("/v1/admin/shutdown", json={"if_idle": True})
+            assert stopped.status_code == 202
+            await stream.send_all(body[5:])
+            answer = await stream.receive_some()
+        assert b" 503 " in answer.splitlines()[0], answer
+
+
 async def test_what_neither_we_nor_the_engine_serve_is_not_found(open_worker):
     async with open_worker() as worker:
         assert (await worker.client.get("/v1/models")).status_code == 404
