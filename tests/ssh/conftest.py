@@ -11,7 +11,7 @@ from rbee.aio import Aio, open_aio
 from tests.ssh.sshd import SSHD, Sshd, open_sshd
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # other packages take a running sshd for a leak
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     if SSHD is None:
         pytest.skip("no sshd here: apt-get install openssh-server")
