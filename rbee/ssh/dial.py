@@ -1,8 +1,8 @@
 """From a target to logged-in SSH connections, hop by hop.
 
-This module, `rbee.ssh.connection` and `rbee.ssh.failures` are the ones that know asyncssh. Sockets are made by trio,
-not by asyncio: a name that does not resolve cannot hold up the end of the program, errors are
-plain ``OSError``, and we hold the socket that an abort has to reset.
+This module, `rbee.ssh.connection` and `rbee.ssh.failures` are the ones that know asyncssh.
+Sockets are made by trio, not by asyncio: a name that does not resolve cannot hold up the end of
+the program, errors are plain ``OSError``, and we hold the socket that an abort has to reset.
 """
 
 from __future__ import annotations
