@@ -179,7 +179,7 @@ def configure_logging(title: str) -> None:
     level = os.environ.get("RBEE_LOG_LEVEL", "INFO").upper()
     text = f"%(asctime)s {title}[%(process)d] %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=level, format=text, stream=sys.stderr, force=True)
-    for noisy in ("httpx", "httpcore", "asyncio"):
+    for noisy in ("httpx", "httpcore", "asyncio", "asyncssh"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

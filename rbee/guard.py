@@ -641,6 +641,7 @@ def main() -> int:
     set_title("rbee-guard")
     try:
         given, rest = read_start(0, 30)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # whoever started us may have bounded the wait
         plan = Plan(given)
         if plan.log:
             append_log(plan.log)

@@ -171,7 +171,7 @@ async def open_guarded(
     Yields the outermost guard's process and, if asked for, the command's output.
     """
     environment = {**os.environ, "SPT_NOENV": "1", **(env or {})}
-    line = _guard_lines(
+    line = guard_lines(
         argv, first=first, graces=graces, log_file=log_file, run_dir=run_dir, lease=lease,
         run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
         hold_interrupt=hold_interrupt,
@@ -240,7 +240,7 @@ async def _send_start(process: Process, line: str) -> None:
             return  # it ended already; whoever waits for it sees how
 
 
-def _guard_lines(
+def guard_lines(
     argv: Sequence[str],
     *,
     first: str,
@@ -248,12 +248,14 @@ def _guard_lines(
     log_file: Path,
     run_dir: Path | None,
     lease: float,
-    run_file: Path | None,
-    adopt_grace: float,
-    parent: int,
-    hold_interrupt: bool,
+    run_file: Path | None = None,
+    adopt_grace: float = 0.0,
+    parent: int = 0,
+    hold_interrupt: bool = False,
+    clock: str = "monotonic",
+    guard_argv: Sequence[str] = GUARD,
 ) -> str:
-    """Nest one plan per guard, the innermost around the command itself."""
+    """Nest one plan per guard, the innermost around the command itself; return the first line."""
     names = ["guard"] if len(graces) == 1 else [f"guard-{chr(97 + i)}" for i in range(len(graces))]
     command, line = list(argv), first
     for depth in reversed(range(len(graces))):
@@ -263,6 +265,7 @@ def _guard_lines(
             "argv": command,
             "first": line,
             "lease": lease + depth if lease else 0,
+            "clock": clock,
             "grace": graces[depth],
             "log": str(log_file),
             "parent": parent if depth == 0 else 0,
@@ -274,7 +277,7 @@ def _guard_lines(
             plan |= {"record": str(run_dir), "remove": [str(run_dir)]}
         if run_file is not None and innermost:
             plan["run_file"] = str(run_file)
-        command, line = list(GUARD), f"start {json.dumps(plan)}"
+        command, line = list(guard_argv), f"start {json.dumps(plan)}"
     return line
 
 
@@ -336,10 +339,16 @@ def _said(text: str, kind: type[T]) -> T:
 
 def child_exited(what: str, status: int, log_file: Path) -> ChildExitedError:
     """Describe an end that nobody asked for, with the log's tail."""
-    how = f"signal {signal.Signals(status - 128).name}" if 128 < status < 160 else f"code {status}"
     return ChildExitedError(
-        f"{what} ended unasked with {how}", hint=f"tail -n 50 {log_file}", log=log_tail(log_file)
+        f"{what} ended unasked with {how_ended(status)}",
+        hint=f"tail -n 50 {log_file}",
+        log=log_tail(log_file),
     )
+
+
+def how_ended(status: int) -> str:
+    """Say an exit code (128 + n for a signal) in words."""
+    return f"signal {signal.Signals(status - 128).name}" if 128 < status < 160 else f"code {status}"
 
 
 def log_tail(path: Path, size: int = LOG_TAIL) -> str:

@@ -1,0 +1,178 @@
+"""Runs on the node before anything else, sent through SSH: standard library, any Python 3.6.
+
+It reads its request from stdin (a line with a length, then that much JSON), finds a Python that is
+new enough, makes the directories, answers with one marked line and becomes the guard. The answer
+begins on a line of its own with the request's marker: login shells may have talked before.
+
+Whatever waits here for an owner who never speaks is ended by an alarm, which survives exec; the
+guard turns it off once it has its start line.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from typing import Any
+
+MAX_RUNTIME = 24  # as in rbee.home
+
+
+class RefusedError(Exception):
+    """What the owner is told instead of ``ready``."""
+
+    def __init__(self, kind: Any, had: Any) -> None:
+        super().__init__(kind)
+        self.kind, self.had = kind, had
+
+
+def read_request() -> Any:
+    stdin = os.fdopen(0, "rb", 0, closefd=False)
+    size, data = int(stdin.readline()), b""
+    while len(data) < size:
+        more = stdin.read(size - len(data))
+        if not more:
+            os._exit(2)
+        data += more
+    return json.loads(data.decode())
+
+
+def answer(request: Any, kind: Any, facts: Any) -> None:
+    line = f"\n{request['marker']} {kind} {json.dumps(facts)}\n"
+    os.write(1, line.encode())
+
+
+def find_python(request: Any, home: Any) -> Any:
+    """Return the Python for the guard; ours if it will do."""
+    minimum = tuple(request["minimum"])
+    if request["python"]:
+        candidates = [os.path.expanduser(request["python"])]
+    else:
+        candidates = [sys.executable, os.path.join(home, "venv/bin/python")]
+        candidates += filter(None, (shutil.which(f"python3.{n}") for n in range(14, 10, -1)))
+    had = []
+    for path in candidates:
+        version = version_of(path)
+        if version >= minimum:
+            return path, version
+        said = ".".join(map(str, version)) or "(does not run)"
+        had.append(f"{path} {said}")
+    raise RefusedError("python", "; ".join(had))
+
+
+def version_of(path: Any) -> Any:
+    if path == sys.executable:
+        return tuple(sys.version_info[:3])
+    code = "import sys; print(*sys.version_info[:3])"
+    try:
+        out = subprocess.check_output(
+            [path, "-I", "-S", "-c", code], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        return tuple(map(int, out.split()))
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return ()
+
+
+def find_program(name: Any) -> Any:
+    path = os.path.expanduser(name)
+    found = shutil.which(path)
+    if not found:
+        raise RefusedError("program", path)
+    return os.path.abspath(found)
+
+
+def find_home(given: Any) -> Any:
+    root = os.path.expanduser(given or os.environ.get("RBEE_HOME") or "~/.rbee")
+    return os.path.abspath(root)
+
+
+def find_run(home: Any) -> Any:
+    """Return the home's run directory; the same one as rbee.home finds here."""
+    digest = hashlib.sha256(os.fsencode(home)).hexdigest()[:8]
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    fits = 0 < len(runtime) <= MAX_RUNTIME
+    if fits and os.path.isdir(runtime) and os.access(runtime, os.W_OK):
+        return os.path.join(runtime, "rbee-" + digest)
+    return f"/tmp/rbee-{os.getuid()}-{digest}"
+
+
+def make_private(path: Any) -> None:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise RefusedError("machine", f"{path} is not a directory of this user's")
+
+
+def make_log(home: Any, name: Any) -> Any:
+    path = os.path.expanduser(name)
+    if "/" not in name:
+        path = os.path.join(home, "logs", name)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with open(path, "ab") as log:  # fails here, while somebody listens, and not in the guard
+        log.write(b"")
+    return path
+
+
+def make_run(home: Any, name: Any) -> Any:
+    """Claim the run directory: whoever sweeps sees that we, soon the guard, use it."""
+    path = name
+    if "/" not in name:
+        run = find_run(home)
+        make_private(run)
+        path = os.path.join(run, name)
+    hidden = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
+    os.mkdir(hidden, 0o700)
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
+    with open("/proc/self/stat", "rb") as file:
+        start = int(file.read().rpartition(b")")[2].split()[19])
+    with open(os.path.join(hidden, "owner"), "w") as file:
+        file.write(f"{boot} {os.getpid()} {start}\n")
+    os.rename(hidden, path)
+    return path
+
+
+def prepare(request: Any) -> Any:
+    if not sys.platform.startswith("linux"):
+        raise RefusedError("machine", f"it runs {sys.platform}, the guards need Linux")
+    os.environ.update(request["env"])
+    home = find_home(request["home"])
+    python, version = find_python(request, home)
+    facts = {
+        "python": python,
+        "version": list(version),
+        "home": home,
+        "program": find_program(request["program"]) if request["program"] else python,
+        "log": make_log(home, request["log"]) if request["log"] else "/dev/null",
+    }
+    facts["run_dir"] = make_run(home, request["run_dir"]) if request["run_dir"] else ""
+    return facts
+
+
+def main() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 30)
+    request = read_request()
+    signal.setitimer(signal.ITIMER_REAL, request["patience"])
+    umask = os.umask(0o077)
+    try:
+        facts = prepare(request)
+    except RefusedError as refused:
+        answer(request, "refused", {"kind": refused.kind, "had": refused.had})
+        return
+    except OSError as exc:
+        had = f"{exc.filename}: {exc.strerror}"
+        answer(request, "refused", {"kind": "machine", "had": had})
+        return
+    os.umask(umask)
+    answer(request, "ready", facts)
+    if request["bare"]:
+        os.dup2(2, 3, inheritable=True)  # for the command: the guard's own goes to its log
+    python = facts["python"]
+    os.execv(python, [python, "-I", "-S", "-c", request["guard"]])
+
+
+if __name__ == "__main__":
+    main()

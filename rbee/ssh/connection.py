@@ -1,0 +1,370 @@
+"""One SSH connection to a node as a scope, with what runs over it: channels, files, forwards.
+
+Leaving never hangs, partition or not: if all that ran on the node is known to be gone, the
+connection says good-bye, else it is reset at once, so that nothing we sent arrives late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import struct
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncssh
+import attrs
+import trio
+
+from rbee.aio import Aio, Outbox
+from rbee.ssh import failures
+from rbee.ssh.dial import Dialler, Line
+from rbee.ssh.errors import SshError, TransferError, UnreachableError
+from rbee.ssh.fence import Fence
+from rbee.ssh.target import LEASE, SshTarget
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WAITS = (0.0, 0.2, 0.4)  # seconds before each try
+CLOSE = 0.5  # seconds for a polite good-bye
+DRAIN = 2.0  # seconds for the output that the exit status has overtaken
+STDERR_TAIL = 64 * 1024
+BLOCK = 128 * 1024
+
+
+class Connection:
+    """A logged-in connection to a node; made by `open_connection`."""
+
+    def __init__(self, target: SshTarget, lease: float, aio: Aio, line: Line, fence: Fence) -> None:
+        self.target = target
+        self.lease = lease
+        self.fence = fence
+        self._aio = aio
+        self._line = line
+
+    @property
+    def node(self) -> str:
+        return self.target.node
+
+    @asynccontextmanager
+    async def open_channel(self, command: str, *, limit: int) -> AsyncGenerator[Channel, None]:
+        """Run a constant command string on the node; leaving closes its channel.
+
+        What is not constant goes through the channel's input: a login shell reads the command.
+
+        Args:
+            limit: bytes of output that are kept; what comes beyond is lost, and noted.
+
+        Raises:
+            ConnectionLostError: the connection is gone.
+        """
+        channel = Channel(self.node, self._aio, limit)
+        try:
+            await self._call(channel._open, self._line.last, command)
+            yield channel
+        finally:
+            channel.close()
+
+    async def wait_lost(self) -> SshError:
+        """Wait until the connection is gone and return why."""
+        await self._aio.call(self._line.last.wait_closed)
+        return failures.lost(None, self.node)
+
+    # files -------------------------------------------------------------------------------------
+    async def put(
+        self, local: Path, remote: str, *, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Copy a file to the node, over whatever is there.
+
+        ``progress`` is told the bytes done and the bytes in all. Cancelling leaves a part of it.
+
+        Raises:
+            TransferError: it cannot be read here or written there.
+        """
+        await self._transfer("put", str(local), remote, progress)
+
+    async def get(
+        self, remote: str, local: Path, *, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Copy a file from the node; otherwise as `put`."""
+        await self._transfer("get", remote, str(local), progress)
+
+    async def _transfer(
+        self, verb: str, source: str, target: str, progress: Callable[[int, int], None] | None
+    ) -> None:
+        told = self._aio.outbox()
+
+        def tell(_from: bytes, _to: bytes, done: int, total: int) -> None:
+            told.put((done, total))
+
+        async def copy() -> None:
+            async with self._line.last.start_sftp_client() as sftp:
+                await getattr(sftp, verb)(
+                    source, target, block_size=BLOCK, progress_handler=tell if progress else None
+                )
+
+        try:
+            async with trio.open_nursery() as nursery:
+                if progress is not None:
+                    nursery.start_soon(_relay, told, progress)
+                await self._call(copy)
+                await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel(reason="the file is copied")
+        except* (asyncssh.SFTPError, asyncssh.ChannelOpenError, OSError) as group:
+            exc = group.exceptions[0]
+            raise TransferError(
+                f"cannot {verb} {source} as {target} (node {self.node}): {exc}",
+                hint=f"{self.target.command} df -h",
+                node=self.node,
+            ) from exc
+
+    # forwards ----------------------------------------------------------------------------------
+    @asynccontextmanager
+    async def open_forward(self, host: str, port: int) -> AsyncGenerator[int, None]:
+        """Yield a port of our loopback that leads to ``host:port`` as the node sees it."""
+        async with self._listening(
+            self._line.last.forward_local_port, "127.0.0.1", 0, host, port
+        ) as listening:
+            yield listening
+
+    @asynccontextmanager
+    async def open_reverse_forward(self, host: str, port: int) -> AsyncGenerator[int, None]:
+        """Yield a port of the node's loopback that leads to ``host:port`` as we see it."""
+        async with self._listening(
+            self._line.last.forward_remote_port, "127.0.0.1", 0, host, port
+        ) as listening:
+            yield listening
+
+    @asynccontextmanager
+    async def _listening(
+        self, forward: Callable[..., Awaitable[Any]], *args: Any
+    ) -> AsyncGenerator[int, None]:
+        listeners: list[Any] = []
+
+        async def listen() -> None:
+            listeners.append(await forward(*args))
+
+        try:
+            await self._call(listen)
+            yield listeners[0].get_port()
+        finally:
+            for listener in listeners:
+                self._aio.soon(listener.close)
+
+    async def _call(self, async_fn: Callable[..., Awaitable[T]], *args: Any) -> T:
+        try:
+            return await self._aio.call(async_fn, *args)
+        except asyncssh.SFTPError:
+            raise
+        except (asyncssh.DisconnectError, asyncssh.ChannelOpenError) as exc:
+            if isinstance(exc, asyncssh.ChannelOpenError) and not self._line.last.is_closed():
+                raise SshError(
+                    f"the sshd of node {self.node} refuses: {exc.reason}",
+                    hint=f"{self.target.command} -v true",
+                    node=self.node,
+                ) from exc
+            raise failures.lost(exc, self.node) from exc
+        except asyncssh.ChannelListenError as exc:
+            raise SshError(
+                f"the sshd of node {self.node} refuses to forward a port: {exc}",
+                hint=f"{self.target.command} sshd -T   # AllowTcpForwarding must be yes",
+                node=self.node,
+            ) from exc
+
+
+async def _relay(told: Outbox[tuple[int, int]], progress: Callable[[int, int], None]) -> None:
+    while True:
+        for done, total in await told.take():
+            progress(done, total)
+
+
+@attrs.frozen
+class End:
+    """How a command on the node ended; ``status`` is 128 + n for a signal, -1 if unknown."""
+
+    status: int = -1
+    lost: bool = False
+
+
+class Channel(asyncssh.SSHClientSession):  # type: ignore[misc]
+    """One command on the node, used from trio; the callbacks run in the asyncio thread.
+
+    Output keeps its order and comes before the end, whatever the exit status overtakes.
+    """
+
+    def __init__(self, node: str, aio: Aio, limit: int) -> None:
+        self.node = node
+        self.overflowed = False
+        self._aio = aio
+        self._left = limit
+        self._output: Outbox[bytes | None] = aio.outbox()
+        self._stderr = bytearray()
+        self._chan: Any = None
+        self._status: int | None = None
+        self._closed: asyncio.Event | None = None
+        self._lost = False
+        self._ended = False
+
+    async def read(self) -> bytes:
+        """Return the next output, b"" at its end."""
+        if self._ended:
+            return b""
+        chunks = await self._output.take()
+        self._ended = chunks[-1] is None
+        return b"".join(chunk for chunk in chunks if chunk)
+
+    async def wait(self) -> End:
+        """Wait until the command has ended or the connection is gone."""
+        assert self._closed is not None
+        await self._aio.call(self._closed.wait)
+        return self.end
+
+    @property
+    def end(self) -> End:
+        return End(-1 if self._status is None else self._status, self._lost)
+
+    @property
+    def stderr(self) -> str:
+        return bytes(self._stderr).decode("utf-8", "replace")
+
+    def write(self, data: bytes) -> None:
+        """Send; what cannot be sent any more is lost, and `wait` tells."""
+        self._aio.soon(self._send, "write", data)
+
+    def write_eof(self) -> None:
+        self._aio.soon(self._send, "write_eof")
+
+    def discard_output(self) -> None:
+        """Take no more output: a flooding daemon must fill nobody's memory."""
+        self._left = 0
+
+    def close(self) -> None:
+        self._aio.soon(self._send, "abort")
+
+    # in the asyncio thread ---------------------------------------------------------------------
+    async def _open(self, connection: Any, command: str) -> None:
+        self._closed = asyncio.Event()
+        await connection.create_session(lambda: self, command, encoding=None)
+
+    def _send(self, verb: str, *args: Any) -> None:
+        if self._chan is not None:
+            with suppress(OSError, asyncssh.Error):
+                getattr(self._chan, verb)(*args)
+
+    def connection_made(self, chan: Any) -> None:
+        self._chan = chan
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        if datatype == asyncssh.EXTENDED_DATA_STDERR:
+            self._stderr += data
+            del self._stderr[:-STDERR_TAIL]
+            return
+        kept = data[: self._left]
+        self.overflowed = self.overflowed or len(kept) < len(data)
+        self._left -= len(kept)
+        if kept:
+            self._output.put(kept)
+
+    def exit_status_received(self, status: int) -> None:
+        self._status = status
+        # What the login shell has left in the background may hold the channel open for ever.
+        asyncio.get_running_loop().call_later(DRAIN, self._send, "abort")
+
+    def exit_signal_received(self, name: str, core: bool, message: str, lang: str) -> None:
+        self._status = 128 + _signal_number(name)
+
+    def eof_received(self) -> bool:
+        return True  # the other direction stays open: it is the lifeline
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost = exc is not None or self._status is None
+        self._output.put(None)
+        if self._closed is not None:
+            self._closed.set()
+
+
+def _signal_number(name: str) -> int:
+    try:
+        return int(signal.Signals[f"SIG{name}"])
+    except KeyError:
+        return 0
+
+
+@asynccontextmanager
+async def open_connection(
+    target: SshTarget, aio: Aio, *, lease: float = LEASE, fence: Fence | None = None
+) -> AsyncGenerator[Connection, None]:
+    """Log in to a node while the body runs; a dead connection is noticed within ``lease``.
+
+    Three tries if the node is not reached, one if it does not let us in.
+
+    Args:
+        fence: notes when our last word may have reached the node; also after the body.
+
+    Raises:
+        UnknownHostKeyError: nobody has vouched for the node's key yet.
+        SshError: whatever else, in words; the network, the node, keys, the ssh_config.
+    """
+    fence = fence or Fence()
+    line = Line()
+    try:
+        line = await _dial(target, aio, lease)
+        yield Connection(target, lease, aio, line, fence)
+    finally:
+        await _close(aio, line, polite=not fence.is_up)
+        fence.note_closed()
+
+
+async def _dial(target: SshTarget, aio: Aio, lease: float) -> Line:
+    error: UnreachableError | None = None
+    for wait in WAITS:
+        await trio.sleep(wait)
+        dialler = Dialler(aio, target, lease)
+        try:
+            await dialler.dial()
+        except UnreachableError as exc:
+            log.info("%s", exc)
+            error = exc
+        else:
+            return dialler.take()
+        finally:
+            await _close(aio, dialler.line, polite=False)
+    assert error is not None
+    raise error
+
+
+async def _close(aio: Aio, line: Line, *, polite: bool) -> None:
+    """Close what is open, in bounded time."""
+    if line.connections:
+        # Cleanup: bounded inside; the outer bound is for an asyncio thread that is stuck.
+        with trio.move_on_after(CLOSE * 4, shield=True):
+            await aio.call(_close_all, line, polite)
+    if line.sock is not None:
+        line.sock.close()
+
+
+async def _close_all(line: Line, polite: bool) -> None:
+    if polite:
+        for connection in reversed(line.connections):
+            connection.close()
+        await _wait_closed(line)
+    if not polite and line.sock is not None:
+        with suppress(OSError):  # closed already
+            # Reset: neither we nor the kernel send what is still unsent.
+            line.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    for connection in line.connections:
+        connection.abort()
+    await _wait_closed(line)
+
+
+async def _wait_closed(line: Line) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE):
+            for connection in reversed(line.connections):
+                await connection.wait_closed()

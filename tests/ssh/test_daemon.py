@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+import rbee
+from rbee.aio import Aio
+from rbee.errors import ChildExitedError, MachineError, RbeeError
+from rbee.guard import start_time
+from rbee.ssh import (
+    ConnectionLostError,
+    NoHelloError,
+    RemoteMachineError,
+    RemoteProgramError,
+    SshError,
+    open_connection,
+    open_remote_daemon,
+)
+from tests.ssh.nodes import GRACES, LEASE, gone, open_planted, pids, start
+from tests.ssh.sshd import Sshd
+
+pytestmark = pytest.mark.slow
+
+
+async def test_a_daemon_lives_as_long_as_its_scope(sshd: Sshd, aio: Aio, node_home: str) -> None:
+    with trio.fail_after(20):
+        async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+            async with open_planted(connection, "serve", node_home, "a b", "$(id);'") as daemon:
+                told = daemon.hello.capabilities
+                run_dir = Path(told["start"]["run_dir"])
+                assert told["start"]["token"] == "s3cret"
+                assert told["argv"] == ["a b", "$(id);'"]
+                assert all(start_time(pid) for pid in pids(daemon))
+                assert (run_dir / "owner").exists()
+                assert connection.fence.is_up
+            await gone(*pids(daemon), within=0.5)
+            assert not run_dir.exists()
+            assert not connection.fence.is_up
+            assert connection.fence.last_beat
+    assert "hive.log" in daemon.log
+    assert "stopping: asked to" in Path(daemon.log).read_text()
+
+
+async def test_a_hive_is_owned_over_ssh_as_it_is_locally(
+    sshd: Sshd, aio: Aio, node_home: str
+) -> None:
+    argv = [
+        sys.executable, "-m", "rbee.hive", "daemon", "--owned", "--port", "0", "--home", node_home,
+    ]  # fmt: skip
+    env = {"PYTHONPATH": str(Path(rbee.__file__).parents[1]), "RBEE_NONCE": "0123456789abcdef"}
+    async with open_connection(sshd.target(), aio) as connection:
+        with trio.fail_after(60):
+            async with open_remote_daemon(
+                connection, argv, start(10), graces=(7.5, 7), log_file="hive-mac.log",
+                home=node_home, env=env,
+            ) as daemon:  # fmt: skip
+                assert daemon.hello.component == "hive"
+                assert start_time(daemon.hello.pid)
+        assert not start_time(daemon.hello.pid)
+        assert not connection.fence.is_up
+
+
+async def test_a_daemon_is_beaten_for_longer_than_its_lease(
+    sshd: Sshd, aio: Aio, node_home: str
+) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        async with open_planted(connection, "serve", node_home) as daemon:
+            with trio.move_on_after(LEASE + 1.5):
+                await daemon.wait()
+            assert start_time(daemon.hello.pid)
+
+
+async def test_a_flooding_daemon_fills_no_memory_and_ends(
+    sshd: Sshd, aio: Aio, node_home: str
+) -> None:
+    with trio.fail_after(20):
+        async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+            async with open_planted(connection, "flood", node_home) as daemon:
+                await trio.sleep(0.3)
+    await gone(*pids(daemon), within=0.5)
+
+
+async def test_an_end_nobody_asked_for_is_told_with_the_log(
+    sshd: Sshd, aio: Aio, node_home: str
+) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        async with open_planted(connection, "serve", node_home) as daemon:
+            os.kill(daemon.hello.pid, 9)
+            error = await daemon.ended(await daemon.wait())
+    assert isinstance(error, ChildExitedError)
+    assert "node mac" in error.message
+    assert "SIGKILL" in error.message
+    assert "command ended with 137" in error.details["log"]
+    await gone(*pids(daemon), within=0.5)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "says"),
+    [
+        ("exit", ChildExitedError, "code 3"),
+        ("no-module", RemoteProgramError, "rbee_does_not_exist"),
+        ("silent", NoHelloError, "did not say within 2 s"),
+        ("nonsense", SshError, "good morning"),
+        ("error", RbeeError, "node mac: no room"),
+    ],
+)
+async def test_a_daemon_that_does_not_start_says_why(
+    sshd: Sshd, aio: Aio, node_home: str, how: str, kind: type[RbeeError], says: str
+) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        with pytest.raises(kind) as caught:
+            async with open_planted(connection, how, node_home, hello_limit=2.0):
+                pytest.fail("it has not started")
+        assert not connection.fence.is_up
+    assert says in caught.value.message
+    assert caught.value.hint
+
+
+async def test_a_missing_program_and_an_unwritable_home_are_told(
+    sshd: Sshd, aio: Aio, node_home: str, tmp_path: Path
+) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        with pytest.raises(RemoteProgramError, match="no program /no/such") as caught:
+            async with open_remote_daemon(
+                connection, ["/no/such"], start(), graces=GRACES, log_file="l", home=node_home
+            ):
+                pass
+        assert caught.value.hint == "rbee-keeper node install mac"
+        (tmp_path / "file").touch()
+        with pytest.raises(RemoteMachineError, match="Not a directory"):
+            async with open_planted(connection, "serve", str(tmp_path / "file/home")):
+                pass
+
+
+async def test_killed_session_ends_the_daemon_at_once_and_raises(
+    sshd: Sshd, aio: Aio, node_home: str
+) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        async with open_planted(connection, "serve", node_home) as daemon:
+            with trio.fail_after(5):
+                sshd.kill_sessions()
+                with pytest.raises(ConnectionLostError, match="node mac"):
+                    await daemon.wait()
+                assert isinstance(await connection.wait_lost(), ConnectionLostError)
+    assert connection.fence.is_up
+    assert connection.fence.lifted_at >= connection.fence.last_beat + LEASE + 8
+    await gone(*pids(daemon), within=GRACES[0] + 1.5)
+
+
+async def test_the_bodys_own_error_comes_out_plain(sshd: Sshd, aio: Aio, node_home: str) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        with pytest.raises(MachineError, match="mine"):
+            async with open_planted(connection, "serve", node_home):
+                raise MachineError("mine")
