@@ -18,6 +18,7 @@ from rbee.keeper.flags import AnswerFlags
 from rbee.keeper.output import (
     Output,
     StdoutClosedError,
+    ToldError,
     is_terminal,
     note,
     open_output,
@@ -59,6 +60,7 @@ class Conversation:
         self._model = model
         self._said: list[Message] = []
         self._output = output
+        self._failed = False
         self._lines = Lines(0)
         self._prompt = ">>> " if is_terminal(sys.stdin) else ""
 
@@ -69,9 +71,11 @@ class Conversation:
             await write(2, self._prompt.encode())
             line = await self._lines.next()
             if line is None or line.strip() in EXITS:
-                return
+                break
             if line.strip():
                 await self._survive(line.strip())
+        if self._failed and not self._prompt:  # a script goes by the exit code
+            raise ToldError("an answer failed")
 
     async def _survive(self, text: str) -> None:
         """Reply, and go on talking when only this answer failed."""
@@ -82,9 +86,8 @@ class Conversation:
             if isinstance(error, StdoutClosedError | OwnerGoneError) or error.code in NO_QUEEN:
                 raise
             self._said.pop()
-            if not self._prompt:  # a script, which asks for the exit code and goes by it
-                raise error from None
             print_error(error)
+            self._failed = True
 
     async def _reply(self, text: str) -> None:
         self._said.append(Message("user", text))

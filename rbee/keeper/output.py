@@ -37,6 +37,12 @@ class StdoutClosedError(RbeeError):
     exit_code = 0
 
 
+class ToldError(RbeeError):
+    """A failure that was told already; only its exit code is left to give."""
+
+    code = "told"
+
+
 def ensure_standard_fds() -> None:
     """Put /dev/null where 0, 1 or 2 is closed, lest a socket takes that number and our output."""
     for fd in (0, 1, 2):

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from rbee.errors import DeadlineError, PeerError, RbeeError, leaves
-from rbee.keeper.output import StdoutClosedError, print_error
+from rbee.keeper.output import StdoutClosedError, ToldError, print_error
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 
 
@@ -60,6 +60,6 @@ def first_error(exc: BaseException) -> RbeeError | None:
 
 def report(error: RbeeError) -> int:
     """Print an error and return its exit code."""
-    if not isinstance(error, StdoutClosedError):
+    if not isinstance(error, StdoutClosedError | ToldError):
         print_error(error)
     return error.exit_code
