@@ -38,6 +38,8 @@ def sample(argument: Argument, source: int) -> Any:
         return 0.25 + source
     if "Literal" in kind:
         return "cpu" if source == ENVIRONMENT else "cuda"
+    if argument.name == "--memory":
+        return f"{source + 1}G"
     if "tuple" in kind:
         return (f"stop-{source}", "b")
     return Path(f"value-{source}") if "Path" in kind else f"value-{source}"

@@ -21,6 +21,7 @@ import attrs
 import trio
 
 from rbee.aio import Aio, Outbox
+from rbee.errors import leaves
 from rbee.ssh import failures
 from rbee.ssh.dial import Dialler, Line
 from rbee.ssh.errors import SshError, TransferError, UnreachableError
@@ -109,6 +110,7 @@ class Connection:
                     source, target, block_size=BLOCK, progress_handler=tell if progress else None
                 )
 
+        failed: BaseException | None = None
         try:
             async with trio.open_nursery() as nursery:
                 if progress is not None:
@@ -117,12 +119,13 @@ class Connection:
                 await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel(reason="the file is copied")
         except* (asyncssh.SFTPError, asyncssh.ChannelOpenError, OSError) as group:
-            exc = group.exceptions[0]
+            failed = next(leaves(group))
+        if failed is not None:  # bare: what is raised in there comes out as a group
             raise TransferError(
-                f"cannot {verb} {source} as {target} (node {self.node}): {exc}",
+                f"cannot {verb} {source} as {target} (node {self.node}): {failed}",
                 hint=f"{self.target.command} df -h",
                 node=self.node,
-            ) from exc
+            ) from failed
 
     # forwards ----------------------------------------------------------------------------------
     @asynccontextmanager

@@ -243,7 +243,8 @@ class TestHosts:
         ssh(hosts, "mac", f"{sys.executable} {mac.home}/stray.py")
 
         wait_for(lambda: [p.title for p in mac.processes()] == ["sleep 61"])
-        assert mac.processes()[0].signal()
+        stray = next(p for p in mac.processes() if p.title == "sleep 61")
+        assert stray.signal()
         wait_for(lambda: not mac.processes())
 
     def test_sshd_is_listed_when_asked_for(self, hosts):

@@ -131,6 +131,9 @@ async def test_a_cancelled_job_tells_its_reason(autojump_clock):
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cancel)
         events, _, figures = await run(FakeEngine(5, LAST), jobs)
-    assert events[-1] == ("error", {"code": "cancelled", "message": "deleted", "hint": ""})
+    assert events[-1] == (
+        "error",
+        {"code": "cancelled", "message": "deleted", "hint": "", "details": {}},
+    )
     assert figures.jobs == {"cancelled": 1}
     assert len(jobs) == 0
