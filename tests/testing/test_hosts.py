@@ -460,6 +460,8 @@ class TestTheEnd:
         subprocess.run(json.loads(owner.stdout.readline()), check=True, stdout=subprocess.DEVNULL)
         other = json.loads(owner.stdout.readline())
         stray = subprocess.Popen(other) if network else None
+        if stray is not None:
+            wait_for(lambda: b"nsenter" not in Path(f"/proc/{stray.pid}/cmdline").read_bytes())
         assert Path(directory).exists()
 
         owner.kill()
