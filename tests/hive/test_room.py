@@ -204,7 +204,7 @@ async def test_a_start_that_is_given_up_holds_up_nobody(autojump_clock: trio.abc
         nursery.start_soon(house.make, 50)
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
-    await house.make(30)
+    assert (await house.make(30)).plan == need(30)
 
 
 async def test_a_budget_bounds_what_all_take_together(autojump_clock: trio.abc.Clock) -> None:
@@ -218,7 +218,9 @@ async def test_a_budget_bounds_what_all_take_together(autojump_clock: trio.abc.C
 async def test_where_nobody_knows_what_is_free_nothing_is_refused(
     autojump_clock: trio.abc.Clock,
 ) -> None:
-    await House([guest("a", 90)], knows=False).make(1000)
+    house = House([guest("a", 90)], knows=False)
+    assert (await house.make(1000)).plan == need(1000)
+    assert house.gone == []
 
 
 async def test_only_those_on_the_same_device_go(autojump_clock: trio.abc.Clock) -> None:

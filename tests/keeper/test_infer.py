@@ -93,6 +93,7 @@ async def test_tokens_come_out_as_they_come(home: Home) -> None:
     queen = FakeQueen(script=[*answer("a", "b")[:-1], None])
     async with open_fake(queen, home), open_keeper(*INFER) as process:
         await read_until(process.stdout, b"ab")
+        assert process.returncode is None  # it is not the end that brought them
         process.terminate()
 
 

@@ -172,6 +172,7 @@ async def test_the_event_loop_runs_on_while_the_database_is_waited_for(store: No
             nursery.start_soon(store.note_ready, "mac")
             await trio.sleep(0.05)
             scope.cancel()  # nor does cancelling wait for it
+    assert scope.cancelled_caught
     holder.execute("ROLLBACK")
     holder.close()
 

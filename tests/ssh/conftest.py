@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from rbee.aio import Aio, open_aio
+from rbee.home import find_home
 from tests.ssh.sshd import SSHD, Sshd, open_sshd
 
 
@@ -26,5 +28,9 @@ async def aio() -> AsyncIterator[Aio]:
 
 
 @pytest.fixture
-def node_home(tmp_path: Path) -> str:
-    return str(tmp_path / "node home")
+def node_home(tmp_path: Path) -> Iterator[str]:
+    """Name a home on the node; nothing is left in its run directory."""
+    home = tmp_path / "node home"
+    yield str(home)
+    with suppress(FileNotFoundError):
+        find_home(home, {}).run.rmdir()

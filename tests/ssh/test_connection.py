@@ -164,7 +164,8 @@ async def test_no_ssh_server_is_told(sshd: Sshd, aio: Aio) -> None:
     async with trio.open_nursery() as nursery:
         serving = await nursery.start(trio.serve_tcp, hang_up, 0)
         port = serving[0].socket.getsockname()[1]
-        await refused(sshd.target(port=port), aio, RbeeError)
+        error = await refused(sshd.target(port=port), aio, RbeeError)
+        assert "node mac" in error.message
         nursery.cancel_scope.cancel()
 
 

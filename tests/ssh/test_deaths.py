@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,10 @@ def hosts() -> Iterator[Hosts]:
         pytest.skip(why)
     with open_hosts_sync("mac", readable=[TREE]) as hosts:
         yield hosts
+        uid = hosts["mac"].uid
+    for run in Path("/tmp").glob(f"rbee-{uid}-*") if uid != os.getuid() else ():
+        assert [path for path in run.rglob("*") if path.is_file()] == []
+        shutil.rmtree(run)
 
 
 @pytest.fixture
@@ -67,7 +72,7 @@ async def clean(host: Host, within: float) -> float:
 
 def partition(host: Host) -> None:
     if not host.can_partition:
-        pytest.skip(host.why_whole)
+        pytest.skip(host.why_no_partition)
     host.partition()
 
 
