@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -134,6 +135,7 @@ async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Clus
         # nonce yet, somebody else's daemon has none at all, and `check.kill` would end them.
         check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
         model = workload.slow_model if slow else workload.model
+        _hear_interrupts()
         with (base / "keeper.log").open("wb") as stderr:
             keeper = subprocess.Popen(
                 keeper_argv("run", model, workload),
@@ -157,6 +159,12 @@ async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Clus
                 if pipe:
                     pipe.close()
             shutil.rmtree(base, ignore_errors=True)
+
+
+def _hear_interrupts() -> None:
+    """A shell's background job ignores SIGINT, and what it starts would be deaf to it as well."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 async def keep_noting(cluster: Cluster) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -160,8 +161,11 @@ async def test_a_command_that_was_stopped_for_a_moment_goes_on(
     await leaks.wait_clean(1)
 
 
-def test_python_m_rbee_is_the_keeper() -> None:
-    import rbee.__main__
-    import rbee.keeper.app
-
-    assert sys.modules["rbee.__main__"].main is rbee.keeper.app.main
+def test_ctrl_c_is_not_lost_in_the_imports_of_the_keeper() -> None:
+    code = (
+        "import signal, sys, types; from rbee.__main__ import main; "
+        "there = sys.modules['rbee.keeper.app'] = types.ModuleType('app'); "
+        "there.main = lambda: print(signal.getsignal(signal.SIGINT).name); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("SIG_DFL\n", "")

@@ -1,0 +1,108 @@
+"""The nodes of one queen: its own machine and the registered ones, connected when needed."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import trio
+
+from rbee.aio import open_aio
+from rbee.errors import RbeeError
+from rbee.model import LOCALHOST
+from rbee.nodes.node import NodeStatus
+from rbee.nodes.store import NodeStore
+from rbee.queen.machine import LocalMachine, Machine, QueenSetup
+from rbee.scopes import TaskOwner
+from rbee.wire.messages import Narration
+
+if TYPE_CHECKING:
+    from rbee.queen.remote import Remote
+
+log = logging.getLogger(__name__)
+
+Narrate = Callable[[Narration], None]
+
+
+class Machines(TaskOwner):
+    """Opens nodes by name. SSH is loaded with the first node that needs it."""
+
+    def __init__(self, setup: QueenSetup) -> None:
+        self._setup = setup
+        self.store = NodeStore.of(setup.home)
+        self._remote: Remote | None = None
+        self._loading = trio.Lock()
+
+    async def check(self, name: str) -> None:
+        """Raise `NotFoundError` if there is no node of that name."""
+        if name != LOCALHOST:
+            await self.store.get(name)
+
+    @asynccontextmanager
+    async def open(self, name: str, narrate: Narrate) -> AsyncGenerator[Machine, None]:
+        """Connect to a node while the body runs.
+
+        Raises:
+            NotFoundError: there is no such node.
+            SshError: it is not reached, or cannot run a hive, in words.
+        """
+        if name == LOCALHOST:
+            yield LocalMachine(self._setup)
+            return
+        node = await self.store.get(name)
+        async with (await self._load()).open(node, narrate) as machine:
+            yield machine
+
+    def fenced_for(self, name: str) -> float:
+        """Return the seconds in which something of a lost hive may still run on a node."""
+        return self._remote.fenced_for(name) if self._remote else 0.0
+
+    async def note(self, name: str, error: BaseException | None) -> None:
+        """Note in the registry that a node is ready, or why it is not."""
+        if name == LOCALHOST:
+            return
+        try:
+            if error is None:
+                await self.store.note_ready(name)
+            else:
+                await self.store.note_failure(name, str(error), _status_of(error))
+        except RbeeError as exc:  # it was removed meanwhile, or the disk is full: no hive's fault
+            log.warning("node %s: %s", name, exc)
+
+    async def _load(self) -> Remote:
+        async with self._loading:
+            if self._remote is None:
+                # In a thread: importing takes half a second, in which no stream should stand.
+                load = importlib.import_module
+                module = await trio.to_thread.run_sync(load, "rbee.queen.remote")
+                self._remote = await self.tasks.start(self._keep_ssh, module.Remote)
+            return self._remote
+
+    async def _keep_ssh(
+        self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]
+    ) -> None:
+        # Shielded till `open` ends: hives need it for their own end. It has no work of its own.
+        with trio.CancelScope(shield=True) as self._ssh:
+            async with open_aio(name="ssh", uvloop=False) as aio:
+                task_status.started(make(self._setup, aio))
+                await trio.sleep_forever()
+
+    @asynccontextmanager
+    async def open_all(self) -> AsyncGenerator[None, None]:
+        """Hold the SSH side; what uses it must have ended before the body does."""
+        async with super().open():
+            try:
+                yield
+            finally:
+                if self._remote is not None:
+                    self._ssh.cancel(reason="the queen stops")
+
+
+def _status_of(error: BaseException) -> NodeStatus:
+    code = getattr(error, "code", "")
+    if code in ("unreachable", "ssh_auth", "ssh_key", "ssh_config", "connection_lost"):
+        return NodeStatus.UNREACHABLE
+    return NodeStatus.UNUSABLE
