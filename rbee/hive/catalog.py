@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from rbee.config import load_config
+from rbee.hive.failures import telling_where
 from rbee.home import Home
 from rbee.models.catalog import remove_model
 from rbee.models.child import Narrate
 from rbee.models.footprint import stored_dtype
 from rbee.models.info import model_infos
 from rbee.models.pull import pull
+from rbee.models.reference import Meaning
 from rbee.process import run_program
 from rbee.web.narrated import Tell, narrated
 from rbee.web.router import Stream
@@ -32,6 +34,8 @@ async def pull_here(home: Home, request: PullModel, narrate: Narrate) -> Pulled:
         request.model,
         home,
         aliases=load_config(home.config_file).aliases,
+        meaning=Meaning(request.alias, request.sources),
+        access=request.hub,
         dtype=request.dtype,
         default=stored_dtype("cpu", None),
         run=_run,
@@ -40,14 +44,15 @@ async def pull_here(home: Home, request: PullModel, narrate: Narrate) -> Pulled:
     return Pulled(model.reference, str(model.directory))
 
 
-def stream_pull(home: Home, request: PullModel) -> Stream:
+def stream_pull(home: Home, node: str, request: PullModel) -> Stream:
     """Pull a model for as long as somebody reads how it goes."""
 
     async def work(tell: Tell) -> Pulled:
         def narrate(action: str, text: str, *, share: float | None = None) -> None:
             tell(Narration("hive", action, text, share))
 
-        return await pull_here(home, request, narrate)
+        with telling_where(node):
+            return await pull_here(home, request, narrate)
 
     return narrated(work)
 
@@ -58,5 +63,5 @@ async def remove_here(home: Home, name: str) -> None:
     await trio.to_thread.run_sync(partial(remove_model, home, name, aliases=aliases))
 
 
-async def _run(argv: Sequence[str], *, log: Path) -> int:
-    return await run_program(argv, log_file=log)
+async def _run(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> int:
+    return await run_program(argv, log_file=log, env=env)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import trio
 
 from rbee.config import load_config
+from rbee.hive.failures import telling_where
 from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, Local, Provision
 from rbee.models import memory
 from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan, stored_dtype
 from rbee.models.provision import provision
+from rbee.models.reference import Meaning
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
 from rbee.worker.engine import engine_kind
@@ -26,14 +28,17 @@ def provisioner(setup: HiveSetup) -> Provision:
         kind = engine_kind(request.engine)
         if not kind.needs_model:
             return None
-        return await provision(
-            request.model,
-            setup.home,
-            aliases=load_config(setup.home.config_file).aliases,
-            dtype=stored_dtype(request.backend, request.dtype),
-            run=_run,
-            narrate=narrate,
-        )
+        with telling_where(setup.node):
+            return await provision(
+                request.model,
+                setup.home,
+                aliases=load_config(setup.home.config_file).aliases,
+                meaning=Meaning(request.alias, request.sources),
+                access=request.hub,
+                dtype=stored_dtype(request.backend, request.dtype),
+                run=_run,
+                narrate=narrate,
+            )
 
     return bring
 
@@ -52,5 +57,5 @@ def memory_of(setup: HiveSetup) -> Memory:
     return Memory(plan=plan, free=free, check=memory.check_room, budget=setup.memory)
 
 
-async def _run(argv: Sequence[str], *, log: Path) -> int:
-    return await run_program(argv, log_file=log)
+async def _run(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> int:
+    return await run_program(argv, log_file=log, env=env)

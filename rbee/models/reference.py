@@ -108,6 +108,14 @@ class Reference:
         return tuple(name for name in (self.alias, *hub[:1]) if name)
 
 
+@attrs.frozen
+class Meaning:
+    """What a name stands for in somebody's config: an alias of his and its sources, or nothing."""
+
+    alias: str = ""
+    sources: tuple[str, ...] = ()
+
+
 def parse(name: str, aliases: Aliases | None = None) -> Reference:
     """Find out what ``name`` means; looks at the disk, never at a network.
 
@@ -128,12 +136,39 @@ def parse(name: str, aliases: Aliases | None = None) -> Reference:
     raise _unknown(name, known)
 
 
+def meaning_of(name: str, aliases: Aliases | None = None) -> Meaning:
+    """Return the alias that ``name`` is, or is the hub id of, and its sources, as they are written.
+
+    Raises:
+        BadInputError: the alias leads back to itself.
+    """
+    known = {**BUILT_IN, **(aliases or {})}
+    alias = name if name in known else _alias_of_hub_id(name, known)
+    return Meaning(alias, spread(alias, known)) if alias else Meaning()
+
+
+def led_to(meaning: Meaning) -> Reference:
+    """Take an alias for what somebody else says that it means; paths are this machine's.
+
+    Raises:
+        BadInputError: a source is none.
+    """
+    alias, texts = meaning.alias, meaning.sources
+    return Reference(tuple(_alias_source(alias, text, only=False) for text in texts), alias=alias)
+
+
 def absolute(name: str) -> str:
     """Make a path that was typed here mean the same elsewhere; other names stay as they are."""
+    path = typed_path(name)
+    return name if path is None else str(path)
+
+
+def typed_path(name: str) -> LocalPath | None:
+    """Return the path that ``name`` is, whether or not there is something; None for other names."""
     path = _typed_path(name)
     if path is None or not (path.exists() or _looks_like_path(name)):
-        return name
-    return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100 - symlinks stay what was typed
+        return None
+    return LocalPath(Path(os.path.abspath(path)))  # noqa: PTH100 - symlinks stay what was typed
 
 
 def shown(name: str) -> str:

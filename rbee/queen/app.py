@@ -69,7 +69,7 @@ def make_app(
         return json_response(list(hives.workers))
 
     async def start_worker(request: Request) -> Response | Stream:
-        body = aliases.fill_start(await request.read(StartWorker))
+        body = aliases.spell_out(aliases.fill_start(await request.read(StartWorker)))
         body = attrs.evolve(body, engine=body.engine or DEFAULT_ENGINE, owner=setup.id)
         if request.accepts_events():
             return narrated(partial(until_ready, hives, jobs, body))
@@ -86,7 +86,8 @@ def make_app(
         return json_response(await models.infos())
 
     async def pull_model(request: Request) -> Stream:
-        return narrated(partial(models.pull, await request.read(PullModel)))
+        body = aliases.spell_out(await request.read(PullModel))
+        return narrated(partial(models.pull, body))
 
     async def remove_model(request: Request) -> Response:
         await models.remove(request.params["node"], request.params["model"])

@@ -41,6 +41,7 @@ from rbee.wire.messages import (
     ExecuteRequest,
     Narration,
     Queued,
+    StartWorker,
     TaskRequest,
     WorkerInfo,
     WorkerNarration,
@@ -219,7 +220,7 @@ class Jobs(TaskOwner):
         with self._hives.narrations.subscribe() as narrations:
             async with hive.starting:  # two jobs for one model are one start
                 worker = self._choose(request) or await self._start(job, hive)
-            start = start_for(request, self._hives.queen_id)
+            start = self._start_for(request)
             try:
                 ready = await self.until_ready(worker.worker_id, narrations, job.narrate)
             except RbeeError as exc:
@@ -232,8 +233,11 @@ class Jobs(TaskOwner):
         running = Counter(job.worker_id for job in self._jobs.values())
         return choose(self._hives.workers, request, self._aliases.meanings, running)
 
+    def _start_for(self, request: TaskRequest) -> StartWorker:
+        return self._aliases.spell_out(start_for(request, self._hives.queen_id))
+
     async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
-        start = start_for(job.request, self._hives.queen_id)
+        start = self._start_for(job.request)
         self._backoff.check(start)
         job.narrate(Narration("queen", "start", f"a worker for {shown(job.request.model)}"))
         worker = await hive.start_worker(start)

@@ -81,9 +81,7 @@ class Machines(TaskOwner):
                 self._remote = await self.tasks.start(self._keep_ssh, module.Remote)
             return self._remote
 
-    async def _keep_ssh(
-        self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]
-    ) -> None:
+    async def _keep_ssh(self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]) -> None:
         # Shielded till `open` ends: hives need it for their own end. It has no work of its own.
         with trio.CancelScope(shield=True) as self._ssh:
             async with open_aio(name="ssh", uvloop=False) as aio:
