@@ -1,4 +1,4 @@
-"""``model pull``: on this machine's disk, or through a queen on a node's."""
+"""``model pull``: on this machine's disk, or on a node's: through a queen, or sent from here."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ async def pull_model(flags: PullFlags, name: str) -> None:
 
 
 async def _pull(flags: PullFlags, request: PullModel, output: Output) -> Pulled:
+    if flags.copy:
+        from rbee.keeper.copy import check_copy, copy_model
+
+        check_copy(flags)
+        return await copy_model(flags, request, output)
     home = open_home(flags.home)
     if flags.node is not None or flags.queen_url:
         async with open_queen_for(flags, home) as queen:
