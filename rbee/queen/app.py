@@ -12,8 +12,9 @@ from rbee import __version__
 from rbee.errors import NotFoundError
 from rbee.model import DEFAULT_ENGINE, WorkerId, WorkerState
 from rbee.queen.aliases import Aliases
-from rbee.queen.hives import Hives, QueenSetup
+from rbee.queen.hives import Hives
 from rbee.queen.jobs import Job, Jobs
+from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
 from rbee.queen.starts import ask, until_ready
@@ -96,7 +97,9 @@ def make_app(
         message = await request.read(WorkerReady)
         info = _worker(hives, message.worker_id)
         state = WorkerState.READY.value
-        hives.take_info(attrs.evolve(info, state=state, url=message.url, model=message.model_ref))
+        ready = attrs.evolve(info, state=state, url=message.url, model=message.model_ref)
+        if hive := hives.running(info.node):
+            await hives.take_news(hive, ready)
         return Response(status=204)
 
     async def shutdown(request: Request) -> Response:

@@ -15,7 +15,8 @@ from rbee.home import Home
 from rbee.model import LOCALHOST
 from rbee.models.catalog import remove_model
 from rbee.models.info import model_infos
-from rbee.queen.hives import Hive, Hives
+from rbee.queen.hive import Hive
+from rbee.queen.hives import Hives
 from rbee.web.client import call, open_events
 from rbee.web.narrated import Tell
 from rbee.wire import codec, messages

@@ -53,6 +53,14 @@ class Connection:
     def node(self) -> str:
         return self.target.node
 
+    @property
+    def address(self) -> str:
+        """Where the node is reached over IP; "" if only its jump host knows."""
+        line = self._line
+        if line.sock is None or len(line.connections) > 1:
+            return ""
+        return str(line.sock.getpeername()[0])
+
     @asynccontextmanager
     async def open_channel(self, command: str, *, limit: int) -> AsyncGenerator[Channel, None]:
         """Run a constant command string on the node; leaving closes its channel.

@@ -62,7 +62,10 @@ class Hello:
 
 @attrs.frozen
 class DaemonStart:
-    """What an owner tells a daemon on the first lifeline line (``start {json}``)."""
+    """What an owner tells a daemon on the first lifeline line (``start {json}``).
+
+    ``host``: the address to listen on, where only the node knows its own; "" leaves it to --host.
+    """
 
     owner: str
     token: str
@@ -70,6 +73,7 @@ class DaemonStart:
     queen_url: str = ""
     queen_id: str = ""
     lease: float = 10.0
+    host: str = ""
 
 
 @attrs.frozen
