@@ -241,7 +241,7 @@ class Hives(TaskOwner):
         """Note a worker's newest state once we know our way to it."""
         if info.owner == self._setup.id and info.state not in OVER:
             await hive.learn(info.url)
-        self.take_info(info)
+        self.take_info(hive.at_node(info))
 
     def _take_narration(self, told: WorkerNarration) -> None:
         self.narrations.send(told)
