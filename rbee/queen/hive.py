@@ -55,7 +55,7 @@ class Hive:
         return self.at_node(info)
 
     def at_node(self, info: WorkerInfo) -> WorkerInfo:
-        """Return a worker of its at the node as its queen calls it: operators' hives do not know."""
+        """Return a worker of its at the node as our queen calls it, which its hive may not know."""
         return attrs.evolve(info, node=self.info.node)
 
     async def stop_worker(self, worker_id: str) -> None:

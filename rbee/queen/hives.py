@@ -78,7 +78,8 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             RbeeError: its hive cannot be started.
         """
-        await self.machines.check(node)
+        if node not in self._hives:
+            await self.machines.check(node)
         async with self._lock(node):
             hive = self._hives.get(node)
             if hive is None:
@@ -92,7 +93,8 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             ConflictError: an operator has started it, so it is not ours to end.
         """
-        await self.machines.check(node)
+        if node not in self._hives:
+            await self.machines.check(node)
         async with self._lock(node):
             hive = self._hives.get(node)
             pid = hive.info.pid if hive else self._operators_pid(node)
