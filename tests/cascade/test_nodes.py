@@ -98,6 +98,19 @@ def test_a_model_answers_on_a_node_and_leaves_nothing(
     assert mac.processes() == []  # before the command had ended
 
 
+def test_the_logs_of_a_node_are_told_after_its_end(me: User, mac: Host) -> None:
+    register(me.home, "mac")
+    assert infer(MODEL, "--node", "mac", "--max-tokens", "2", env=me.environ).code == 0
+    told = run("logs", "--node", "mac", "--json", env=me.environ).out.splitlines()
+    logs = {json.loads(line)["log"] for line in told}
+    assert "hive-mac" in logs
+    worker = next(name for name in logs if name.startswith("worker-"))
+    alone = run("logs", "--node", "mac", "--worker", worker, env=me.environ).out
+    assert "llm-worker-rbee" in alone.splitlines()[0]
+    refused = run("logs", "--node", "mac", "--worker", "nope", env=me.environ)
+    refused.check_refusal("node mac: no log of a worker 'nope'")
+
+
 def test_a_node_without_rbee_says_what_to_do(me: User, mac: Host) -> None:
     register(me.home, "mac", rbee_path="/nowhere/bin")
     done = infer(MODEL, "--node", "mac", env=me.environ)
