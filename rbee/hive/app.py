@@ -87,7 +87,7 @@ def make_app(
         return json_response(await list_catalog(setup.home, setup.node))
 
     async def pull_model(request: Request) -> Stream:
-        return stream_pull(setup.home, setup.node, await request.read(PullModel))
+        return stream_pull(setup.home, await request.read(PullModel))
 
     async def remove_model(request: Request) -> Response:
         await remove_here(setup.home, request.params["model"])

@@ -9,7 +9,6 @@ from pathlib import Path
 import trio
 
 from rbee.config import load_config
-from rbee.hive.failures import telling_where
 from rbee.home import Home
 from rbee.models.catalog import remove_model
 from rbee.models.child import Narrate
@@ -44,15 +43,14 @@ async def pull_here(home: Home, request: PullModel, narrate: Narrate) -> Pulled:
     return Pulled(model.reference, str(model.directory))
 
 
-def stream_pull(home: Home, node: str, request: PullModel) -> Stream:
+def stream_pull(home: Home, request: PullModel) -> Stream:
     """Pull a model for as long as somebody reads how it goes."""
 
     async def work(tell: Tell) -> Pulled:
         def narrate(action: str, text: str, *, share: float | None = None) -> None:
             tell(Narration("hive", action, text, share))
 
-        with telling_where(node):
-            return await pull_here(home, request, narrate)
+        return await pull_here(home, request, narrate)
 
     return narrated(work)
 

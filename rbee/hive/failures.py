@@ -1,40 +1,12 @@
-"""Why a worker failed, from what its process left behind, and where."""
+"""Why a worker failed, from what its process left behind."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rbee.errors import ChildExitedError, RbeeError, UnavailableError, from_wire
-from rbee.model import LOCALHOST
 from rbee.process import child_exited, log_tail
-
-_OF_A_NODE = re.compile(r"rbee-keeper model (pull|list|show|rm)\b")
-
-
-@contextmanager
-def telling_where(node: str) -> Iterator[None]:
-    """Have an error about a model say which machine's disk and hub it is about."""
-    try:
-        yield
-    except RbeeError as exc:
-        if node != LOCALHOST:
-            exc.message = f"node {node}: {exc.message}"
-            exc.hint = _on(node, exc.hint)
-        raise
-
-
-def _on(node: str, hint: str) -> str:
-    """Have a command be about the node: with its flag, or said to be run there."""
-    command, mark, remark = hint.partition("   # ")
-    if _OF_A_NODE.search(command):
-        return f"{command} --node {node}{mark}{remark}"
-    if not command or "rbee-keeper" in command:
-        return hint
-    return f"{command}   # on {node}{mark and '; '}{remark}"
 
 
 def too_slow(worker_id: str, log_file: Path, limit: float) -> RbeeError:

@@ -8,7 +8,6 @@ from pathlib import Path
 import trio
 
 from rbee.config import load_config
-from rbee.hive.failures import telling_where
 from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, Local, Provision
 from rbee.models import memory
@@ -28,17 +27,16 @@ def provisioner(setup: HiveSetup) -> Provision:
         kind = engine_kind(request.engine)
         if not kind.needs_model:
             return None
-        with telling_where(setup.node):
-            return await provision(
-                request.model,
-                setup.home,
-                aliases=load_config(setup.home.config_file).aliases,
-                meaning=Meaning(request.alias, request.sources),
-                access=request.hub,
-                dtype=stored_dtype(request.backend, request.dtype),
-                run=_run,
-                narrate=narrate,
-            )
+        return await provision(
+            request.model,
+            setup.home,
+            aliases=load_config(setup.home.config_file).aliases,
+            meaning=Meaning(request.alias, request.sources),
+            access=request.hub,
+            dtype=stored_dtype(request.backend, request.dtype),
+            run=_run,
+            narrate=narrate,
+        )
 
     return bring
 
