@@ -166,7 +166,7 @@ def absolute(name: str) -> str:
 def typed_path(name: str) -> LocalPath | None:
     """Return the path that ``name`` is, whether or not there is something; None for other names."""
     path = _typed_path(name)
-    if path is None or not (path.exists() or _looks_like_path(name)):
+    if path is None or (_why_not_there(path) and not _looks_like_path(name)):
         return None
     return LocalPath(Path(os.path.abspath(path)))  # noqa: PTH100 - symlinks stay what was typed
 
@@ -188,9 +188,9 @@ def slug(source: Source) -> str:
 
 def local_path(path: Path) -> LocalPath:
     """Take a path for what it holds: a model directory, a GGUF file, a directory with one GGUF."""
-    if not path.exists():
+    if why := _why_not_there(path):
         raise NotFoundError(
-            f"there is no model at {path}: no such file or directory "
+            f"there is no model at {path}: {why} "
             "(needed: a directory with config.json, or a GGUF file)",
             code="model_not_found",
             hint=f"ls {_nearest(path)}",
@@ -205,6 +205,16 @@ def local_path(path: Path) -> LocalPath:
         code="not_a_model",
         hint=f"rbee-keeper model pull {path.parent}",
     )
+
+
+def _why_not_there(path: Path) -> str:
+    """Return why nothing can be seen at a path, "" if something can; it may be another user's."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as exc:
+        why = getattr(exc, "strerror", None) or str(exc)
+        return why[:1].lower() + why[1:]
+    return ""
 
 
 def _only_gguf(directory: Path) -> Path:
@@ -276,7 +286,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    return next((parent for parent in path.parents if parent.is_dir()), Path("/"))
+    return next((parent for parent in path.parents if not _why_not_there(parent)), Path("/"))
 
 
 def _prefixed(name: str) -> Source | None:
@@ -368,7 +378,7 @@ def _alias_source(alias: str, text: str, *, only: bool) -> Source:
             hint=_ALIASES,
         )
     # a later source may still work, so a missing path is only found out when its turn comes
-    return local_path(path) if only or path.exists() else LocalPath(path)
+    return local_path(path) if only or not _why_not_there(path) else LocalPath(path)
 
 
 def _alias_of_hub_id(name: str, known: Aliases) -> str:

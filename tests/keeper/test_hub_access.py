@@ -58,8 +58,6 @@ async def test_a_token_reaches_the_download_and_is_kept_nowhere(
         line = ("model", "pull", "hf:org/tiny", "--node", "localhost")
         try:
             assert (await keeper("queen", "start", env=os.environ | theirs)).returncode == 0
-            refused = await keeper(*line, env=os.environ | ours | {"HF_TOKEN": f"{TOKEN}x"})
-            assert refused.returncode == 1
             pulled = await keeper(*line, env=os.environ | ours)
             assert pulled.returncode == 0, pulled.stderr
             standing = holders("environ")
@@ -70,9 +68,7 @@ async def test_a_token_reaches_the_download_and_is_kept_nowhere(
     assert any("rbee.models.hub org/tiny" in command for command in repo.knew)
     assert not any("rbee.queen" in command or "rbee.hive " in command for command in repo.knew)
     assert standing == set()
-    told = refused.stdout + refused.stderr + pulled.stdout + pulled.stderr
-    assert b"does not accept the token" in told
-    assert TOKEN.encode() not in told
+    assert TOKEN.encode() not in pulled.stdout + pulled.stderr
     for path in (*home.root.rglob("*"), *home.run.rglob("*")):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     await leaks.wait_clean(1)

@@ -25,7 +25,13 @@ from rbee.models.staging import lock_now
 from rbee.nodes.delivery import Delivered, deliver
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
-from rbee.ssh import ConnectionLostError, RemoteMachineError, TransferError, open_connection
+from rbee.ssh import (
+    ConnectionLostError,
+    RemoteMachineError,
+    TransferError,
+    connection,
+    open_connection,
+)
 from rbee.testing.tiny_model import write_tiny_model
 from tests.models.conftest import Narration, used
 from tests.ssh.sshd import Sshd
@@ -64,8 +70,8 @@ def send(sshd: Sshd, aio: Aio, far: Home, narrate: Narration) -> Send:
     async def send(parcel: Parcel, told: Any = narrate, *, sealed: bool = False) -> Delivered:
         with trio.fail_after(30):
             whole = parcel if sealed else await seal(parcel, narrate)
-            async with open_connection(sshd.target(), aio) as connection:
-                return await deliver(whole, connection, told, home=str(far.root))
+            async with open_connection(sshd.target(), aio) as opened:
+                return await deliver(whole, opened, told, home=str(far.root))
 
     return send
 
@@ -141,29 +147,27 @@ async def test_a_directory_is_found_on_the_node_by_the_path_it_has_here(
     assert leftovers(far) == []
 
 
-@attrs.frozen
-class Cut:
-    """Ends the connection when some of it has come."""
-
-    sshd: Sshd
-
-    def __call__(self, action: str, text: str, *, share: float | None = None) -> None:
-        if action == "send" and (share or 0) > 4 / 60:
-            self.sshd.kill_sessions()
-
-
 async def test_a_copy_that_was_cut_goes_on_where_it_was(
-    send: Send, sshd: Sshd, home: Home, far: Home, tiny: Path
+    send: Send, sshd: Sshd, home: Home, far: Home, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write = connection._write
+
+    async def cut(there: Any, data: bytes, offset: int) -> None:
+        if offset > 0:
+            sshd.kill_sessions()  # after the first piece, before the second
+        await write(there, data, offset)
+
     weights = tiny / "model.safetensors"
-    lengthen(weights, 56 << 20)
+    lengthen(weights, 3 * connection.CHUNK)
     parcel = await seal(find_parcel(home, str(tiny), aliases={}), Narration())
+    monkeypatch.setattr(connection, "_write", cut)
     with pytest.raises(ConnectionLostError):
-        await send(parcel, Cut(sshd), sealed=True)
+        await send(parcel, sealed=True)
+    monkeypatch.setattr(connection, "_write", write)
     (item,) = list_models(far)
-    assert "not finished" in item.damage
+    assert item.damage.endswith("tiny --node NODE --copy goes on with it")
     came = sum(path.stat().st_size for path in (far.models / ".partial" / parcel.name).iterdir())
-    assert 4 << 20 <= came < parcel.entry.size
+    assert connection.CHUNK <= came < parcel.entry.size
     delivered = await send(parcel, sealed=True)
     assert delivered.sent == parcel.entry.size - came
     assert (Path(delivered.directory) / weights.name).read_bytes() == weights.read_bytes()
