@@ -73,7 +73,7 @@ async def open_queen(home: Home, far: Home) -> AsyncGenerator[Queen, None]:
     """Serve a queen with two nodes while the body runs; each has a home of its own."""
     hives, unneeded = FakeHives(), None
     setup = QueenSetup(id="queen-1", home=home, run_dir=home.run, token=TOKEN, nonce="n")
-    app = make_app(setup, hives, unneeded, unneeded, unneeded)
+    app = make_app(setup, hives, unneeded, unneeded, unneeded, unneeded)
     async with (
         open_hive(home, "localhost") as near_client,
         open_hive(far, "far") as far_client,
