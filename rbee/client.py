@@ -254,7 +254,9 @@ class AsyncClient:
         return info
 
     async def add_node(self, node: messages.AddNode) -> messages.NodeInfo:
-        """Have the queen try a node and register it; nothing is kept of one that fails."""
+        """Have the queen try a node and register it, as ``unusable`` if it lacks only our rbee;
+        nothing is kept of one that fails otherwise.
+        """
         info: messages.NodeInfo = await self._call(
             "POST", messages.QUEEN_NODES, messages.NodeInfo, node
         )

@@ -136,8 +136,8 @@ _Said = Parameter(show_env_var=False)
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
-class UpdateNodeFlags(DataFlags):
-    """Flags of ``node update``; an empty string brings back the default."""
+class NodeEntryFlags(DataFlags):
+    """Flags about a node's entry; an empty string stands for the default."""
 
     host: Annotated[
         str | None, _Said, Parameter(help="Host name or address (default: the node's name).")
@@ -168,6 +168,26 @@ class UpdateNodeFlags(DataFlags):
             negative_iterable=(),
         ),
     ] = ()
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class UpdateNodeFlags(NodeEntryFlags):
+    """Flags of ``node update``."""
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class AddNodeFlags(NodeEntryFlags):
+    """Flags of ``node add``."""
+
+    accept_new_host_key: Annotated[
+        bool,
+        _Said,
+        Parameter(
+            help="Take an unknown host key without asking; a changed one never.", negative=()
+        ),
+    ] = False
 
 
 @Parameter(name="*")

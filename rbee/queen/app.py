@@ -129,7 +129,7 @@ def make_app(
     app.add("GET", messages.HEALTH, health, is_open=True)
     app.add("POST", messages.TASKS, start_task)
     app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
-    add_node_routes(app, setup.home)
+    add_node_routes(app, setup.home, hives.machines.probe)
     app.add("GET", messages.QUEEN_HIVES, list_hives)
     app.add("POST", messages.QUEEN_HIVES, start_hive)
     app.add("DELETE", messages.QUEEN_HIVES + "/{node}", stop_hive)

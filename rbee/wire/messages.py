@@ -166,6 +166,8 @@ class AddNode:
     """``POST`` to a queen's nodes. Answer: 201 and `NodeInfo`, once the node has been tried.
 
     "" and None stand for the default. ``ssh_alias`` excludes ``host``, ``port``, ``user``, ``key``.
+    ``accept_new_host_key`` takes an unknown host key; the error without it has the fingerprint. A
+    node that lacks only a rbee of the queen's version is added as ``unusable``.
     """
 
     name: str
@@ -177,6 +179,7 @@ class AddNode:
     rbee_path: str = ""
     environment: dict[str, str] = attrs.field(factory=dict)
     transport: str = ""
+    accept_new_host_key: bool = False
 
 
 @attrs.frozen
