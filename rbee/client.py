@@ -211,6 +211,13 @@ class AsyncClient:
         )
         return info
 
+    async def explain_start(self, start: messages.StartWorker) -> list[messages.NodeChoice]:
+        """Ask where a worker would be started, the best node first, and why."""
+        choices: list[messages.NodeChoice] = await self._call(
+            "POST", messages.QUEEN_EXPLAIN, list[messages.NodeChoice], start
+        )
+        return choices
+
     async def stop_worker(self, worker_id: str) -> None:
         """Stop a worker; nothing of it is left when this returns.
 

@@ -101,6 +101,12 @@ class WorkerStartFlags(StartFlags):
     wait: Annotated[bool, Parameter(help="Wait until it is ready; Ctrl+C leaves it loading.")] = (
         True
     )
+    explain: Annotated[
+        bool,
+        Parameter(
+            help="Only tell where it would be started, and why.", negative=(), show_env_var=False
+        ),
+    ] = False
 
 
 @Parameter(name="*")
@@ -309,4 +315,5 @@ def every_flag() -> set[str]:
     """Return the names, without dashes, of all flags of all commands."""
     kinds = (InferFlags, ListenFlags, LogFlags, PullFlags, RemoveFlags, WorkerStartFlags)
     fields = [field for kind in kinds for field in attrs.fields(kind)]
-    return {field.name.replace("_", "-") for field in fields} - {"copy", "prune"}  # only said
+    only_said = {"copy", "explain", "prune"}
+    return {field.name.replace("_", "-") for field in fields} - only_said

@@ -21,6 +21,7 @@ TASKS = "/v2/tasks"
 QUEEN_NODES = "/v2/nodes"
 QUEEN_HIVES = "/v2/hives"
 QUEEN_WORKERS = "/v2/workers"
+QUEEN_EXPLAIN = "/v2/workers/explain"
 QUEEN_MODELS = "/v2/models"
 QUEEN_WORKER_READY = "/v1/orchestrator/worker-ready"
 HIVE_WORKERS = "/v1/workers"
@@ -246,6 +247,21 @@ class StartWorker:
 
 
 @attrs.frozen
+class NodeChoice:
+    """One node as `POST` of a `StartWorker` to a queen's ``workers/explain`` ranks it.
+
+    Attributes:
+        suits: ``warm``, ``coming`` (it loads), ``on_disk``, ``room``, ``full_on_disk``, ``full``,
+            ``doubted`` (tried last) or ``no``.
+        why: for people.
+    """
+
+    node: str
+    suits: str
+    why: str
+
+
+@attrs.frozen
 class WorkerInfo:
     """One worker as its hive sees it.
 
@@ -291,13 +307,20 @@ class WorkerIds:
 
 @attrs.frozen
 class Heartbeat:
-    """A hive lives; among its news every 5 s, with its workers as they are (`WorkerInfo`)."""
+    """A hive lives; among its news every 5 s, with its workers as they are (`WorkerInfo`).
+
+    Attributes:
+        models: every name of each model on its disk; None until it has looked.
+        devices: what workers can run on there; empty until it has looked.
+    """
 
     hive_id: str
     memory_total: int
     memory_free: int
     disk_free: int
     workers: tuple[WorkerInfo, ...] = ()
+    models: tuple[str, ...] | None = None
+    devices: tuple[Device, ...] = ()
 
 
 @attrs.frozen
