@@ -14,6 +14,7 @@ from rbee.wire.messages import HubAccess
 ENDPOINT, TOKEN, OFFLINE = "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_OFFLINE"
 _OLD_TOKEN = "HUGGING_FACE_HUB_TOKEN"
 _OLD_OFFLINE = "TRANSFORMERS_OFFLINE"
+_NO_TOKEN = {TOKEN: "", _OLD_TOKEN: "", "HF_TOKEN_PATH": os.devnull}
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
@@ -27,7 +28,7 @@ def read_access(environ: Mapping[str, str] = os.environ) -> HubAccess:
     )
 
 
-def variables_of(access: HubAccess) -> dict[str, str]:
+def variables_of(access: HubAccess, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return what a request sets of the environment of the child that downloads for it.
 
     Raises:
@@ -42,7 +43,10 @@ def variables_of(access: HubAccess) -> dict[str, str]:
             )
     offline = {} if access.offline is None else {OFFLINE: str(int(access.offline))}
     given = {ENDPOINT: access.endpoint, TOKEN: access.token} | offline
-    return {name: value for name, value in given.items() if value}
+    found = {name: value for name, value in given.items() if value}
+    is_ours = access.endpoint in ("", environ.get(ENDPOINT, "").strip())
+    # Our token is for our hub: a request must not have it sent to another one.
+    return found if access.token or is_ours else found | _NO_TOKEN
 
 
 def offline_by(access: HubAccess, environ: Mapping[str, str] = os.environ) -> str:

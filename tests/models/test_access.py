@@ -31,6 +31,13 @@ def test_what_the_environment_says_goes_along_and_sets_the_childs() -> None:
     assert variables_of(HubAccess()) == {}
 
 
+def test_our_token_goes_to_no_hub_that_only_a_request_names() -> None:
+    ours = {"HF_ENDPOINT": "https://ours.example", "HF_TOKEN": "secret"}
+    assert "HF_TOKEN" not in variables_of(HubAccess(endpoint="https://ours.example"), ours)
+    other = variables_of(HubAccess(endpoint="https://other.example"), ours)
+    assert (other["HF_TOKEN"], other["HF_TOKEN_PATH"]) == ("", os.devnull)
+
+
 @pytest.mark.parametrize("kind", [TaskRequest, StartWorker, PullModel])
 def test_the_token_travels_and_is_shown_nowhere(kind: Callable[..., Any]) -> None:
     request = kind("hf:org/tiny", hub=ACCESS)
