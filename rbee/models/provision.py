@@ -19,6 +19,7 @@ import trio
 
 from rbee.errors import BadInputError, ConflictError, MachineError, RbeeError, UnavailableError
 from rbee.home import Home, writing
+from rbee.logs import prune_logs
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Narrate, Runner, log_tail, told_error
 from rbee.models.inspect import Inspection, inspect_model
@@ -310,6 +311,7 @@ class _Provider:
         with writing(self.home.logs):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
+            prune_logs(path.parent, "model")
         return path
 
 
