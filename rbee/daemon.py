@@ -157,12 +157,12 @@ def run_cli(app: App) -> NoReturn:
     """Run a program's command line and exit with its code."""
     from cyclopts import CycloptsError
 
+    from rbee.sources import usage_error
+
     try:
         code = app(result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as exc:
-        exc.verbose = False
-        words = " ".join([*app.name, *(exc.command_chain or ()), "--help"])
-        print_error(UsageError(" ".join(str(exc).split()), hint=words))
+        print_error(usage_error(exc, app))
         code = UsageError.exit_code
     except RbeeError as exc:
         print_error(exc)
