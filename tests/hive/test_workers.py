@@ -46,8 +46,10 @@ class Local:
 def memory(budget: int | None = None) -> Memory:
     """Count 100 bytes for every worker with a model."""
 
-    def check(plan: MemoryPlan, available: int, *, what: str) -> None:
-        raise InsufficientError(f"full: {what}", required=plan.required, available=available)
+    def check(plan: MemoryPlan, available: int, *, model: str, bound: str) -> None:
+        raise InsufficientError(
+            f"full: {model}{bound}", required=plan.required, available=available
+        )
 
     async def plan(local: Local, request: StartWorker) -> MemoryPlan:
         await trio.lowlevel.checkpoint()
