@@ -76,7 +76,7 @@ def run_daemon(
             token_file=place_of_token,
             owner=start.owner if start else "operator",
             node=node,
-            host=host,
+            host=(start.host if start else "") or host,
             port=port,
             exact_port=not owned,
             worker_port=worker_port,

@@ -54,7 +54,7 @@ def run_daemon(
     from rbee.home import choose_token, open_home, short_name
     from rbee.model import new_id
     from rbee.queen.daemon import run
-    from rbee.queen.hives import QueenSetup
+    from rbee.queen.machine import QueenSetup
 
     async def main(root: daemon.Root) -> None:
         place = open_home(home)

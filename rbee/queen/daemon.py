@@ -16,8 +16,10 @@ from rbee.guard import remove_tree
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
-from rbee.queen.hives import Hives, QueenSetup
+from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
+from rbee.queen.machine import QueenSetup
+from rbee.queen.machines import Machines
 from rbee.scopes import open_service
 from rbee.sweep import claim, sweep_abandoned
 from rbee.web.server import open_listener, serve_http, url_of
@@ -43,13 +45,14 @@ async def serve(
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
     await sweep_abandoned(setup.home.run)
     daemon.remove_stale(setup.home.hive_file, "hive")
-    hives = Hives(setup)
+    machines = Machines(setup)
+    hives = Hives(setup, machines)
     hives.url = url_of(listener)
     aliases = Aliases(setup.home.config_file)
     jobs = Jobs(hives, aliases, ending)
     serving = partial(serve_http, make_app(setup, hives, jobs, aliases, stop), listener, grace=0.5)
-    # HTTP outlives the jobs: each open stream still gets its terminal event.
-    async with open_service(serving) as url, hives.open(), jobs.open():
+    # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
+    async with open_service(serving) as url, machines.open(), hives.open(), jobs.open():
         task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
         await trio.sleep_forever()
 

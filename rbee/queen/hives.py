@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import attrs
-import httpx
 import trio
 
+from rbee import __version__
 from rbee.broadcast import Broadcast
 from rbee.daemon import read_run_file
 from rbee.errors import (
     ConflictError,
-    NotFoundError,
     PeerError,
     RbeeError,
     UnavailableError,
     leaves,
 )
-from rbee.home import Home, read_token_file, short_name
-from rbee.model import LOCALHOST, Grace, WorkerId, WorkerState, new_id
-from rbee.process import open_daemon, own_environment
+from rbee.home import short_name
+from rbee.model import LOCALHOST, WorkerId, WorkerState, new_id
+from rbee.queen.hive import Hive
+from rbee.queen.machine import FoundHive, Machine, OwnedHive, QueenSetup
+from rbee.queen.machines import Machines, Narrate
 from rbee.registry import Registry
 from rbee.scopes import TaskOwner
 from rbee.web.client import call, open_client, open_events
@@ -38,8 +36,6 @@ from rbee.wire.messages import (
     HiveInfo,
     Narration,
     OwnerLease,
-    RunFile,
-    StartWorker,
     WorkerIds,
     WorkerInfo,
     WorkerNarration,
@@ -48,85 +44,19 @@ from rbee.wire.messages import (
 log = logging.getLogger(__name__)
 
 RENEW = 2.0
-STOP = 20.0  # seconds for a worker to be stopped
 FOLLOW_AGAIN = 0.2
-SILENT = 11.0  # seconds without a heartbeat, which come every 5: it does not answer
+REACH = 5.0  # seconds for a port that must be open
+ENDS = 0.5  # seconds for the word that a hive has ended, not a firewall closed its port
 KEPT_FAILURES = 100
-Narrate = Callable[[Narration], None]
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
-
-
-@attrs.frozen
-class QueenSetup:
-    """What one queen is.
-
-    Attributes:
-        token_file: where an operator's queen has ``token`` from; None for an owned one.
-        lease: seconds that its hives and their guards allow it.
-    """
-
-    id: str
-    home: Home
-    run_dir: Path
-    token: str
-    nonce: str
-    token_file: Path | None = None
-    owner: str = "operator"
-    host: str = "127.0.0.1"
-    port: int = 0
-    exact_port: bool = False
-    hive_port: int = 9200
-    lease: float = 10.0
-    grace: Grace = attrs.field(factory=Grace)
-
-
-@attrs.define(eq=False)
-class Hive:
-    """A hive that answers; usable until `gone`."""
-
-    info: HiveInfo
-    owned: bool
-    token: str
-    client: httpx.AsyncClient
-    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    starting: trio.Lock = attrs.field(factory=trio.Lock)
-    gone: trio.Event = attrs.field(factory=trio.Event)
-    heard: float = attrs.field(factory=trio.current_time)
-
-    async def start_worker(self, request: StartWorker) -> WorkerInfo:
-        return await call(
-            self.client, "POST", messages.HIVE_WORKERS, WorkerInfo, request, what=self.name
-        )
-
-    async def stop_worker(self, worker_id: str) -> None:
-        path = f"{messages.HIVE_WORKERS}/{worker_id}"
-        await call(self.client, "DELETE", path, type(None), what=self.name, limit=STOP)
-
-    def note_beat(self, beat: Heartbeat) -> None:
-        self.info = attrs.evolve(
-            self.info, workers=len(beat.workers), memory_total=beat.memory_total,
-            memory_free=beat.memory_free, disk_free=beat.disk_free,
-        )  # fmt: skip
-
-    def note_answering(self, answers: bool) -> None:
-        state = "ready" if answers else "unresponsive"
-        if self.info.state not in (state, "stopping"):
-            log.warning("%s %s", self.name, "answers again" if answers else "does not answer")
-            self.info = attrs.evolve(self.info, state=state)
-
-    def told(self) -> HiveInfo:
-        return attrs.evolve(self.info, last_seen=round(trio.current_time() - self.heard, 3))
-
-    @property
-    def name(self) -> str:
-        return f"hive on {self.info.node}"
 
 
 class Hives(TaskOwner):
     """All hives of one queen and the workers it asked them for."""
 
-    def __init__(self, setup: QueenSetup) -> None:
+    def __init__(self, setup: QueenSetup, machines: Machines) -> None:
         self._setup = setup
+        self.machines = machines
         self._hives: dict[str, Hive] = {}
         self._locks: dict[str, trio.Lock] = {}
         self.queen_id = setup.id
@@ -138,9 +68,6 @@ class Hives(TaskOwner):
     def infos(self) -> list[HiveInfo]:
         return [hive.told() for hive in self._hives.values()]
 
-    def nodes(self) -> list[str]:
-        return [LOCALHOST]
-
     def running(self, node: str) -> Hive | None:
         return self._hives.get(node)
 
@@ -151,6 +78,8 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             RbeeError: its hive cannot be started.
         """
+        if node not in self._hives:
+            await self.machines.check(node)
         async with self._lock(node):
             hive = self._hives.get(node)
             if hive is None:
@@ -164,16 +93,22 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             ConflictError: an operator has started it, so it is not ours to end.
         """
+        if node not in self._hives:
+            await self.machines.check(node)
         async with self._lock(node):
             hive = self._hives.get(node)
-            found = read_run_file(self._setup.home.hive_file)
-            pid = hive.info.pid if hive else found.pid if found else 0
+            pid = hive.info.pid if hive else self._operators_pid(node)
             if pid and (hive is None or not hive.owned):
                 raise _operators(node, pid)
             if hive is not None:
                 self._note_stopping(hive)
                 hive.scope.cancel(reason="asked to stop")
                 await hive.gone.wait()
+
+    def _operators_pid(self, node: str) -> int:
+        """Return the pid of the hive that an operator runs on this machine; 0 for none."""
+        found = read_run_file(self._setup.home.hive_file) if node == LOCALHOST else None
+        return found.pid if found else 0
 
     def _note_stopping(self, hive: Hive) -> None:
         """Place nothing there any more."""
@@ -184,12 +119,6 @@ class Hives(TaskOwner):
 
     def _lock(self, node: str) -> trio.Lock:
         """Return what lets one at a time start or stop a node's hive."""
-        if node not in self.nodes():
-            raise NotFoundError(
-                f"no node {node!r}; known: {', '.join(self.nodes())}",
-                code="unknown_node",
-                hint="rbee-keeper infer --node localhost …",
-            )
         return self._locks.setdefault(node, trio.Lock())
 
     # one hive's life -------------------------------------------------------------------------
@@ -206,69 +135,75 @@ class Hives(TaskOwner):
                 error = UnavailableError("it was stopped")
         except* RbeeError as group:
             error = next(leaves(group))
+        if not status.scope.cancelled_caught:
+            await self.machines.note(node, error)
         if not status.done:
             raise error  # bare: whoever asked for the hive handles it as any refusal
         log.warning("hive on %s is gone: %s", node, error)
         self._lose(node, error)
 
     async def _run(self, node: str, narrate: Narrate, status: _Started) -> None:
-        found = read_run_file(self._setup.home.hive_file)
-        if found is not None:
-            await self._use(node, found, status)
-        else:
-            await self._own(node, narrate, status)
+        async with self.machines.connect(node, narrate) as machine:
+            found = await machine.find_hive()
+            if found is not None:
+                await self._use(node, machine, found, status)
+            else:
+                await self._own(node, machine, narrate, status)
 
-    async def _use(self, node: str, found: RunFile, status: _Started) -> None:
+    async def _use(self, node: str, machine: Machine, found: FoundHive, status: _Started) -> None:
         """Use an operator's hive for as long as it runs; it stays when we go."""
-        token = read_token_file(Path(found.token_file))
-        async with open_client(found.url, token) as client:
-            health = await call(client, "GET", messages.HEALTH, Health, what="the operator's hive")
+        url = await machine.via(found.run_file.url)
+        async with open_client(url, found.token) as client:
+            what = f"the operator's hive on {node}"
+            health = await call(client, "GET", messages.HEALTH, Health, what=what)
+            _check_version(node, health.version)
             info = HiveInfo(
-                node, health.id, found.url, health.state, health.owner, health.pid, health.version
-            )
-            hive = Hive(info, False, token, client, status.scope)
-            await self._renew(hive)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._keep_lease, hive)
-                nursery.start_soon(_keep_watching, hive)
-                try:
-                    await self._follow(hive, status)
-                finally:
-                    nursery.cancel_scope.cancel(reason="hive is not used any more")
-                    with trio.move_on_after(1, shield=True):  # else the lease ends it
-                        await self._say_goodbye(hive)
+                node, health.id, found.run_file.url, health.state, health.owner, health.pid,
+                health.version,
+            )  # fmt: skip
+            hive = Hive(info, False, found.token, client, status.scope, machine.via)
+            await self._use_leased(hive, await machine.queen_url(self.url), status)
 
-    async def _own(self, node: str, narrate: Narrate, status: _Started) -> None:
+    async def _use_leased(self, hive: Hive, queen_url: str, status: _Started) -> None:
+        lease = OwnerLease(queen_url, self._setup.token, self._setup.lease)
+        await self._renew(hive, lease)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_lease, hive, lease)
+            nursery.start_soon(hive.keep_watching)
+            try:
+                await self._follow(hive, status)
+            finally:
+                nursery.cancel_scope.cancel(reason="hive is not used any more")
+                with trio.move_on_after(1, shield=True):  # else the lease ends it
+                    await self._say_goodbye(hive)
+
+    async def _own(self, node: str, machine: Machine, narrate: Narrate, status: _Started) -> None:
         """Start a hive of our own, which ends with this scope, and use it."""
-        narrate(Narration("queen", "start", f"a hive on {node}"))
         setup = self._setup
         start = DaemonStart(
             owner=setup.id,
             token=setup.token,
-            run_dir=str(setup.run_dir / short_name(new_id("hive"))),
-            queen_url=self.url,
+            run_dir=short_name(new_id("hive")),
+            queen_url=await machine.queen_url(self.url),
             queen_id=setup.id,
             lease=setup.lease,
         )
-        argv = [
-            sys.executable, "-m", "rbee.hive", "daemon", "--owned", "--node", node,
-            "--home", str(setup.home.root), "--port", str(setup.hive_port),
-        ]  # fmt: skip
-        async with open_daemon(
-            argv, start, graces=[setup.grace.guard_a, setup.grace.guard_b],
-            log_file=setup.home.log_file(f"hive-{node}"),
-            env=own_environment(setup.home.root, setup.nonce),
-            adopt_grace=setup.grace.worker_guard + 1,
-        ) as daemon:  # fmt: skip
+        narrate(Narration("queen", "start", f"a hive on {node}"))
+        async with machine.open_hive(start) as daemon:
             hello = daemon.hello
+            _check_version(node, hello.version)
             info = HiveInfo(node, hello.id, hello.url, "ready", setup.id, hello.pid, hello.version)
-            async with open_client(hello.url, setup.token) as client:
-                hive = Hive(info, True, setup.token, client, status.scope)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._keep_following, hive, status)
-                    nursery.start_soon(_keep_watching, hive)
-                    ended = await daemon.wait()
-                    raise daemon.ended(ended)
+            async with open_client(await machine.via(hello.url), setup.token) as client:
+                hive = Hive(info, True, setup.token, client, status.scope, machine.via)
+                if node != LOCALHOST:
+                    await _check_reached(hive, daemon)
+                await self._use_owned(hive, daemon, status)
+
+    async def _use_owned(self, hive: Hive, daemon: OwnedHive, status: _Started) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_following, hive, status)
+            nursery.start_soon(hive.keep_watching)
+            raise await daemon.ended(await daemon.wait())
 
     async def _keep_following(self, hive: Hive, status: _Started) -> None:
         """Take the news of a hive that lives; a stream that broke begins with a new snapshot."""
@@ -283,25 +218,32 @@ class Hives(TaskOwner):
         """Take a hive's news until it ends; the hive is usable once its snapshot is here."""
         async with open_events(hive.client, "GET", messages.HIVE_WORKERS, what=hive.name) as events:
             async for name, data in events:
-                self._take(hive, name, data)
+                await self._take(hive, name, data)
                 if not status.done:
                     self._hives[hive.info.node] = hive
                     status.started(hive)
+                    self.tasks.start_soon(self.machines.note, hive.info.node, None)
         raise UnavailableError(f"{hive.name} ended its news")
 
-    def _take(self, hive: Hive, name: str, data: str) -> None:
+    async def _take(self, hive: Hive, name: str, data: str) -> None:
         hive.heard = trio.current_time()
         if name == "heartbeat":
             beat = codec.loads(data, Heartbeat)
             hive.note_beat(beat)
             for info in beat.workers:
-                self.take_info(info)
+                await self.take_news(hive, info)
         elif name == "workerids":
             self._forget_others(hive, set(codec.loads(data, WorkerIds).worker_ids))
         elif name == "workernarration":
             self._take_narration(codec.loads(data, WorkerNarration))
         elif name == "workerinfo":
-            self.take_info(codec.loads(data, WorkerInfo))
+            await self.take_news(hive, codec.loads(data, WorkerInfo))
+
+    async def take_news(self, hive: Hive, info: WorkerInfo) -> None:
+        """Note a worker's newest state once we know our way to it."""
+        if info.owner == self._setup.id and info.state not in OVER:
+            await hive.learn(info.url)
+        self.take_info(hive.at_node(info))
 
     def _take_narration(self, told: WorkerNarration) -> None:
         self.narrations.send(told)
@@ -348,18 +290,17 @@ class Hives(TaskOwner):
                 self._fail(info, detail)
         hive = self._hives.pop(node, None)
         if hive is not None:
-            hive.gone.set()
+            hive.note_gone()
 
     # an operator's hive ----------------------------------------------------------------------
-    async def _keep_lease(self, hive: Hive) -> None:
+    async def _keep_lease(self, hive: Hive, lease: OwnerLease) -> None:
         while True:
             await trio.sleep(RENEW)
-            await self._renew(hive)
+            await self._renew(hive, lease)
 
-    async def _renew(self, hive: Hive) -> None:
-        lease = OwnerLease(self.url, self._setup.token, self._setup.lease)
+    async def _renew(self, hive: Hive, lease: OwnerLease) -> None:
         path = f"{messages.HIVE_OWNERS}/{self._setup.id}"
-        await call(hive.client, "PUT", path, type(None), lease, what=hive.name)
+        await call(hive.client, "PUT", path, type(None), lease, what=hive.name, limit=lease.lease)
 
     async def _say_goodbye(self, hive: Hive) -> None:
         path = f"{messages.HIVE_OWNERS}/{self._setup.id}"
@@ -369,11 +310,31 @@ class Hives(TaskOwner):
             log.info("goodbye to %s: %s", hive.name, exc)
 
 
-async def _keep_watching(hive: Hive) -> None:
-    """See when a hive falls silent, though its connections stand: a frozen process keeps them."""
-    while True:
-        hive.note_answering(trio.current_time() - hive.heard < SILENT)
-        await trio.sleep(1)
+def _check_version(node: str, version: str) -> None:
+    if version != __version__:
+        hint = (
+            f"rbee-keeper node install {node}" if node != LOCALHOST else "rbee-keeper hive status"
+        )
+        raise ConflictError(
+            f"the hive on {node} is of rbee {version}, this queen of {__version__}",
+            code="other_version",
+            hint=hint,
+        )
+
+
+async def _check_reached(hive: Hive, daemon: OwnedHive) -> None:
+    """See that its port is open to us: it has said hello over SSH, which shows nothing of that."""
+    try:
+        await call(hive.client, "GET", messages.HEALTH, Health, what=hive.name, limit=REACH)
+    except UnavailableError as exc:
+        with trio.move_on_after(ENDS):
+            raise await daemon.ended(await daemon.wait()) from exc
+        node, url = hive.info.node, hive.client.base_url
+        raise UnavailableError(
+            f"the {hive.name} runs, but {url} is not reached from here (a firewall?): {exc}",
+            code="not_reachable",
+            hint=f"rbee-keeper node update {node} --transport ssh",
+        ) from exc
 
 
 def _operators(node: str, pid: int) -> ConflictError:

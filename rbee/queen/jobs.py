@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack, contextmanager, suppress
 from typing import TypeVar
 
 import attrs
-import httpx
 import trio
 
 from rbee.errors import (
@@ -31,7 +30,8 @@ from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
 from rbee.queen.aliases import Aliases
 from rbee.queen.backoff import Backoff
-from rbee.queen.hives import Hive, Hives
+from rbee.queen.hive import Hive
+from rbee.queen.hives import Hives
 from rbee.queen.placement import choose, start_for
 from rbee.scopes import TaskOwner
 from rbee.web.client import EventStream, answering_within, open_client, open_events
@@ -273,12 +273,23 @@ class Jobs(TaskOwner):
 
     # relaying --------------------------------------------------------------------------------
     async def _relay(self, job: Job, worker: WorkerInfo) -> None:
-        """Pass the worker's events through, byte for byte."""
+        """Pass the worker's events through, until its node is lost."""
         job.worker_id = worker.worker_id
+        hive = self._hives.running(worker.node)
+        if hive is None:
+            raise UnavailableError(f"the hive on {worker.node} is gone", code="hive_lost")
+        with hive.relaying() as scope:
+            await self._relay_from(hive, worker, job)
+        if scope.cancelled_caught:
+            raise await self._broken(worker)
+
+    async def _relay_from(self, hive: Hive, worker: WorkerInfo, job: Job) -> None:
+        """Pass the worker's events through, byte for byte."""
         what = f"worker {worker.worker_id}"
         body = _execute(job)
         headers = {messages.WORKER_ID_HEADER: worker.worker_id}
-        async with self._client(worker) as client, AsyncExitStack() as stack:
+        client = open_client(hive.way_to(worker.url), hive.token)
+        async with client, AsyncExitStack() as stack:
             opened = open_events(client, "POST", messages.EXECUTE, body, what=what, headers=headers)
             with answering_within(STALL, what):
                 events = await stack.enter_async_context(opened)
@@ -295,10 +306,6 @@ class Jobs(TaskOwner):
         """Wait for the worker only: a reader that lags is not a stall."""
         with answering_within(STALL, what):
             return await events.chunk()
-
-    def _client(self, worker: WorkerInfo) -> httpx.AsyncClient:
-        hive = self._hives.running(worker.node)
-        return open_client(worker.url, hive.token if hive else "")
 
     async def _broken(self, worker: WorkerInfo) -> RbeeError:
         """Make the error of an answer that broke off, with the worker's own end if it is told."""

@@ -35,6 +35,7 @@ class Machines(TaskOwner):
         self.store = NodeStore.of(setup.home)
         self._remote: Remote | None = None
         self._loading = trio.Lock()
+        self._lasting = trio.CancelScope(shield=True)
 
     async def check(self, name: str) -> None:
         """Raise `NotFoundError` if there is no node of that name."""
@@ -42,7 +43,7 @@ class Machines(TaskOwner):
             await self.store.get(name)
 
     @asynccontextmanager
-    async def open(self, name: str, narrate: Narrate) -> AsyncGenerator[Machine, None]:
+    async def connect(self, name: str, narrate: Narrate) -> AsyncGenerator[Machine, None]:
         """Connect to a node while the body runs.
 
         Raises:
@@ -53,7 +54,7 @@ class Machines(TaskOwner):
             yield LocalMachine(self._setup)
             return
         node = await self.store.get(name)
-        async with (await self._load()).open(node, narrate) as machine:
+        async with (await self.ssh()).open(node, narrate) as machine:
             yield machine
 
     def fenced_for(self, name: str) -> float:
@@ -72,7 +73,8 @@ class Machines(TaskOwner):
         except RbeeError as exc:  # it was removed meanwhile, or the disk is full: no hive's fault
             log.warning("node %s: %s", name, exc)
 
-    async def _load(self) -> Remote:
+    async def ssh(self) -> Remote:
+        """Return the SSH side, loaded if it is not yet."""
         async with self._loading:
             if self._remote is None:
                 # In a thread: importing takes half a second, in which no stream should stand.
@@ -81,24 +83,21 @@ class Machines(TaskOwner):
                 self._remote = await self.tasks.start(self._keep_ssh, module.Remote)
             return self._remote
 
-    async def _keep_ssh(
-        self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]
-    ) -> None:
+    async def _keep_ssh(self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]) -> None:
         # Shielded till `open` ends: hives need it for their own end. It has no work of its own.
-        with trio.CancelScope(shield=True) as self._ssh:
+        with self._lasting:
             async with open_aio(name="ssh", uvloop=False) as aio:
                 task_status.started(make(self._setup, aio))
                 await trio.sleep_forever()
 
     @asynccontextmanager
-    async def open_all(self) -> AsyncGenerator[None, None]:
-        """Hold the SSH side; what uses it must have ended before the body does."""
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Hold the SSH side; what uses it ends within the body."""
         async with super().open():
             try:
                 yield
             finally:
-                if self._remote is not None:
-                    self._ssh.cancel(reason="the queen stops")
+                self._lasting.cancel(reason="the queen stops")
 
 
 def _status_of(error: BaseException) -> NodeStatus:

@@ -15,7 +15,8 @@ from rbee.home import Home
 from rbee.model import LOCALHOST
 from rbee.models.catalog import remove_model
 from rbee.models.info import model_infos
-from rbee.queen.hives import Hive, Hives
+from rbee.queen.hive import Hive
+from rbee.queen.hives import Hives
 from rbee.web.client import call, open_events
 from rbee.web.narrated import Tell
 from rbee.wire import codec, messages
@@ -80,9 +81,11 @@ class Models:
 
     async def _ask(self, hive: Hive, found: dict[str, list[ModelInfo]]) -> None:
         try:
-            found[hive.info.node] = await call(
+            infos = await call(
                 hive.client, "GET", messages.HIVE_MODELS, list[ModelInfo], what=hive.name,
                 limit=SCAN,
             )  # fmt: skip
+            node = hive.info.node
+            found[node] = [attrs.evolve(info, node=node) for info in infos]
         except RbeeError as exc:  # the models of one node are no reason to hide the others'
             log.warning("models of %s: %s", hive.info.node, exc)

@@ -22,7 +22,16 @@ from rbee.ssh.errors import (
 )
 from rbee.ssh.fence import Fence
 from rbee.ssh.host_keys import HostKey, accept_host_key
-from rbee.ssh.remote import Completed, RemoteProcess, Wish, open_remote, run
+from rbee.ssh.remote import (
+    Completed,
+    OperatorsHive,
+    RemoteProcess,
+    Sight,
+    Wish,
+    look,
+    open_remote,
+    run,
+)
 from rbee.ssh.target import SshTarget
 
 __all__ = [
@@ -35,12 +44,14 @@ __all__ = [
     "HostKeyError",
     "LoginShellError",
     "NoHelloError",
+    "OperatorsHive",
     "OutputTooLongError",
     "RemoteDaemon",
     "RemoteMachineError",
     "RemoteProcess",
     "RemoteProgramError",
     "RemotePythonError",
+    "Sight",
     "SshAuthError",
     "SshConfigError",
     "SshError",
@@ -52,6 +63,7 @@ __all__ = [
     "Wish",
     "accept_host_key",
     "fetch_tail",
+    "look",
     "open_connection",
     "open_remote",
     "open_remote_daemon",

@@ -2,12 +2,14 @@
 
 It reads its request from stdin (a line with a length, then that much JSON), finds a Python that is
 new enough, makes the directories, answers with one marked line and becomes the guard. The answer
-begins on a line of its own with the request's marker: login shells may have talked before.
+begins on a line of its own with the request's marker: login shells may have talked before. A
+request that only looks changes nothing, and ends with the answer.
 
 Whatever waits here for an owner who never speaks is ended by an alarm, which survives exec; the
 guard turns it off once it has its start line.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -99,6 +101,44 @@ def find_run(home: Any) -> Any:
     return f"/tmp/rbee-{os.getuid()}-{digest}"
 
 
+def find_version(program: Any) -> Any:
+    """Return the rbee whose program this is, as its package says; "" if nobody knows."""
+    prefix = os.path.dirname(os.path.dirname(os.path.realpath(program)))
+    names = glob.glob(glob.escape(prefix) + "/lib/python3*/*-packages/rbee-*.dist-info")
+    return os.path.basename(names[0])[5:-10] if len(names) == 1 else ""
+
+
+def find_hive(run: Any) -> Any:
+    """Return what the hive that an operator has started wrote about itself, and its token."""
+    try:
+        with open(os.path.join(run, "hive.json"), encoding="utf-8") as file:
+            found = json.load(file)
+        if found["boot_id"] != boot_id() or found["start_time"] != start_time(found["pid"]):
+            return None
+        with open(found["token_file"], encoding="ascii") as file:
+            return {"run_file": found, "token": file.read().strip()}
+    except FileNotFoundError as exc:
+        if exc.filename == os.path.join(run, "hive.json"):
+            return None
+        raise
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def boot_id() -> Any:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def start_time(pid: Any) -> Any:
+    """Return the start of a process in clock ticks since boot; 0 if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return 0
+
+
 def make_private(path: Any) -> None:
     os.makedirs(path, mode=0o700, exist_ok=True)
     found = os.lstat(path)
@@ -125,12 +165,8 @@ def make_run(home: Any, name: Any) -> Any:
         path = os.path.join(run, name)
     hidden = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
     os.mkdir(hidden, 0o700)
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
-    with open("/proc/self/stat", "rb") as file:
-        start = int(file.read().rpartition(b")")[2].split()[19])
     with open(os.path.join(hidden, "owner"), "w") as file:
-        file.write(f"{boot} {os.getpid()} {start}\n")
+        file.write(f"{boot_id()} {os.getpid()} {start_time(os.getpid())}\n")
     os.rename(hidden, path)
     return path
 
@@ -139,17 +175,40 @@ def prepare(request: Any) -> Any:
     if not sys.platform.startswith("linux"):
         raise RefusedError("machine", f"it runs {sys.platform}, the guards need Linux")
     os.environ.update(request["env"])
-    home = find_home(request["home"])
+    home = os.environ["RBEE_HOME"] = find_home(request["home"])
     python, version = find_python(request, home)
     facts = {
         "python": python,
         "version": list(version),
         "home": home,
+        "address": address(),
         "program": find_program(request["program"]) if request["program"] else python,
         "log": make_log(home, request["log"]) if request["log"] else "/dev/null",
     }
     facts["run_dir"] = make_run(home, request["run_dir"]) if request["run_dir"] else ""
     return facts
+
+
+def address() -> Any:
+    """Return where we are reached, as this machine sees it; "" if SSH does not tell."""
+    words = os.environ.get("SSH_CONNECTION", "").split()
+    return words[2] if len(words) == 4 else ""
+
+
+def look(request: Any) -> Any:
+    """Say what a hive would find here; a missing program is "", not a refusal."""
+    os.environ.update(request["env"])
+    home = find_home(request["home"])
+    python, version = find_python(request, home)
+    program = shutil.which(os.path.expanduser(request["program"])) or ""
+    return {
+        "python": python,
+        "version": list(version),
+        "home": home,
+        "program": program,
+        "rbee": find_version(program) if program else "",
+        "hive": find_hive(find_run(home)),
+    }
 
 
 def main() -> None:
@@ -158,7 +217,7 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, request["patience"])
     umask = os.umask(0o077)
     try:
-        facts = prepare(request)
+        facts = look(request) if request["look"] else prepare(request)
     except RefusedError as refused:
         answer(request, "refused", {"kind": refused.kind, "had": refused.had})
         return
@@ -168,6 +227,8 @@ def main() -> None:
         return
     os.umask(umask)
     answer(request, "ready", facts)
+    if request["look"]:
+        return
     if request["bare"]:
         os.dup2(2, 3, inheritable=True)  # for the command: the guard's own goes to its log
     python = facts["python"]

@@ -60,12 +60,16 @@ async def open_remote_daemon(
     env: Mapping[str, str] | None = None,
     adopt_grace: float = 0.0,
     python: str = "",
+    reachable: bool = False,
     hello_limit: float = HELLO,
 ) -> AsyncGenerator[RemoteDaemon, None]:
     """Own a daemon on the node while the body runs; it has said hello before the body starts.
 
     Paths are the node's own. A bare name as ``start.run_dir`` is put below the run directory of
     ``home`` there, one as ``log_file`` into its logs.
+
+    Args:
+        reachable: have it listen where SSH has reached the node, not on loopback only.
 
     Raises:
         RbeeError: the daemon said why it cannot start.
@@ -75,7 +79,8 @@ async def open_remote_daemon(
     """
 
     def first(facts: Facts) -> str:
-        told = attrs.evolve(start, run_dir=facts.run_dir)
+        host = facts.address if reachable else start.host
+        told = attrs.evolve(start, run_dir=facts.run_dir, host=host)
         return f"start {codec.dumps(told).decode()}"
 
     wish = Wish(

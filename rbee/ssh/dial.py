@@ -132,6 +132,7 @@ class Dialler:
             "command": None,
             "request_pty": False,
             "encoding": None,
+            "config": [str(target.config)] if target.config else (),  # the user's own
         }
         if port is not None:
             given["port"] = port
@@ -139,8 +140,6 @@ class Dialler:
             given["username"] = user
         if keys:
             given["client_keys"] = [str(key) for key in keys]
-        if target.config is not None:
-            given["config"] = [str(target.config)]
         if target.agent is not None:
             given["agent_path"] = target.agent or None
         return given

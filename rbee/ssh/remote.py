@@ -22,6 +22,7 @@ import attrs
 import trio
 
 from rbee import guard
+from rbee.errors import BadInputError
 from rbee.process import guard_lines
 from rbee.ssh import boot
 from rbee.ssh.connection import Channel, Connection, End
@@ -34,6 +35,8 @@ from rbee.ssh.errors import (
     RemotePythonError,
     SshError,
 )
+from rbee.wire import codec
+from rbee.wire.messages import RunFile
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ BARE = (
 MINIMUM = (3, 11)
 ANSWER = 20.0  # seconds for the login shell and Python to start, loaded nodes included
 NOISE = 64 * 1024  # bytes that a login shell may say before us
-KILLED = 1.5  # seconds for the guard to tell its end after its grace
+TOLD = 0.3  # seconds for the guard's word to come; with more, the queen's own end would be late
 RUN_GRACE = 2.0
 OUTPUT = 1 << 20
 TAIL = 300
@@ -58,7 +61,9 @@ TAIL = 300
 
 @attrs.frozen
 class Facts:
-    """What the node answered: where things are there."""
+    """What the node answered: where things are there; ``address``: where it is reached, as it sees
+    itself ("" if SSH does not tell).
+    """
 
     python: str
     version: tuple[int, ...]
@@ -66,6 +71,33 @@ class Facts:
     program: str
     log: str
     run_dir: str
+    address: str
+
+
+@attrs.frozen
+class OperatorsHive:
+    """A hive that an operator has started on the node: what it wrote about itself."""
+
+    run_file: RunFile
+    token: str = attrs.field(repr=False)
+
+
+@attrs.frozen
+class Sight:
+    """What a hive would find on the node; nothing was changed to learn it.
+
+    Attributes:
+        program: where the program is; "" if it is not there.
+        rbee: the version of the rbee that it belongs to; "" if nobody knows.
+        hive: the hive of this user and home that runs already.
+    """
+
+    python: str
+    version: tuple[int, ...]
+    home: str
+    program: str
+    rbee: str
+    hive: OperatorsHive | None
 
 
 @attrs.frozen
@@ -163,6 +195,33 @@ async def run(
         return Completed(status, said, process.channel.stderr)
 
 
+async def look(
+    connection: Connection,
+    program: str,
+    *,
+    env: Mapping[str, str] | None = None,
+    home: str = "",
+    python: str = "",
+) -> Sight:
+    """Look for a program, its version, and a hive that runs already; changes nothing there.
+
+    Raises:
+        SshError: the node cannot run rbee, or cannot be asked, in words.
+    """
+    wish = Wish([program], [], connection.lease, env=env or {}, home=home, python=python)
+    async with connection.open_channel(LOADER, limit=2 * NOISE) as channel:
+        said, _ = await _ask(connection, channel, wish, only_look=True)
+    try:
+        return codec.structure(said, Sight)
+    except BadInputError as exc:
+        raise SshError(
+            f"the hive on node {connection.node} has told about itself what we do not understand: "
+            f"{exc.message}",
+            hint=f"rbee-keeper node install {connection.node}",
+            node=connection.node,
+        ) from exc
+
+
 @asynccontextmanager
 async def open_remote(
     connection: Connection, wish: Wish, *, first: Any = None, limit: int = NOISE
@@ -182,18 +241,22 @@ async def open_remote(
     async with connection.open_channel(LOADER, limit=limit + NOISE) as channel:
         fence.note_start(wish.lease)
         try:
-            facts, rest = await _boot(connection, channel, wish)
+            said, rest = await _ask(connection, channel, wish)
+            facts = Facts(**said)
             line = _start_line(wish, facts, first(facts) if first else "")
             channel.write(line.encode() + b"\n")
             async with _beating(connection, channel, wish.lease):
                 yield RemoteProcess(connection, channel, facts, rest)
         finally:
             end = await _stop(channel, wish.graces[0])
-            if not end.lost:
+            if not (end.lost or end.killed):
                 fence.note_end()
 
 
-async def _boot(connection: Connection, channel: Channel, wish: Wish) -> tuple[Facts, bytes]:
+async def _ask(
+    connection: Connection, channel: Channel, wish: Wish, *, only_look: bool = False
+) -> tuple[dict[str, Any], bytes]:
+    """Run `rbee.ssh.boot` on the node; return what it answers, and what came after that."""
     marker = f"rbee-{secrets.token_hex(8)}"
     request = json.dumps(
         {
@@ -207,15 +270,15 @@ async def _boot(connection: Connection, channel: Channel, wish: Wish) -> tuple[F
             "log": wish.log,
             "run_dir": wish.run_dir,
             "bare": wish.bare,
-            "guard": _source_of_guard(),
+            "look": only_look,
+            "guard": "" if only_look else _source_of_guard(),
         }
     ).encode()
     channel.write(_loaded() + b"%d\n" % len(request) + request)
     with trio.move_on_after(ANSWER):
         kind, said, rest = await _read_answer(connection, channel, marker)
         if kind == "ready":
-            said["version"] = tuple(said["version"])
-            return Facts(**said), rest
+            return said, rest
         raise _refused(connection, said)
     raise LoginShellError(
         f"the login shell of node {connection.node} did not run our program within {ANSWER:g} s",
@@ -339,10 +402,8 @@ async def _stop(channel: Channel, grace: float) -> End:
     """Ask it to end and wait for the guard's word; bounded, the guards need no help."""
     channel.discard_output()
     channel.write(b"stop\n")
-    with trio.move_on_after(grace + 0.5, shield=True):
-        return await channel.wait()
     channel.write_eof()
-    with trio.move_on_after(KILLED, shield=True):
+    with trio.move_on_after(grace + TOLD, shield=True):
         return await channel.wait()
     log.warning("node %s does not tell whether its program has ended", channel.node)
     return End(lost=True)

@@ -62,7 +62,10 @@ class Hello:
 
 @attrs.frozen
 class DaemonStart:
-    """What an owner tells a daemon on the first lifeline line (``start {json}``)."""
+    """What an owner tells a daemon on the first lifeline line (``start {json}``).
+
+    ``host``: the address to listen on, where only the node knows its own; "" leaves it to --host.
+    """
 
     owner: str
     token: str
@@ -70,6 +73,7 @@ class DaemonStart:
     queen_url: str = ""
     queen_id: str = ""
     lease: float = 10.0
+    host: str = ""
 
 
 @attrs.frozen
@@ -114,7 +118,10 @@ class HiveInfo:
 
 @attrs.frozen
 class StartHive:
-    """``POST`` to a queen's hives. Answer: `HiveInfo` of the node's hive, found or started."""
+    """``POST`` to a queen's hives. Answer: `HiveInfo` of the node's hive, found or started.
+
+    To whoever accepts events, narration comes first.
+    """
 
     node: str = "localhost"
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import attrs
 import pytest
@@ -15,8 +16,10 @@ import trio.testing
 from rbee import __version__, guard
 from rbee.errors import ConflictError, NotFoundError
 from rbee.home import Home, write_atomic
-from rbee.queen import hives as module
-from rbee.queen.hives import SILENT, Hive, Hives, QueenSetup
+from rbee.queen.hive import SILENT, Hive
+from rbee.queen.hives import Hives
+from rbee.queen.machine import QueenSetup
+from rbee.queen.machines import Machines
 from rbee.web.client import open_client
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import open_listener, serve_http
@@ -30,7 +33,8 @@ BEAT = Heartbeat("hive-1", 100, 60, 30, (attrs.evolve(WORKER, running=2, idle=0.
 
 
 def make_hives(home: Home) -> Hives:
-    return Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    setup = QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce")
+    return Hives(setup, Machines(setup))
 
 
 # hearing ------------------------------------------------------------------------------------------
@@ -40,7 +44,7 @@ async def test_a_hive_that_falls_silent_is_unresponsive_until_it_is_heard_again(
     async with open_client() as client, trio.open_nursery() as nursery:
         hive = Hive(INFO, True, "secret", client)
         states: list[tuple[float, str]] = []
-        nursery.start_soon(module._keep_watching, hive)
+        nursery.start_soon(hive.keep_watching)
         for second in range(31):
             if second <= 10 or second >= 28:
                 hive.heard = trio.current_time()
@@ -58,7 +62,7 @@ async def test_a_heartbeat_tells_how_a_hive_and_its_workers_stand(home: Home) ->
     hives.take_info(WORKER)
     async with open_client() as client:
         hive = Hive(INFO, True, "secret", client, heard=trio.current_time() - 100)
-        hives._take(hive, "heartbeat", codec.dumps(BEAT).decode())
+        await hives._take(hive, "heartbeat", codec.dumps(BEAT).decode())
         told = hive.told()
     assert (told.memory_total, told.memory_free, told.disk_free) == (100, 60, 30)
     assert told.workers == 2
@@ -131,7 +135,7 @@ async def test_a_hive_is_stopped_with_its_workers_and_started_anew(
 ) -> None:
     seen: list[object] = []
 
-    async def run(self: Hives, node: str, narrate: object, status: module._Started) -> None:
+    async def run(self: Hives, node: str, narrate: object, status: Any) -> None:
         async with open_client() as client:
             hive = Hive(attrs.evolve(INFO, node=node), True, "secret", client, status.scope)
             self._hives[node] = hive

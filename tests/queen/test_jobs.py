@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rbee.errors import (
 )
 from rbee.home import Home
 from rbee.queen.aliases import Aliases
-from rbee.queen.hives import Hives, QueenSetup
+from rbee.queen.hives import Hives
 from rbee.queen.jobs import BUFFER, WAITING, Job, Jobs, open_job
 from rbee.registry import Registry
 from rbee.wire import sse
@@ -39,6 +39,7 @@ from rbee.wire.messages import (
     WorkerInfo,
     WorkerNarration,
 )
+from tests.queen.test_hives import make_hives
 
 REQUEST = TaskRequest("words", prompt="hello", engine="echo")
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
@@ -58,6 +59,16 @@ class FakeHive:
     starting: trio.Lock = attrs.field(factory=trio.Lock)
     started: list[StartWorker] = attrs.field(factory=list)
     asked: trio.Event = attrs.field(factory=trio.Event)
+    relays: list[trio.CancelScope] = attrs.field(factory=list)
+
+    def way_to(self, url: str) -> str:
+        return url
+
+    @contextmanager
+    def relaying(self) -> Iterator[trio.CancelScope]:
+        with trio.CancelScope() as scope:
+            self.relays.append(scope)
+            yield scope
 
     async def start_worker(self, request: StartWorker) -> WorkerInfo:
         self.started.append(request)
@@ -335,7 +346,7 @@ async def test_a_hive_that_cannot_be_started_is_a_plain_refusal(
             raise error
 
     monkeypatch.setattr(Hives, "_run", fail)
-    hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    hives = make_hives(home)
     async with hives.open():
         with pytest.raises(type(error), match=str(error)):
             await hives.get("localhost", lambda narration: None)
@@ -344,7 +355,7 @@ async def test_a_hive_that_cannot_be_started_is_a_plain_refusal(
 
 
 def test_news_and_answers_may_overtake_each_other(home: Home) -> None:
-    hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    hives = make_hives(home)
     started = WorkerInfo("worker-1", "words", "started", owner="queen-1")
     hives.take_info(attrs.evolve(started, state="failed"))
     hives.note_started(started)
@@ -357,7 +368,7 @@ def test_news_and_answers_may_overtake_each_other(home: Home) -> None:
 
 
 def test_workers_of_other_queens_are_not_ours(home: Home) -> None:
-    hives = Hives(QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce"))
+    hives = make_hives(home)
     hives.take_info(WorkerInfo("worker-1", "words", "ready", owner="queen-2"))
     assert list(hives.workers) == []
 

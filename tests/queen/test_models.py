@@ -16,7 +16,8 @@ from rbee.client import AsyncClient
 from rbee.errors import ConflictError, NotFoundError, RbeeError
 from rbee.home import Home
 from rbee.queen.app import make_app
-from rbee.queen.hives import Hive, QueenSetup
+from rbee.queen.hive import Hive
+from rbee.queen.machine import QueenSetup
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.web.router import App, Emit, Request, Stream
 from rbee.web.server import open_listener, serve_http

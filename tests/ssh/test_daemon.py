@@ -111,9 +111,10 @@ async def test_an_end_nobody_asked_for_is_told_with_the_log(
 async def test_a_daemon_that_does_not_start_says_why(
     sshd: Sshd, aio: Aio, node_home: str, how: str, kind: type[RbeeError], says: str
 ) -> None:
+    limit = 2.0 if how == "silent" else 30.0
     async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
         with pytest.raises(kind) as caught:
-            async with open_planted(connection, how, node_home, hello_limit=2.0):
+            async with open_planted(connection, how, node_home, hello_limit=limit):
                 pytest.fail("it has not started")
         assert not connection.fence.is_up
     assert says in caught.value.message
