@@ -21,6 +21,7 @@ import trio
 from rbee import guard
 from rbee.errors import ConflictError, RbeeError, UsageError, leaves
 from rbee.home import write_atomic, writing
+from rbee.logs import keep_own_log_short
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 from rbee.wire import codec
 from rbee.wire.messages import DaemonStart, Hello, RunFile
@@ -102,6 +103,8 @@ async def _run(root: Root, main: Callable[[Root], Awaitable[None]], rest: bytes)
                 nursery.start_soon(_exit_at_last, root.last_resort)
                 if root.owned:
                     nursery.start_soon(_watch_lifeline, root, rest)
+                else:
+                    nursery.start_soon(keep_own_log_short)
                 await main(root)
                 nursery.cancel_scope.cancel(reason="daemon finished")
 
@@ -154,12 +157,12 @@ def run_cli(app: App) -> NoReturn:
     """Run a program's command line and exit with its code."""
     from cyclopts import CycloptsError
 
+    from rbee.sources import usage_error
+
     try:
         code = app(result_action="return_value", exit_on_error=False, print_error=False)
     except CycloptsError as exc:
-        exc.verbose = False
-        words = " ".join([*app.name, *(exc.command_chain or ()), "--help"])
-        print_error(UsageError(" ".join(str(exc).split()), hint=words))
+        print_error(usage_error(exc, app))
         code = UsageError.exit_code
     except RbeeError as exc:
         print_error(exc)

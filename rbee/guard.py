@@ -18,6 +18,7 @@ logs to a file.
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -125,12 +126,6 @@ def die_with_parent(number: int, parent: int) -> None:
     libc.prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def die_with_guard() -> None:
-    """Arm PR_SET_PDEATHSIG towards the guard that started this program, if one did."""
-    if parent := os.environ.pop("RBEE_GUARD", ""):
-        die_with_parent(signal.SIGKILL, int(parent))
 
 
 @contextlib.contextmanager
@@ -253,6 +248,18 @@ def remove_run_file(path: str, pid: int) -> None:
         os.close(lock)
 
 
+def cap_log(path: str) -> None:
+    """Keep the log that stderr appends to under its cap: its content moves to ``.1``."""
+    try:
+        if os.fstat(2).st_size > LOG_CAP:
+            with open(path, "rb") as old, open(path + ".1", "wb") as new:
+                while data := old.read(1 << 20):
+                    new.write(data)
+            os.ftruncate(2, 0)
+    except OSError:
+        pass
+
+
 def _unlink(path: str) -> None:
     try:
         os.unlink(path)
@@ -273,6 +280,8 @@ class Plan:
     remove: paths removed when nothing is left. run_file: removed if it is the command's.
     log: file for the guard's and the command's stderr, "" to keep what the guard has.
     parent: arm PR_SET_PDEATHSIG (TERM) towards this pid, 0 = no.
+    die_with_guard: whether the command, whatever it is, has PR_SET_PDEATHSIG (KILL) towards its
+        guard. Not for one that has something to clean and hears of it by its lifeline's end.
     hold_interrupt: whether SIGINT waits until the command calls `release_interrupt`.
     adopt_grace: seconds that an orphan adopted while the command runs may live; 0 = till the end.
     name: what log lines call this guard. cap_log: whether it keeps the log short.
@@ -290,6 +299,7 @@ class Plan:
         self.run_file: str = given.get("run_file", "")
         self.log: str = given.get("log", "")
         self.parent = int(given.get("parent", 0))
+        self.die_with_guard = bool(given.get("die_with_guard", False))
         self.adopt_grace = float(given.get("adopt_grace", 0))
         self.hold_interrupt = bool(given.get("hold_interrupt", False))
         self.name: str = given.get("name", "guard")
@@ -397,7 +407,8 @@ class Guard:
                 next_record = now + RECORD_EVERY
                 self._adopt(now)
                 self._write_record()
-                self._cap_log()
+                if self.plan.log and self.plan.cap_log:
+                    cap_log(self.plan.log)
             if now >= next_shm:
                 next_shm = now + SHM_EVERY
                 self._note_shared_memory(self._tree())
@@ -570,19 +581,6 @@ class Guard:
         except OSError as exc:  # a full disk must not end the tree
             self._log(f"cannot write {path}: {exc}")
 
-    def _cap_log(self) -> None:
-        """Keep the log under its cap: its content moves to ``.1``, writers append on."""
-        if not self.plan.log or not self.plan.cap_log:
-            return
-        try:
-            if os.fstat(2).st_size > LOG_CAP:
-                with open(self.plan.log, "rb") as old, open(self.plan.log + ".1", "wb") as new:
-                    while data := old.read(1 << 20):
-                        new.write(data)
-                os.ftruncate(2, 0)
-        except OSError:
-            pass
-
     def _pass_on(self, line: str) -> None:
         if self.child_in >= 0:
             try:
@@ -623,18 +621,43 @@ def append_log(path: str) -> None:
 
 
 def spawn(plan: Plan, stdin: int) -> int:
-    """Start the plan's command in a session of its own; only 0, 1 and 2 are inherited."""
-    env = {**os.environ, **plan.env, "RBEE_GUARD": str(os.getpid())}
-    default = [signal.SIGPIPE, signal.SIGXFSZ, *STOP_SIGNALS, signal.SIGCHLD]
-    return os.posix_spawn(
-        plan.argv[0],
-        plan.argv,
-        env,
-        file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)],
-        setsid=True,
-        setsigmask=[signal.SIGINT] if plan.hold_interrupt else [],
-        setsigdef=default,
-    )
+    """Start the plan's command in a session of its own; only 0, 1 and 2 are inherited.
+
+    Not by posix_spawn: a death signal is kept over exec, but only the child itself can arm it.
+    """
+    me, (reader, writer) = os.getpid(), os.pipe()
+    # Until the child has its own, no handler of ours may run there: they share what wakes us.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if not pid:
+            _become_command(plan, stdin, me, writer)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        os.close(writer)
+    with open(reader) as said:  # it ends with exec
+        if failed := said.read():
+            os.waitpid(pid, 0)
+            raise OSError(int(failed), os.strerror(int(failed)))
+    return pid
+
+
+def _become_command(plan: Plan, stdin: int, guard: int, failed: int) -> None:
+    """In the forked child: be the command, or tell ``failed`` why not; never return."""
+    try:
+        if plan.die_with_guard:
+            die_with_parent(signal.SIGKILL, guard)
+        os.setsid()
+        os.dup2(stdin, 0)
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, *STOP_SIGNALS, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        held = [signal.SIGINT] if plan.hold_interrupt else []
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        os.execve(plan.argv[0], plan.argv, {**os.environ, **plan.env})
+    except Exception as exc:
+        os.write(failed, b"%d" % (getattr(exc, "errno", 0) or errno.EINVAL))
+    finally:
+        os._exit(127)
 
 
 def main() -> int:

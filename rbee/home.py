@@ -110,7 +110,7 @@ def writing(path: Path) -> Iterator[None]:
             f"cannot write {exc.filename or path}: {exc.strerror} "
             f"(rbee needs a writable home with free space; it is {path})",
             code="home_not_writable",
-            hint="RBEE_HOME=~/rbee-home rbee-keeper …   # another directory, with space",
+            hint="RBEE_HOME=~/rbee-home rbee-keeper status   # another directory, with space",
         ) from exc
 
 

@@ -10,6 +10,7 @@ from typing import NewType
 import attrs
 
 from rbee.errors import BadInputError
+from rbee.hints import infer
 
 WorkerId = NewType("WorkerId", str)
 JobId = NewType("JobId", str)
@@ -114,6 +115,6 @@ def node_name(text: str) -> NodeName:
         raise BadInputError(
             f"node name {text!r} is not valid: lower-case letters, digits and inner hyphens, "
             "at most 63 characters",
-            hint="rbee-keeper infer --node localhost …",
+            hint=infer("--node", LOCALHOST),
         )
     return NodeName(text)

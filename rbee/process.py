@@ -164,7 +164,8 @@ async def open_guarded(
         run_dir: journal directory of this child, removed by its guards at the end.
         lease: seconds without our beat after which the outermost guard ends it (each inner one
             allows a second more); 0 = none.
-        die_with_us: the guard also ends when the thread that called us ends.
+        die_with_us: the guard also ends when the thread that called us ends, and the command, by
+            the kernel, when its guard ends.
         hold_interrupt: whether the command is a program of ours, which takes SIGINT when it can.
         piped: yield the command's output; otherwise it goes to the log as well.
 
@@ -174,7 +175,7 @@ async def open_guarded(
     line = guard_lines(
         argv, first=first, graces=graces, log_file=log_file, run_dir=run_dir, lease=lease,
         run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
-        hold_interrupt=hold_interrupt,
+        hold_interrupt=hold_interrupt, die_with_guard=die_with_us,
     )  # fmt: skip
     with writing(log_file.parent), log_file.open("ab") as stderr:
         popen = _popen_guard(subprocess.PIPE if piped else stderr, stderr, environment)
@@ -252,6 +253,7 @@ def guard_lines(
     adopt_grace: float = 0.0,
     parent: int = 0,
     hold_interrupt: bool = False,
+    die_with_guard: bool = False,
     clock: str = "monotonic",
     guard_argv: Sequence[str] = GUARD,
 ) -> str:
@@ -272,6 +274,7 @@ def guard_lines(
             "adopt_grace": adopt_grace if innermost else 0,
             "cap_log": innermost,
             "hold_interrupt": hold_interrupt or not innermost,
+            "die_with_guard": die_with_guard and innermost,
         }
         if run_dir is not None:
             plan |= {"record": str(run_dir), "remove": [str(run_dir)]}

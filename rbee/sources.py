@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from cyclopts import App, Argument, ArgumentCollection, Token
+from cyclopts import App, Argument, ArgumentCollection, CycloptsError, Token
 from cyclopts.config import Env
 
 from rbee.config import load_config
+from rbee.errors import UsageError
 from rbee.home import find_home
 
 PREFIX = "RBEE_"
@@ -100,3 +101,10 @@ def tokens_of(value: Any) -> list[str]:
 def fill(argument: Argument, keyword: str, values: Iterable[str], source: str) -> None:
     for index, value in enumerate(values):
         argument.append(Token(keyword=keyword, value=value, source=source, index=index))
+
+
+def usage_error(exc: CycloptsError, app: App) -> UsageError:
+    """Say what was wrong with one of our programs' command line, environment or file."""
+    exc.verbose = False
+    words = " ".join([*app.name, *(exc.command_chain or ()), "--help"])
+    return UsageError(" ".join(str(exc).split()), hint=words)

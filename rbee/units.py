@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from rbee.errors import BadInputError
+from rbee.hints import infer
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,3})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*(s|m|h|d)?", re.IGNORECASE)
@@ -12,7 +13,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-def size(text: str, *, hint: str = "rbee-keeper infer --kv-cache 512M …") -> int:
+def size(text: str, *, hint: str = infer("--kv-cache", "512M")) -> int:
     """Read a size in bytes: ``268435456``, ``256M``, ``1.5GiB``; units are powers of 1024."""
     match = _SIZE.fullmatch(text.strip())
     found = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
@@ -33,6 +34,6 @@ def seconds(text: str) -> float:
         raise BadInputError(
             f"{text!r} is not a time (needed: seconds, or a number with s, m, h or d; "
             "-1 is for ever)",
-            hint="rbee-keeper infer --keep-alive 10m …",
+            hint=infer("--keep-alive", "10m"),
         )
     return float(match[1]) * _SECONDS[(match[2] or "s").lower()]

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -29,7 +31,7 @@ from rbee.process import (
 )
 from rbee.testing.processes import LeakCheck
 from rbee.wire.messages import DaemonStart, Hello
-from tests.trees import NAP, TREE, alive, code, wait_for
+from tests.trees import NAP, STUBBORN, TREE, alive, code, kill, wait_for
 
 slow = pytest.mark.slow
 
@@ -325,6 +327,37 @@ async def test_a_cancelled_program_leaves_nothing(leaks: LeakCheck) -> None:
         leaks.tree.refresh(os.getpid())
         nursery.cancel_scope.cancel()
     await leaks.wait_clean(0.2)
+
+
+OWNER = f"""
+import sys, trio
+from functools import partial
+from pathlib import Path
+from rbee.process import run_program
+trio.run(partial(run_program, {["/usr/bin/env", *code(STUBBORN)]!r}, log_file=Path(sys.argv[1]),
+                 grace=0.2))
+"""
+
+
+@slow
+@pytest.mark.parametrize("killed", [("owner",), ("guard",), ("owner", "guard")], ids=" and ".join)
+def test_a_program_ends_with_whoever_is_killed_above_it(
+    killed: tuple[str, ...], leaks: LeakCheck
+) -> None:
+    """It hears of nothing by itself: such is pip."""
+    log_file = leaks.home.log_file("program")
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(log_file)])
+    program = wait_for(lambda: log_file.exists() and int(log_file.read_text() or 0))
+    (guarding,) = guard.children(owner.pid)
+    leaks.tree.refresh(owner.pid)
+    victims = {"owner": owner.pid, "guard": guarding}
+    for victim in killed:
+        os.kill(victims[victim], signal.SIGSTOP)  # all at the same moment: none sees the other go
+    for victim in killed:
+        kill(victims[victim])
+    owner.wait()
+    leaks.wait_clean_sync(3)
+    assert not alive(program)
 
 
 async def test_a_log_that_cannot_be_written_is_a_machine_error(leaks: LeakCheck) -> None:

@@ -10,7 +10,10 @@ import attrs
 import pytest
 from cyclopts import Argument
 
+from rbee.config import QueenConfig
+from rbee.errors import UsageError
 from rbee.home import Home
+from rbee.keeper.sources import load_settings
 from rbee.sources import env_name
 from tests.programs import DAEMONS, KEEPER, Program, key_of
 
@@ -135,6 +138,21 @@ def test_an_owned_worker_is_told_all_by_its_owner(
     assert worker.parse([], "--model") == "the keeper's"
     assert worker.parse(["--owned"], "--model") == ""
     assert worker.parse(["--owned"], "--engine") == "vllm"
+
+
+def test_a_commands_own_queen_has_the_flags_of_one_by_hand(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_settings(home).queen == QueenConfig()
+    home.config_file.write_text("[queen]\nport = 1\nlease = 5\nhive_port = 2\n")
+    assert load_settings(home).queen == QueenConfig(port=1, lease=5, hive_port=2)
+    monkeypatch.setenv("RBEE_PORT", "3")
+    monkeypatch.setenv("RBEE_LEASE", "7.5")
+    assert load_settings(home).queen == QueenConfig(port=3, lease=7.5, hive_port=2)
+    monkeypatch.setenv("RBEE_LEASE", "long")
+    with pytest.raises(UsageError, match=r"RBEE_LEASE.*float") as caught:
+        load_settings(home)
+    assert caught.value.hint == "queen-rbee daemon --help"
 
 
 @pytest.mark.parametrize("program", DAEMONS, ids=lambda program: program.name)

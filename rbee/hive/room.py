@@ -48,7 +48,7 @@ class Tenant(Protocol):
 
 
 class Check(Protocol):
-    def __call__(self, plan: MemoryPlan, available: int, *, what: str) -> None: ...
+    def __call__(self, plan: MemoryPlan, available: int, *, model: str, bound: str) -> None: ...
 
 
 @attrs.frozen
@@ -58,7 +58,7 @@ class Memory:
     Attributes:
         plan: what a worker would take; None for nothing worth counting.
         free: bytes free for a backend and its devices now; None where nobody knows.
-        check: raises `InsufficientError` unless a plan fits into so many bytes; ``what`` names it.
+        check: raises `InsufficientError` unless a plan fits into so many bytes.
         budget: bytes that this hive's workers on the CPU may take in all; None for no bound.
     """
 
@@ -128,10 +128,10 @@ class Room:
         return False
 
     def _refuse(self, plan: MemoryPlan, newcomer: Tenant, available: float) -> None:
-        what = newcomer.name
+        bound = ""
         if self._memory.budget is not None and newcomer.backend == "cpu":
-            what += f" (the hive's workers may take {human(self._memory.budget)}: [hive] memory)"
-        self._memory.check(plan, max(0, int(available)), what=what)
+            bound = f" (the hive's workers may take {human(self._memory.budget)}: [hive] memory)"
+        self._memory.check(plan, max(0, int(available)), model=newcomer.name, bound=bound)
 
     async def _available(self, newcomer: Tenant) -> float:
         """Return the bytes for a newcomer now, less what was promised to those who load."""

@@ -27,6 +27,7 @@ from rbee.hive.launch import Launcher
 from rbee.hive.peer import Connect, Peer, connect_with
 from rbee.hive.room import Memory, Room, Tenant
 from rbee.home import Home, short_name
+from rbee.logs import prune_logs
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan
@@ -50,7 +51,6 @@ from rbee.worker.engine import engine_kind
 log = logging.getLogger(__name__)
 
 LOAD_LIMIT = 600.0  # seconds from the launch to the ready callback
-KEPT_LOGS = 30
 FIRST_USE = 10.0  # seconds that a new worker waits for whom it was started for
 AGAIN = 0.2  # seconds at least between two looks at a worker
 
@@ -445,12 +445,8 @@ class Workers(TaskOwner):
         worker.scope.cancel(reason="asked to stop")
 
     def _prune_logs(self) -> None:
-        """Keep the newest logs of workers that have ended; other hives may be at it as well."""
         running = {worker.log_file.name for worker in self._workers.values()}
-        logs = [(_modified(path), path) for path in self._setup.home.logs.glob("worker-*.log*")]
-        for _, path in sorted(logs)[:-KEPT_LOGS]:
-            if path.name.removesuffix(".1") not in running:
-                path.unlink(missing_ok=True)
+        prune_logs(self._setup.home.logs, "worker", running=running)
 
 
 def _left(seen: ReadyState | None) -> float:
@@ -462,13 +458,6 @@ def _left(seen: ReadyState | None) -> float:
 
 def _figures(seen: ReadyState) -> dict[str, Any]:
     return {"running": seen.running, "idle": seen.idle, "keep_alive": seen.keep_alive}
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 async def _lift_limit(ready: trio.Event, scope: trio.CancelScope) -> None:

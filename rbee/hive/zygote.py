@@ -1,6 +1,6 @@
 """The zygote: imports an engine once, then forks guarded workers.
 
-It runs as ``python -m rbee.hive.zygote ENGINE FD PARENT`` below a hive, has one thread and no
+It runs as ``python -m rbee.hive.zygote ENGINE FD PARENT LOG`` below a hive, has one thread and no
 event loop, and speaks JSON messages on a SOCK_SEQPACKET socket, with file descriptors beside:
 
     hive → zygote   {"fork": {plan of the guard}, "config": {WorkerConfig}} + lifeline, log
@@ -54,8 +54,9 @@ def unpack(data: bytes, ancillary: Any) -> tuple[dict[str, Any], list[int]]:
 class Zygote:
     """One engine, imported; forks until its hive is gone."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, log_file: str) -> None:
         self.sock = sock
+        self.log_file = log_file
         self.guards: set[int] = set()
 
     def run(self) -> None:
@@ -64,6 +65,7 @@ class Zygote:
         poll.register(self.sock, select.POLLIN)
         poll.register(wakeup, select.POLLIN)
         while True:
+            guard.cap_log(self.log_file)  # we write only when there is something to do
             ready = dict(poll.poll())
             if wakeup in ready:
                 os.read(wakeup, 4096)
@@ -216,7 +218,7 @@ def run_worker(config: dict[str, Any], lifeline: int) -> int:
 
 
 def main() -> int:
-    engine, fd, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    engine, fd, parent, log_file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     guard.die_with_parent(signal.SIGKILL, parent)
     guard.become_subreaper()
     setproctitle.setproctitle("rbee-zygote")
@@ -233,7 +235,7 @@ def main() -> int:
     gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
     send(sock, {"ready": time.monotonic() - began, "threads": threads})
-    Zygote(sock).run()
+    Zygote(sock, log_file).run()
     return 0
 
 

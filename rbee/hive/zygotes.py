@@ -189,6 +189,7 @@ async def run_zygote(
         engine,
         str(theirs.fileno()),
         str(os.getpid()),
+        str(log_file),
     ]
     with log_file.open("ab") as output, guard.held_interrupt():
         child = subprocess.Popen(

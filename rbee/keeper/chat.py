@@ -10,7 +10,6 @@ from functools import partial
 
 import trio
 
-from rbee.config import load_config
 from rbee.errors import OwnerGoneError, RbeeError, leaves
 from rbee.home import open_home
 from rbee.keeper.answer import Answer, stream_answer
@@ -27,6 +26,7 @@ from rbee.keeper.output import (
     write,
 )
 from rbee.keeper.queen import QueenAccess, open_queen
+from rbee.keeper.sources import load_settings
 from rbee.keeper.task import chat_task, check_known
 from rbee.wire.messages import Message
 
@@ -37,7 +37,7 @@ EXITS = ("/exit", "/quit", "/bye")
 async def chat(flags: AnswerFlags, model: str) -> None:
     """Talk until ``/exit`` or the end of stdin; Ctrl+C ends the current answer first."""
     home = open_home(flags.home)
-    config = load_config(home.config_file)
+    config = load_settings(home)
     async with (
         open_output(quiet_data=flags.json) as output,
         open_queen(

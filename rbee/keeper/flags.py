@@ -9,6 +9,7 @@ import attrs
 from cyclopts import Parameter
 
 from rbee.errors import UsageError
+from rbee.hints import infer
 
 
 def _one_or_json(_: Any, value: str) -> list[str]:
@@ -19,7 +20,7 @@ def _one_or_json(_: Any, value: str) -> list[str]:
         except ValueError as exc:
             raise UsageError(
                 f"{value[:40]!r} begins like a JSON list and is none: {exc}",
-                hint="""RBEE_STOP='["one", "two"]' rbee-keeper infer …""",
+                hint=f"""RBEE_STOP='["one", "two"]' {infer()}""",
             ) from exc
     return [value]
 

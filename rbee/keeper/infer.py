@@ -6,13 +6,13 @@ from contextlib import suppress
 from functools import partial
 
 from rbee.client import KEEP_A_QUEEN, OPERATOR, AsyncClient
-from rbee.config import load_config
 from rbee.errors import RbeeError
 from rbee.home import open_home
 from rbee.keeper.answer import Answer, stream_answer
 from rbee.keeper.flags import InferFlags
 from rbee.keeper.output import note, open_output, print_json
 from rbee.keeper.queen import open_queen
+from rbee.keeper.sources import load_settings
 from rbee.keeper.task import check_known
 from rbee.wire.messages import TaskRequest
 
@@ -20,7 +20,7 @@ from rbee.wire.messages import TaskRequest
 async def infer(flags: InferFlags, task: TaskRequest) -> None:
     """Answer ``task`` on stdout, with a queen of our own if none runs."""
     home = open_home(flags.home)
-    config, answer = load_config(home.config_file), Answer()
+    config, answer = load_settings(home), Answer()
     async with (
         open_output(quiet_data=flags.json) as output,
         open_queen(

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from rbee.errors import DeadlineError, PeerError, RbeeError, leaves
+from rbee.hints import infer
 from rbee.keeper.output import StdoutClosedError, ToldError, print_error
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 
@@ -46,7 +47,7 @@ async def _run_within(command: Callable[[], Awaitable[None]], timeout: float | N
     if scope.cancelled_caught:
         raise DeadlineError(
             f"not done within {timeout:g} s; the job was cancelled",
-            hint="rbee-keeper infer --timeout 600 …",
+            hint=infer("--timeout", 600),
         )
 
 

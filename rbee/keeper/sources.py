@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from cyclopts import App, ArgumentCollection
+import attrs
+from cyclopts import App, ArgumentCollection, CycloptsError
 
 from rbee.config import OWN_TABLES, Config, QueenConfig, load_config, wrong
-from rbee.home import find_home
+from rbee.home import Home, find_home
 from rbee.keeper.flags import every_flag
-from rbee.sources import fill, flags_of, home_of, tokens_of
+from rbee.sources import fill, flags_of, home_of, tokens_of, usage_error
 
 
 class ConfigFile:
@@ -66,6 +67,27 @@ def _changed(queen: QueenConfig) -> dict[str, Any]:
         for key in ("host", "port")
         if getattr(queen, key) != getattr(default, key)
     }
+
+
+def load_settings(home: Home) -> Config:
+    """Read ``config.toml``, with what the environment says of a queen of the command's own.
+
+    Such a queen has the flags of one by hand: ``RBEE_PORT`` before ``[queen] port``. The hive it
+    owns is told its port by the queen, so that the two do not fight for one.
+
+    Raises:
+        UsageError: a value cannot be what it should be.
+    """
+    from rbee.queen.__main__ import app
+
+    line = ["daemon", "--owned", "--home", str(home.root)]
+    try:
+        _, bound, _ = app.parse_args(line, exit_on_error=False, print_error=False)
+    except CycloptsError as exc:
+        raise usage_error(exc, app) from exc
+    config = load_config(home.config_file)
+    said = {key: bound.arguments[key] for key in ("port", "lease") if key in bound.arguments}
+    return attrs.evolve(config, queen=attrs.evolve(config.queen, **said))
 
 
 def _close(name: str, known: Iterable[str]) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
 from rbee.errors import BadInputError
+from rbee.hints import infer
 from rbee.keeper.flags import StartFlags
-from rbee.model import node_name
+from rbee.model import DEFAULT_ENGINE, node_name
 from rbee.models.access import read_access
 from rbee.units import seconds, size
 
@@ -29,7 +31,7 @@ def start_settings(flags: StartFlags) -> dict[str, Any]:
             flag = name.replace("_", "-")
             raise BadInputError(
                 f"--{flag} must be at least 1, got {value}",
-                hint=f"rbee-keeper infer --{flag} 16 …",
+                hint=infer(f"--{flag}", 16),
             )
     return {
         "node": flags.node,
@@ -54,15 +56,16 @@ def engine_args(given: tuple[str, ...]) -> dict[str, str]:
         if not match:
             raise BadInputError(
                 f"{text!r} is not an option of an engine (needed: key=value)",
-                hint="rbee-keeper infer --engine-arg gpu-memory-utilization=0.5 …",
+                hint=infer("--engine-arg", "gpu-memory-utilization=0.5"),
             )
-        key = _engine_key(match[1])
+        key, value = _engine_key(match[1]), "true" if match[2] is None else match[2]
         if key in found:
+            both = json.dumps([found[key], value])
             raise BadInputError(
                 f"--engine-arg {key} is given twice",
-                hint=f"""rbee-keeper infer --engine-arg '{key}=["…", "…"]' …   # if it is a list""",
+                hint=f"{infer('--engine-arg', f'{key}={both}')}   # if it is a list",
             )
-        found[key] = "true" if match[2] is None else match[2]
+        found[key] = value
     return found
 
 
@@ -77,10 +80,10 @@ def _check_placement(flags: StartFlags) -> None:
         node_name(flags.node)
     if flags.engine is not None and not _ENGINE.fullmatch(flags.engine):
         raise BadInputError(
-            f"{flags.engine!r} is not an engine's name", hint="rbee-keeper infer --engine vllm …"
+            f"{flags.engine!r} is not an engine's name", hint=infer("--engine", DEFAULT_ENGINE)
         )
     if flags.device is not None and not _DEVICE.fullmatch(flags.device):
         raise BadInputError(
             f"--device must be an index or several with commas between, got {flags.device!r}",
-            hint="rbee-keeper infer --device 0,1 …",
+            hint=infer("--device", 0),
         )

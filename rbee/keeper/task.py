@@ -9,6 +9,7 @@ from typing import Any
 
 from rbee.config import Config
 from rbee.errors import BadInputError
+from rbee.hints import infer
 from rbee.keeper.flags import AnswerFlags, InferFlags
 from rbee.keeper.start import start_settings
 from rbee.model import DEFAULT_ENGINE, LOCALHOST
@@ -25,16 +26,16 @@ def infer_task(flags: InferFlags) -> TaskRequest:
     if not prompt.strip():
         raise BadInputError(
             "the prompt is empty; a text with something in it is needed",
-            hint='rbee-keeper infer --model … --prompt "What is the capital of France?"',
+            hint=infer(model=flags.model, prompt="What is the capital of France?"),
         )
     if flags.timeout is not None and not flags.timeout > 0:
-        raise _out_of_range("timeout", flags.timeout, "above 0", 60)
+        raise _out_of_range("timeout", flags.timeout, "above 0", 60, flags.model)
     if flags.system is None:
         return TaskRequest(prompt=prompt, raw=flags.raw, **_settings(flags, flags.model))
     if flags.raw:
         raise BadInputError(
             "--raw sends the prompt as it is, so there is no place for --system",
-            hint="rbee-keeper infer … without --raw or without --system",
+            hint=f"{infer('--system', flags.system, model=flags.model)}   # without --raw",
         )
     return chat_task(flags, flags.model, [Message("user", prompt)])
 
@@ -62,7 +63,7 @@ def check_known(flags: AnswerFlags, model: str, config: Config) -> None:
 
 def _settings(flags: AnswerFlags, model: str) -> dict[str, Any]:
     _check_model(model)
-    _check_sampling(flags)
+    _check_sampling(flags, model)
     return {
         **start_settings(flags),
         "model": _absolute(model),
@@ -91,7 +92,7 @@ def _absolute(model: str) -> str:
     return absolute(model)
 
 
-def _check_sampling(flags: AnswerFlags) -> None:
+def _check_sampling(flags: AnswerFlags, model: str) -> None:
     rules: list[tuple[str, float | None, bool, str, float]] = [
         ("max-tokens", flags.max_tokens, _at_least(flags.max_tokens, 1), "at least 1", 100),
         ("temperature", flags.temperature, _at_least(flags.temperature, 0), "at least 0", 0.7),
@@ -108,18 +109,20 @@ def _check_sampling(flags: AnswerFlags) -> None:
     ]
     for name, value, good, needed, example in rules:
         if value is not None and not good:
-            raise _out_of_range(name, value, needed, example)
+            raise _out_of_range(name, value, needed, example, model)
     if "" in flags.stop:
-        raise BadInputError("a --stop text is empty", hint="rbee-keeper infer --stop END …")
+        raise BadInputError("a --stop text is empty", hint=infer("--stop", "END", model=model))
 
 
 def _at_least(value: float | None, least: float) -> bool:
     return value is None or least <= value < float("inf")
 
 
-def _out_of_range(name: str, value: float, needed: str, example: float) -> BadInputError:
+def _out_of_range(
+    name: str, value: float, needed: str, example: float, model: str
+) -> BadInputError:
     return BadInputError(
-        f"--{name} must be {needed}, got {value}", hint=f"rbee-keeper infer --{name} {example} …"
+        f"--{name} must be {needed}, got {value}", hint=infer(f"--{name}", example, model=model)
     )
 
 

@@ -22,6 +22,7 @@ import attrs
 
 from rbee.errors import BadInputError
 from rbee.gpus import chosen_gpus, device_indices
+from rbee.hints import infer
 from rbee.machine import Machine, cpu_dtype, node_memory, this_machine
 from rbee.models.inspect import Inspection, inspect_model
 from rbee.models.kv_cache import KV_BLOCK, CacheShape, cache_shape, read_config
@@ -167,23 +168,23 @@ def _plan(
         devices=devices,
         shape=shape,
     )
-    return _with_cache(plan, asked, options, is_cpu)
+    return _with_cache(plan, found, asked, options, is_cpu)
 
 
 def _with_cache(
-    plan: MemoryPlan, asked: Asked, options: Mapping[str, str], is_cpu: bool
+    plan: MemoryPlan, found: Inspection, asked: Asked, options: Mapping[str, str], is_cpu: bool
 ) -> MemoryPlan:
     """Decide the size of the KV cache: asked for in bytes, as a share, by requests, or not."""
     least = plan.shape.size(plan.context)
     if asked.kv_cache_bytes:
         if asked.kv_cache_bytes < least and (is_cpu or asked.max_model_len):
-            raise _too_small(asked.kv_cache_bytes, plan.context, least)
+            raise _too_small(found, asked.kv_cache_bytes, plan.context, least)
         return attrs.evolve(plan, kv=asked.kv_cache_bytes, kv_floor=asked.kv_cache_bytes)
     fraction, total = _fraction(options), _total_memory(asked)
     if fraction and total:
         kv = plan.room(int(fraction * total))
         if kv < least:
-            raise _share_too_small(fraction, total, plan.weights + plan.overhead + least)
+            raise _share_too_small(found, fraction, total, plan.weights + plan.overhead + least)
         return attrs.evolve(plan, kv=kv, kv_floor=kv)
     if asked.max_num_seqs:
         return plan
@@ -202,13 +203,13 @@ def _context(found: Inspection, asked: Asked, is_cpu: bool) -> int:
     if asked.max_model_len < 2:
         raise BadInputError(
             f"--max-model-len must be at least 2: {asked.max_model_len}",
-            hint=f"rbee-keeper infer --max-model-len {found.context or default} …",
+            hint=_fitting(found, "--max-model-len", found.context or default),
         )
     if found.context and asked.max_model_len > found.context:
         raise BadInputError(
             f"--max-model-len {asked.max_model_len} is more than the model's context of "
             f"{found.context}",
-            hint=f"rbee-keeper infer --max-model-len {found.context} …",
+            hint=_fitting(found, "--max-model-len", found.context),
         )
     return asked.max_model_len
 
@@ -221,7 +222,7 @@ def check_asked(asked: Asked) -> None:
         if count is not None and count < 1:
             raise BadInputError(
                 f"--{flag} must be at least 1, got {count}",
-                hint=f"rbee-keeper infer …   # without --{flag}",
+                hint=f"{infer()}   # without --{flag}",
             )
 
 
@@ -233,7 +234,7 @@ def check_dtype(dtype: str | None) -> str | None:
         raise BadInputError(
             f"{dtype!r} is not a dtype (needed: {', '.join(DTYPES)})",
             code="bad_dtype",
-            hint="rbee-keeper infer --dtype float32 …",
+            hint=infer("--dtype", "float32"),
         )
     return DTYPES[dtype.lower()]
 
@@ -285,18 +286,22 @@ def _total_memory(asked: Asked) -> int | None:
     return min((gpu.total for gpu in chosen_gpus(asked.device or "0")), default=None)
 
 
-def _too_small(given: int, context: int, least: int) -> BadInputError:
+def _too_small(found: Inspection, given: int, context: int, least: int) -> BadInputError:
     return BadInputError(
         f"a KV cache of {human(given)} is too small: one request of {context} tokens needs "
         f"{human(least)}",
-        hint=f"rbee-keeper infer --kv-cache {least} …   # or a smaller --max-model-len",
+        hint=f"{_fitting(found, '--kv-cache', least)}   # or a smaller --max-model-len",
     )
 
 
-def _share_too_small(fraction: float, total: int, least: int) -> BadInputError:
+def _share_too_small(found: Inspection, fraction: float, total: int, least: int) -> BadInputError:
     needed = min(math.ceil(100 * least / total) / 100, 1.0)
     return BadInputError(
         f"--engine-arg gpu-memory-utilization={fraction:g} of {human(total)} is too small: "
         f"weights, one request and the engine need {human(least)}",
-        hint=f"rbee-keeper infer --engine-arg gpu-memory-utilization={needed:g} …",
+        hint=_fitting(found, "--engine-arg", f"gpu-memory-utilization={needed:g}"),
     )
+
+
+def _fitting(found: Inspection, *flags: object) -> str:
+    return infer(*flags, model=str(found.directory))

@@ -11,9 +11,11 @@ from typing import Protocol
 
 from rbee.errors import InsufficientError
 from rbee.gpus import chosen_gpus
+from rbee.hints import infer
 from rbee.machine import cgroup_memory, node_memory, this_machine
 from rbee.models.footprint import MIB, Asked, MemoryPlan, footprint
 from rbee.models.preflight import available_memory, human
+from rbee.models.reference import shown
 
 
 class Local(Protocol):
@@ -45,19 +47,23 @@ def free_memory(backend: str | None, device: str | None) -> int | None:
     return min((gpu.free for gpu in chosen_gpus(device or "0")), default=None)
 
 
-def check_room(plan: MemoryPlan, available: int | None, *, what: str = "the model") -> None:
-    """Raise `InsufficientError` unless the plan fits; what nobody knows refuses nothing."""
+def check_room(plan: MemoryPlan, available: int | None, *, model: str, bound: str = "") -> None:
+    """Raise `InsufficientError` unless the plan fits; what nobody knows refuses nothing.
+
+    ``bound``: what sets the limit, if it is not the machine.
+    """
     if available is None or plan.required <= available:
         return
     biggest = plan.biggest_context(available)
     each = f" on each of {plan.devices} devices" if plan.devices > 1 else ""
     fits = f"the biggest context that would fit is {biggest} tokens"
     raise InsufficientError(
-        f"not enough memory for {what}: needed {human(plan.required)}{each} (weights "
-        f"{human(plan.weights)}, KV cache {human(plan.kv)}, engine {human(plan.overhead)}), "
-        f"available {human(available)}; {fits if biggest else 'no context is short enough'}",
+        f"not enough memory for {shown(model)}{bound}: needed {human(plan.required)}{each} "
+        f"(weights {human(plan.weights)}, KV cache {human(plan.kv)}, "
+        f"engine {human(plan.overhead)}), available "
+        f"{human(available)}; {fits if biggest else 'no context is short enough'}",
         code="insufficient_memory",
-        hint=_way_out(plan, available, biggest),
+        hint=_way_out(plan, available, biggest, model),
         required=plan.required,
         available=available,
         weights=plan.weights,
@@ -67,14 +73,14 @@ def check_room(plan: MemoryPlan, available: int | None, *, what: str = "the mode
     )
 
 
-def _way_out(plan: MemoryPlan, available: int, biggest: int) -> str:
+def _way_out(plan: MemoryPlan, available: int, biggest: int, model: str) -> str:
     """Return one command after which it fits, or which frees memory."""
     room = plan.room(available)
-    shorter = f" --max-model-len {biggest}" if 0 < biggest < plan.context else ""
+    shorter = ("--max-model-len", biggest) if 0 < biggest < plan.context else ()
     if shorter and room >= plan.kv_floor:
-        return f"rbee-keeper infer{shorter} …"
+        return infer(*shorter, model=model)
     if biggest and room >= MIB:
         whole = plan.shape.size(biggest)
         size = room // 2 if room // 2 >= max(whole, MIB) else room  # leave some for the next one
-        return f"rbee-keeper infer{shorter} --kv-cache {size // MIB}M …"
+        return infer(*shorter, "--kv-cache", f"{size // MIB}M", model=model)
     return "rbee-keeper worker list   # then rbee-keeper worker stop ID frees what it holds"

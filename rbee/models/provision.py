@@ -26,6 +26,7 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.home import Home, writing
+from rbee.logs import prune_logs
 from rbee.models.access import offline_by, variables_of
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Narrate, Runner, log_tail, told_error
@@ -343,6 +344,7 @@ class _Provider:
         with writing(self.home.logs):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
+            prune_logs(path.parent, "model")
         return path
 
 

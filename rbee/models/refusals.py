@@ -40,7 +40,8 @@ class Asked:
 
     @property
     def with_token(self) -> str:
-        return f"HF_TOKEN=hf_… rbee-keeper model pull {self.name}"
+        other = "unset HF_TOKEN; " if self.has_token else ""
+        return f"{other}hf auth login && rbee-keeper model pull {self.name}"
 
     # answers -------------------------------------------------------------------------------------
 

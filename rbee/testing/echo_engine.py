@@ -24,6 +24,7 @@ import trio
 
 from rbee.errors import BadInputError, MachineError, PeerError
 from rbee.guard import close_all_but, die_with_parent
+from rbee.hints import infer
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
@@ -31,7 +32,7 @@ from rbee.worker.limits import answer_budget
 
 DEFAULT_COUNT = 16
 KINDS = {"rate": float, "latency": float, "load": float, "context": int, "fail": str}
-EXAMPLE = 'rbee-keeper infer --engine echo --model "echo?rate=20" …'
+EXAMPLE = infer("--engine", "echo", model="echo?rate=20")
 TELL = 0.1  # seconds between two words about the loading
 NOTICE = 0.2  # seconds in which a waiting request notices that the engine process died
 
@@ -245,12 +246,12 @@ class EchoEngineKind:
         if spec.backend != "cpu":
             raise BadInputError(
                 f"the echo engine runs on cpu only, not on {spec.backend!r}",
-                hint="rbee-keeper infer --engine echo --backend cpu …",
+                hint=infer("--engine", "echo", "--backend", "cpu", model="echo"),
             )
         if spec.device != "0":
             raise BadInputError(
                 f"device {spec.device!r} is not there: cpu has device 0 only",
-                hint="rbee-keeper infer --engine echo --device 0 …",
+                hint=infer("--engine", "echo", "--device", 0, model="echo"),
             )
         echo_options(spec)
 

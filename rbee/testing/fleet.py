@@ -291,7 +291,6 @@ def _say(line: dict[str, Any]) -> None:
 
 def main() -> int:
     """Be the fleet until stdin ends."""
-    guard.die_with_guard()
     guard.set_title("rbee-fleet")
     signal.signal(signal.SIGTERM, lambda *_: None)  # the end of stdin, which follows, is enough
     order = Order(**json.loads(sys.stdin.buffer.readline()))

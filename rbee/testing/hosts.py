@@ -173,6 +173,7 @@ def _open_fleet(order: Order) -> Iterator[Report]:
             "first": json.dumps(attrs.asdict(order)),
             "grace": GRACE,
             "remove": [order.directory],
+            "die_with_guard": True,
         }
         popen.stdin.write(f"start {json.dumps(plan)}\n".encode())
         yield _read_report(popen, log)

@@ -19,6 +19,7 @@ from rbee.errors import (
     TooLargeError,
     UnauthorizedError,
 )
+from rbee.hints import infer
 from rbee.wire import codec, messages, sse
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ class Request:
             if size > MAX_BODY:
                 raise TooLargeError(
                     f"a request has at most {MAX_BODY >> 20} MiB; this one is larger",
-                    hint="head -c 1000000 FILE | rbee-keeper infer --prompt - …",
+                    hint=f"head -c 1000000 FILE | {infer(prompt='-')}",
                 )
             more = message.get("more_body", False)
         return b"".join(parts)

@@ -116,7 +116,6 @@ def _run_started() -> int:
         given, _ = guard.read_start(0, START_LIMIT)
     except (ValueError, TimeoutError) as exc:
         raise UsageError(f"--owned without --model needs a start line on stdin: {exc}") from exc
-    guard.die_with_guard()
     guard.set_oom_score(500)  # the OOM killer spares queen, hive, guards and sshd
     return _run(codec.structure(given, WorkerConfig), True)
 

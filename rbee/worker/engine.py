@@ -14,7 +14,8 @@ from typing import Any, Protocol, cast
 import attrs
 
 from rbee.errors import NotFoundError
-from rbee.model import WorkerSpec
+from rbee.hints import infer
+from rbee.model import DEFAULT_ENGINE, WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 
 GROUP = "rbee.engines"
@@ -127,6 +128,6 @@ def engine_kind(name: str) -> EngineKind:
         raise NotFoundError(
             f"no engine {name!r}; installed: {', '.join(sorted(found))}",
             code="unknown_engine",
-            hint="rbee-keeper infer --engine vllm …",
+            hint=infer("--engine", DEFAULT_ENGINE),
         )
     return cast(EngineKind, found[name].load()())

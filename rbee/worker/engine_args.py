@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
 from rbee.errors import BadInputError
+from rbee.hints import infer
 
 # What rbee decides itself; each with the place where a user sets it.
 OURS = {
@@ -56,13 +57,13 @@ def check_ours(options: Mapping[str, str]) -> None:
         if flag := OURS.get(name):
             raise BadInputError(
                 f"--engine-arg {name} is decided by rbee; use {flag} instead",
-                hint=f"rbee-keeper infer {flag} …",
+                hint="rbee-keeper infer --help",
             )
         if name in SERVER:
             raise BadInputError(
                 f"--engine-arg {name} is of vLLM's own server, which rbee does not run: rbee's "
                 "daemons answer instead",
-                hint=f"rbee-keeper infer …   # without --engine-arg {name}",
+                hint=f"{infer()}   # without --engine-arg {name}",
             )
 
 
@@ -99,37 +100,36 @@ def refused(message: str, known: Collection[str]) -> BadInputError:
     ``known``: the options that it has, with their dashes.
     """
     if match := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
-        return _unknown(match[1].partition("=")[0].split()[0], known)
+        option, equals, value = match[1].split()[0].partition("=")
+        return _unknown(option, equals + value, known)
     if match := re.fullmatch(r"argument (--[^\s/:]+)[^:\s]*: (.*)", message, re.DOTALL):
         return _bad_value(match[1].removeprefix("--"), match[2])
     return BadInputError(f"vLLM refuses an option: {message}", hint="rbee-keeper infer --help")
 
 
-def _unknown(option: str, known: Collection[str]) -> BadInputError:
+def _unknown(option: str, value: str, known: Collection[str]) -> BadInputError:
     name = option.removeprefix("--")
     if (positive := name.removeprefix("no-")) != name and f"--{positive}" in known:
         return BadInputError(
             f"vLLM's option {positive} is no switch, so it cannot be turned off",
-            hint=f"rbee-keeper infer --engine-arg {positive}=… …",
+            hint=f"{infer()}   # without --engine-arg {name}",
         )
     names = {found.removeprefix("--") for found in known} - SERVER
     near = [OURS.get(found, f"--engine-arg {found}") for found in get_close_matches(name, names, 1)]
     return BadInputError(
         f"vLLM has no option {name}" + "".join(f"; did you mean {found}?" for found in near),
-        hint="".join(f"rbee-keeper infer {found}=… …" for found in near)
-        or f"rbee-keeper infer …   # without --engine-arg {name}",
+        hint="".join(infer(*(found + value).split(" ", 1)) for found in near)
+        or f"{infer()}   # without --engine-arg {name}",
     )
 
 
 def _bad_value(name: str, why: str) -> BadInputError:
     why = re.sub(r"<function loads at 0x\w+>", "JSON", why)
-    value = "…"
+    hint = "rbee-keeper infer --help"
     if why.startswith("ignored explicit argument"):
         given = why.removeprefix("ignored explicit argument ")
-        why, value = f"it is a switch (needed: true or false), got {given}", "true"
+        why = f"it is a switch (needed: true or false), got {given}"
+        hint = infer("--engine-arg", f"{name}=true")
     if why.startswith("expected "):
         why = f"it needs a value ({why})"
-    return BadInputError(
-        f"vLLM refuses --engine-arg {name}: {why}",
-        hint=f"rbee-keeper infer --engine-arg {name}={value} …",
-    )
+    return BadInputError(f"vLLM refuses --engine-arg {name}: {why}", hint=hint)

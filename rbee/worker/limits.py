@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from rbee.errors import BadInputError
+from rbee.hints import infer
 from rbee.wire.messages import ExecuteRequest
 
 DEFAULT_MAX_TOKENS = 2048  # when the request names none; a runaway answer ends here
@@ -23,7 +24,7 @@ def check_request(request: ExecuteRequest) -> None:
     if request.max_tokens is not None and request.max_tokens < 1:
         raise BadInputError(
             f"max_tokens must be at least 1: {request.max_tokens}",
-            hint="rbee-keeper infer --max-tokens 64 …",
+            hint=infer("--max-tokens", 64),
         )
     if len(request.stop) > MAX_STOPS or "" in request.stop:
         raise BadInputError(f"stop takes at most {MAX_STOPS} strings, none of them empty")
@@ -57,7 +58,7 @@ def _check_range(
 
 def shorter(context: int) -> str:
     """Return the hint for a prompt that is too long; a token is some three characters."""
-    return f"head -c {max(1, 2 * context)} FILE | rbee-keeper infer --prompt - …"
+    return f"head -c {max(1, 2 * context)} FILE | {infer(prompt='-')}"
 
 
 def check_length(tokens_in: int, context: int) -> None:
@@ -86,6 +87,6 @@ def answer_budget(max_tokens: int | None, tokens_in: int, context: int) -> int:
         raise BadInputError(
             f"max_tokens is {max_tokens}, but the context holds {context} tokens and the prompt "
             f"takes {tokens_in}: at most {left} are left",
-            hint=f"rbee-keeper infer --max-tokens {left} …",
+            hint=infer("--max-tokens", left),
         )
     return max_tokens

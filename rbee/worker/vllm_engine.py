@@ -28,6 +28,7 @@ import trio
 
 from rbee.aio import Aio, AioTask, Outbox, open_aio
 from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
+from rbee.hints import infer
 from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
@@ -311,7 +312,7 @@ class Loader:
         given = [name for name in names if any(w.startswith(f"--{name}") for w in self.argv)]
         return BadInputError(
             f"vLLM refuses this model or configuration: {_first_lines(exc)}",
-            hint="".join(f"rbee-keeper infer --engine-arg {name}=… …" for name in given[:1]),
+            hint="".join(f"{infer()}   # without --engine-arg {name}" for name in given[:1]),
         )
 
     def _start(self, modules: Any, config: Any, options: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rbee.errors import BadInputError, MachineError
 from rbee.gpus import chosen_gpus, device_indices, visible_gpus
+from rbee.hints import infer
 from rbee.machine import Machine
 from rbee.model import WorkerSpec
 from rbee.models.footprint import Footprint, check_asked, footprint
@@ -96,7 +97,7 @@ def check_backend(spec: WorkerSpec) -> None:
         raise BadInputError(f"task is generate or embed: {spec.task!r}")
     if spec.backend not in ("cpu", "cuda"):
         raise BadInputError(
-            f"backend is cpu or cuda: {spec.backend!r}", hint="rbee-keeper infer --backend cpu …"
+            f"backend is cpu or cuda: {spec.backend!r}", hint=infer("--backend", "cpu")
         )
     wanted = device_indices(spec.device)
     _check_installed(spec.backend)

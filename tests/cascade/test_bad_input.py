@@ -14,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -122,12 +123,25 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("line", "said"), REFUSED, ids=lambda value: " ".join(value)[:30])
+def ask_all(ask: Callable[[Any], Done], cases: Iterable[Any], at_once: int) -> list[Done]:
+    """Run commands a few at a time: each waits for most of its life for others to start."""
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(ask, cases))
+
+
+@pytest.fixture(scope="module")
+def refused(operator: Operator) -> list[Done]:
+    (operator.models / "empty").mkdir()
+    return ask_all(lambda case: operator.infer(*case[0]), REFUSED, at_once=3)
+
+
+@pytest.mark.parametrize(
+    "number", range(len(REFUSED)), ids=[" ".join(line)[:30] for line, _ in REFUSED]
+)
 def test_what_cannot_work_is_one_error_with_a_way_out(
-    operator: Operator, line: list[str], said: list[str]
+    operator: Operator, refused: list[Done], number: int
 ) -> None:
-    (operator.models / "empty").mkdir(exist_ok=True)
-    operator.infer(*line).check_refusal(*said)
+    refused[number].check_refusal(*REFUSED[number][1])
     workers = [path for path in operator.home.run.rglob("w????????") if path.is_dir()]
     assert len(workers) == count_titles(operator.env["RBEE_NONCE"])["llm-worker-rbee"]
 
@@ -234,46 +248,64 @@ BROKEN = [
 ]
 
 
+ENGINE_REFUSES = [
+    (["--backend", "cuda"], ["cuda was asked for", "cpu"]),
+    (["--device", "7"], ["device 7 was asked for", "only device 0"]),
+    (["--max-tokens", "5000"], ["5000", "2048", "--max-tokens"]),
+    (["--prompt", "bee " * 2500], ["tokens", "the context holds 2048"]),
+    (["--prompt", "bee " * 30_000], ["characters", "a context of 2048 tokens"]),
+    (["--dtype", "float8"], ["'float8'", "auto, half, float16", "--dtype float32"]),
+    (["--max-model-len", "4096"], ["model's context of 2048", "--max-model-len 2048"]),
+    (["--kv-cache", "100T"], ["100.0 TiB", "2048 tokens", "--kv-cache "]),
+    (["--engine-arg", "max-model=5"], ["no option max-model", "--max-model-len"]),
+    (["--engine-arg", "dtype=half"], ["decided by rbee", "use --dtype"]),
+    (["--engine-arg", "block-size=abc"], ["block-size: invalid int value: 'abc'"]),
+    (["--engine-arg", "gpu_memory_utilization=2"], ["less than or equal to 1, got 2.0"]),
+]
+
+
+@pytest.fixture(scope="module")
+def damaged(operator: Operator, tiny: Path) -> list[Done]:
+    def ask(case: tuple[Any, list[str]]) -> Done:
+        damage, _ = case
+        # a name of its own: what failed is remembered for a second
+        broken = _copy(tiny, f"broken-{damage.__name__}")
+        damage(broken)
+        return operator.infer(f"./{broken.name}", "--engine", "vllm")
+
+    return ask_all(ask, BROKEN, at_once=2)
+
+
+@pytest.fixture(scope="module")
+def refused_by_engine(operator: Operator, tiny: Path) -> list[Done]:
+    def ask(case: tuple[list[str], list[str]]) -> Done:
+        return operator.infer("./tiny", "--engine", "vllm", *case[0])
+
+    return ask_all(ask, ENGINE_REFUSES, at_once=2)
+
+
 class TestVllm:
     pytestmark = NEEDS_VLLM
 
     @pytest.mark.parametrize(
-        ("damage", "said"), BROKEN, ids=lambda value: getattr(value, "__name__", "")
+        "number", range(len(BROKEN)), ids=[damage.__name__ for damage, _ in BROKEN]
     )
     def test_a_damaged_model_is_told_by_its_file(
-        self, operator: Operator, tiny: Path, damage: Any, said: list[str]
+        self, operator: Operator, damaged: list[Done], number: int
     ) -> None:
-        # a name of its own: what failed is remembered for a second
-        broken = _copy(tiny, f"broken-{damage.__name__}")
-        damage(broken)
-        done = operator.infer(f"./{broken.name}", "--engine", "vllm")
-        shutil.rmtree(broken)
-        done.check_refusal(*said)
+        damaged[number].check_refusal(*BROKEN[number][1])
         left = [path.name for path in operator.home.models.rglob("*") if path.is_file()]
         assert not [name for name in left if not name.endswith(".lock")]
 
     @pytest.mark.parametrize(
-        ("line", "said"),
-        [
-            (["--backend", "cuda"], ["cuda was asked for", "cpu"]),
-            (["--device", "7"], ["device 7 was asked for", "only device 0"]),
-            (["--max-tokens", "5000"], ["5000", "2048", "--max-tokens"]),
-            (["--prompt", "bee " * 2500], ["tokens", "the context holds 2048"]),
-            (["--prompt", "bee " * 30_000], ["characters", "a context of 2048 tokens"]),
-            (["--dtype", "float8"], ["'float8'", "auto, half, float16", "--dtype float32"]),
-            (["--max-model-len", "4096"], ["model's context of 2048", "--max-model-len 2048"]),
-            (["--kv-cache", "100T"], ["100.0 TiB", "2048 tokens", "--kv-cache "]),
-            (["--engine-arg", "max-model=5"], ["no option max-model", "--max-model-len"]),
-            (["--engine-arg", "dtype=half"], ["decided by rbee", "infer --dtype"]),
-            (["--engine-arg", "block-size=abc"], ["block-size: invalid int value: 'abc'"]),
-            (["--engine-arg", "gpu_memory_utilization=2"], ["less than or equal to 1, got 2.0"]),
-        ],
-        ids=lambda value: " ".join(value)[:30],
+        "number",
+        range(len(ENGINE_REFUSES)),
+        ids=[f"{n}: {' '.join(line)[:30]}" for n, (line, _) in enumerate(ENGINE_REFUSES)],
     )
     def test_what_the_engine_cannot_do_is_refused(
-        self, operator: Operator, tiny: Path, line: list[str], said: list[str]
+        self, refused_by_engine: list[Done], number: int
     ) -> None:
-        operator.infer("./tiny", "--engine", "vllm", *line).check_refusal(*said)
+        refused_by_engine[number].check_refusal(*ENGINE_REFUSES[number][1])
 
     def test_options_of_the_engine_reach_it(self, operator: Operator, tiny: Path) -> None:
         line = ["--max-model-len", "64", "--max-num-seqs", "2", "--kv-cache", "20M"]
@@ -413,20 +445,9 @@ def taken_port() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("queen = [", ["is not TOML"]),
-        ("[queen]\nprot = 1\n", ["'queen.prot' is unknown", "port"]),
-        ("[queen]\nport = 'x'\n", ["port"]),
-        ("temperatur = 1\n", ["'temperatur' is unknown", "did you mean 'temperature'"]),
-    ],
-)
-def test_a_wrong_config_file_is_a_usage_error(
-    home: Home, leaks: LeakCheck, text: str, said: list[str]
-) -> None:
-    home.config_file.write_text(text)
-    infer("echo").check_refusal(str(home.config_file), *said, code=2)
+def test_a_wrong_config_file_is_a_usage_error(home: Home, leaks: LeakCheck) -> None:
+    home.config_file.write_text("[queen]\nprot = 1\n")
+    infer("echo").check_refusal(str(home.config_file), "'queen.prot' is unknown", "port", code=2)
     clean(leaks, 0)
 
 
@@ -493,24 +514,23 @@ def run_file(component: str, **changes: Any) -> str:
     return json.dumps(record | changes)
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [{"boot_id": "00000000-0000-0000-0000-000000000000"}, {"start_time": 1}, {"pid": 2**22 - 1}],
-    ids=lambda lie: next(iter(lie)),
-)
-def test_what_a_power_loss_left_is_cleaned_and_in_nobodys_way(
-    home: Home, leaks: LeakCheck, lie: dict[str, Any]
-) -> None:
-    home.queen_file.write_text(run_file("queen", **lie))
-    home.hive_file.write_text(run_file("hive", **lie))
+OTHER_BOOT = "00000000-0000-0000-0000-000000000000"
+NO_PID = 2**22 - 1
+
+
+def test_what_a_power_loss_left_is_cleaned_and_in_nobodys_way(home: Home, leaks: LeakCheck) -> None:
+    home.queen_file.write_text(run_file("queen", boot_id=OTHER_BOOT))
+    home.hive_file.write_text(run_file("hive", start_time=1))
     for name in ("queen.lock", "hive.lock", "spawn.lock"):
         (home.run / name).touch()
     with subprocess.Popen(["sleep", "60"]) as bystander:
-        member = {"pid": bystander.pid, "start": guard.start_time(bystander.pid)}
-        member |= {key: value for key, value in lie.items() if key == "pid"}
-        member["start"] -= 1  # the pid has come round
-        for name in ("queen-0ld", "queen-0ld/hive-0ld/worker-0ld"):
-            leave_run_directory(home.run / name, member, str(lie.get("boot_id", guard.boot_id())))
+        # the pid has come round
+        member = {"pid": bystander.pid, "start": guard.start_time(bystander.pid) - 1}
+        gone, now = member | {"pid": NO_PID}, guard.boot_id()
+        cases = [(member, OTHER_BOOT), (member, now), (gone, now)]
+        for number, (who, boot_id) in enumerate(cases):
+            for below in ("", "hive-0ld/worker-0ld"):
+                leave_run_directory(home.run / f"queen-0ld{number}" / below, who, boot_id)
         done = infer("echo")
         assert bystander.poll() is None
         bystander.kill()

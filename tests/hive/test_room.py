@@ -98,7 +98,7 @@ async def no_plan(local: object, request: object) -> None:
     await trio.lowlevel.checkpoint()
 
 
-def check(plan: MemoryPlan, available: int, *, what: str) -> None:
+def check(plan: MemoryPlan, available: int, *, model: str, bound: str) -> None:
     if plan.required > available:
         raise InsufficientError("full", required=plan.required, available=available)
 

@@ -214,6 +214,17 @@ async def test_an_engine_that_does_not_exist_is_a_dead_zygote(leaks: LeakCheck) 
     assert NotFoundError.__name__ in leaks.home.log_file("zygote-none").read_text()
 
 
+@slow
+async def test_a_zygotes_log_is_capped(leaks: LeakCheck) -> None:
+    log_file = leaks.home.log_file("zygote-echo")
+    with log_file.open("wb") as file:
+        file.truncate(guard.LOG_CAP + 1)
+    async with open_node(leaks) as node:
+        await node.zygotes.get("echo")
+        await until(lambda: log_file.stat().st_size < guard.LOG_CAP)
+    assert log_file.with_name("zygote-echo.log.1").stat().st_size > guard.LOG_CAP
+
+
 # where fork is no option ----------------------------------------------------------------------
 @slow
 async def test_a_worker_is_executed_where_it_must_not_be_forked(leaks: LeakCheck) -> None:
@@ -251,7 +262,7 @@ import os, socket, subprocess, sys, time
 from rbee import guard
 from rbee.hive.zygote import Zygote
 guard.become_subreaper()
-zygote = Zygote(socket.socketpair()[0])
+zygote = Zygote(socket.socketpair()[0], "")
 def start(*args):
     argv = [sys.executable, "-I", "-S", "-c", {STUBBORN!r}, *args]
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -33,9 +34,15 @@ def any_port(home: Home) -> None:
     home.config_file.write_text("port = 0\n[queen]\nport = 0\n")
 
 
-async def test_a_cold_infer_answers_and_leaves_nothing_behind(home: Home, leaks: LeakCheck) -> None:
-    done = await keeper(*ECHO)
+async def test_a_cold_infer_answers_and_leaves_nothing_behind(
+    home: Home, leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        home.config_file.write_text(f"[queen]\nport = {taken.getsockname()[1]}\n")
+        monkeypatch.setenv("RBEE_PORT", "0")  # before the file, also for a queen of its own
+        done = await keeper(*ECHO)
     assert (done.returncode, done.stdout) == (0, b"a b a b\n")
+    assert re.search(rb"queen at http://127\.0\.0\.1:\d+ \(none was running\)", done.stderr)
     assert b"rbee-keeper queen start" in done.stderr  # how to keep it warm
     await leaks.wait_clean(1)
 
