@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
@@ -32,10 +32,15 @@ from rbee.wire.messages import (
 
 
 def make_app(
-    setup: QueenSetup, hives: Hives, jobs: Jobs, aliases: Aliases, stop: Callable[[str], None]
+    setup: QueenSetup,
+    hives: Hives,
+    jobs: Jobs,
+    aliases: Aliases,
+    stop: Callable[[str], None],
+    allowed_origins: Sequence[str] = (),
 ) -> App:
     """Wire one queen's routes; ``stop`` begins the end of the daemon."""
-    app = App(token=setup.token, hosts=(setup.host,))
+    app = App(token=setup.token, hosts=(setup.host,), allowed_origins=allowed_origins)
     models = Models(setup.home, hives)
 
     async def health(request: Request) -> Response:

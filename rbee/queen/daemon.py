@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,9 +35,13 @@ async def serve(
     *,
     stop: Callable[[str], None],
     ending: Callable[[], RbeeError] = stopping,
+    allowed_origins: Sequence[str] = (),
     task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a queen until cancelled; ``task_status`` receives what it says to its owner.
+
+    Args:
+        allowed_origins: the web pages that may call it, as `checked_origin` returns them.
 
     Raises:
         ConflictError: its port is taken and must not be another one.
@@ -50,19 +54,21 @@ async def serve(
     hives.url = url_of(listener)
     aliases = Aliases(setup.home.config_file)
     jobs = Jobs(hives, aliases, ending)
-    serving = partial(serve_http, make_app(setup, hives, jobs, aliases, stop), listener, grace=0.5)
+    app = make_app(setup, hives, jobs, aliases, stop, allowed_origins)
+    serving = partial(serve_http, app, listener, grace=0.5)
     # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
     async with open_service(serving) as url, machines.open(), hives.open(), jobs.open():
         task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
         await trio.sleep_forever()
 
 
-async def run(setup: QueenSetup, root: daemon.Root) -> None:
+async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence[str] = ()) -> None:
     """Be a queen daemon: one per home, findable, until the root is cancelled."""
     with daemon.locked(setup.home.queen_file, "queen"), _run_dir(setup, root) as token_file:
         async with trio.open_nursery() as nursery:
             ending = partial(_ending, root)
-            hello = await nursery.start(partial(serve, setup, stop=root.stop, ending=ending))
+            serving = partial(serve, stop=root.stop, ending=ending, allowed_origins=allowed_origins)
+            hello = await nursery.start(partial(serving, setup))
             daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
             root.say_hello(hello)
             try:

@@ -30,10 +30,12 @@ def open_listener(host: str, port: int, *, exact: bool) -> socket.socket:
         exact: fail if the port is taken (an operator asked for it), else take the next free one.
 
     Raises:
-        BadInputError: there is no such port.
+        BadInputError: there is no such address or port.
         ConflictError: the port is taken, or none is free in reach.
         MachineError: the address is not one of this machine, or the port not for this user.
     """
+    if not host:  # which would be every address
+        raise BadInputError("the address to listen on is empty", hint="--host 127.0.0.1")
     if not 0 <= port <= 65535:
         raise BadInputError(f"port {port} is not between 0 and 65535", hint="--port 0")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

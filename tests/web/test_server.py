@@ -101,6 +101,11 @@ def test_an_address_of_another_machine_is_refused() -> None:
         open_listener("192.0.2.1", 80, exact=False)
 
 
+def test_no_address_is_not_every_address() -> None:
+    with pytest.raises(BadInputError, match="the address to listen on is empty"):
+        open_listener("", 0, exact=True)
+
+
 @pytest.mark.parametrize("port", [-1, 65536])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_port_that_cannot_be_is_bad_input(port: int, exact: bool) -> None:
