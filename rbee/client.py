@@ -219,10 +219,10 @@ class AsyncClient:
         """
         await self._call("DELETE", f"{messages.QUEEN_WORKERS}/{quote(worker_id, safe='')}", None)
 
-    async def start_hive(self, node: str) -> messages.HiveInfo:
-        """Have a hive run on a node; one that does already is fine."""
-        info: messages.HiveInfo = await self._call(
-            "POST", messages.QUEEN_HIVES, messages.HiveInfo, messages.StartHive(node)
+    async def start_hive(self, node: str, narrate: NarrateAsync | None = None) -> messages.HiveInfo:
+        """Have a hive run on a node; one that does already is fine. Cancelling gives it up."""
+        info: messages.HiveInfo = await self._narrated(
+            messages.QUEEN_HIVES, messages.StartHive(node), messages.HiveInfo, narrate
         )
         return info
 

@@ -12,10 +12,18 @@ from rbee.errors import ConflictError, NotFoundError
 from rbee.home import find_home
 from rbee.keeper.flags import NodeFlags
 from rbee.keeper.listing import NO_QUEEN, open_queen, operators_hive
-from rbee.keeper.output import human_bytes, note, print_data, print_facts, print_json, print_rows
+from rbee.keeper.output import (
+    human_bytes,
+    note,
+    open_output,
+    print_data,
+    print_facts,
+    print_json,
+    print_rows,
+)
 from rbee.keeper.workers import needed
 from rbee.model import LOCALHOST, node_name
-from rbee.wire.messages import HiveInfo
+from rbee.wire.messages import HiveInfo, Narration
 
 COLUMNS = (
     "node", "state", "workers", "last_seen", "memory_free", "disk_free", "pid", "owner", "url",
@@ -25,10 +33,14 @@ COLUMNS = (
 async def start_hive(flags: NodeFlags) -> None:
     """``hive start``: its URL on stdout; the queen starts it, or uses the one that runs."""
     node = node_name(flags.node or LOCALHOST)
-    async with open_queen(flags, any_version=False) as found:
+    async with open_queen(flags, any_version=False) as found, open_output() as output:
         queen = needed(found, "a hive")
+
+        async def tell(told: Narration) -> None:
+            await output.narrate(told.actor, told.action, told.text, told.share)
+
         before = {hive.hive_id for hive in await queen.client.hives()}
-        hive = await queen.client.start_hive(node)
+        hive = await queen.client.start_hive(node, tell)
     if hive.hive_id in before or hive.owner == OPERATOR:
         note(f"a hive runs already on {node} (pid {hive.pid}, owner {hive.owner})")
     if flags.json:

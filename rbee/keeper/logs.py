@@ -26,7 +26,12 @@ async def show_logs(flags: LogFlags) -> None:
         raise BadInputError(
             f"--lines must be at least 0, got {flags.lines}", hint="rbee-keeper logs --lines 50"
         )
-    paths = log_files(find_home(flags.home), node=flags.node, worker=flags.worker)
+    if flags.node is not None and node_name(flags.node) != LOCALHOST:
+        from rbee.keeper.far_logs import show_far_logs
+
+        await show_far_logs(flags, flags.node)
+        return
+    paths = log_files(find_home(flags.home), worker=flags.worker)
     if not paths:
         note("no logs yet")
     name_width = max((len(path.stem) for path in paths), default=0) if len(paths) > 1 else 0
@@ -39,20 +44,16 @@ async def show_logs(flags: LogFlags) -> None:
             await _print(output, tail.path, tail.more(), name_width, as_json=flags.json)
         await trio.sleep(POLL)
         known = {tail.path for tail in tails}
-        found = log_files(find_home(flags.home), node=flags.node, worker=flags.worker)
+        found = log_files(find_home(flags.home), worker=flags.worker)
         tails += [Tail(path) for path in found if path not in known]
 
 
-def log_files(home: Home, *, node: str | None = None, worker: str | None = None) -> list[Path]:
+def log_files(home: Home, *, worker: str | None = None) -> list[Path]:
     """Return the log files asked for, by name.
 
     Raises:
-        NotFoundError: no such node or worker; the message says which there are.
+        NotFoundError: no such worker; the message says which there are.
     """
-    if node is not None and node_name(node) != LOCALHOST:
-        raise NotFoundError(
-            f"no node {node!r}; known: {LOCALHOST}", code="unknown_node", hint="rbee-keeper logs"
-        )
     paths = sorted(home.logs.glob("*.log"))
     if worker is None:
         return paths

@@ -18,11 +18,12 @@ from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
 from rbee.queen.starts import ask, until_ready
-from rbee.web.narrated import narrated
+from rbee.web.narrated import Tell, narrated
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import (
     Health,
+    HiveInfo,
     PullModel,
     StartHive,
     StartWorker,
@@ -62,10 +63,15 @@ def make_app(
     async def list_hives(request: Request) -> Response:
         return json_response(hives.infos())
 
-    async def start_hive(request: Request) -> Response:
+    async def start_hive(request: Request) -> Response | Stream:
         body = await request.read(StartHive)
-        hive = await hives.get(body.node, lambda narration: None)
-        return json_response(hive.told())
+
+        async def work(tell: Tell) -> HiveInfo:
+            return (await hives.get(body.node, tell)).told()
+
+        if request.accepts_events():
+            return narrated(work)
+        return json_response(await work(lambda narration: None))
 
     async def stop_hive(request: Request) -> Response:
         await hives.stop(request.params["node"])

@@ -49,9 +49,14 @@ class Hive:
         return f"hive on {self.info.node}"
 
     async def start_worker(self, request: StartWorker) -> WorkerInfo:
-        return await call(
+        info = await call(
             self.client, "POST", messages.HIVE_WORKERS, WorkerInfo, request, what=self.name
         )
+        return self.at_node(info)
+
+    def at_node(self, info: WorkerInfo) -> WorkerInfo:
+        """Return a worker of its at the node as our queen calls it, which its hive may not know."""
+        return attrs.evolve(info, node=self.info.node)
 
     async def stop_worker(self, worker_id: str) -> None:
         path = f"{messages.HIVE_WORKERS}/{worker_id}"

@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 RENEW = 2.0
 FOLLOW_AGAIN = 0.2
 REACH = 5.0  # seconds for a port that must be open
+ENDS = 0.5  # seconds for the word that a hive has ended, not a firewall closed its port
 KEPT_FAILURES = 100
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
 
@@ -77,7 +78,8 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             RbeeError: its hive cannot be started.
         """
-        await self.machines.check(node)
+        if node not in self._hives:
+            await self.machines.check(node)
         async with self._lock(node):
             hive = self._hives.get(node)
             if hive is None:
@@ -91,7 +93,8 @@ class Hives(TaskOwner):
             NotFoundError: there is no such node.
             ConflictError: an operator has started it, so it is not ours to end.
         """
-        await self.machines.check(node)
+        if node not in self._hives:
+            await self.machines.check(node)
         async with self._lock(node):
             hive = self._hives.get(node)
             pid = hive.info.pid if hive else self._operators_pid(node)
@@ -193,7 +196,7 @@ class Hives(TaskOwner):
             async with open_client(await machine.via(hello.url), setup.token) as client:
                 hive = Hive(info, True, setup.token, client, status.scope, machine.via)
                 if node != LOCALHOST:
-                    await _check_reached(hive)
+                    await _check_reached(hive, daemon)
                 await self._use_owned(hive, daemon, status)
 
     async def _use_owned(self, hive: Hive, daemon: OwnedHive, status: _Started) -> None:
@@ -240,7 +243,7 @@ class Hives(TaskOwner):
         """Note a worker's newest state once we know our way to it."""
         if info.owner == self._setup.id and info.state not in OVER:
             await hive.learn(info.url)
-        self.take_info(info)
+        self.take_info(hive.at_node(info))
 
     def _take_narration(self, told: WorkerNarration) -> None:
         self.narrations.send(told)
@@ -319,11 +322,13 @@ def _check_version(node: str, version: str) -> None:
         )
 
 
-async def _check_reached(hive: Hive) -> None:
+async def _check_reached(hive: Hive, daemon: OwnedHive) -> None:
     """See that its port is open to us: it has said hello over SSH, which shows nothing of that."""
     try:
         await call(hive.client, "GET", messages.HEALTH, Health, what=hive.name, limit=REACH)
     except UnavailableError as exc:
+        with trio.move_on_after(ENDS):
+            raise await daemon.ended(await daemon.wait()) from exc
         node, url = hive.info.node, hive.client.base_url
         raise UnavailableError(
             f"the {hive.name} runs, but {url} is not reached from here (a firewall?): {exc}",

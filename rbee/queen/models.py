@@ -81,9 +81,11 @@ class Models:
 
     async def _ask(self, hive: Hive, found: dict[str, list[ModelInfo]]) -> None:
         try:
-            found[hive.info.node] = await call(
+            infos = await call(
                 hive.client, "GET", messages.HIVE_MODELS, list[ModelInfo], what=hive.name,
                 limit=SCAN,
             )  # fmt: skip
+            node = hive.info.node
+            found[node] = [attrs.evolve(info, node=node) for info in infos]
         except RbeeError as exc:  # the models of one node are no reason to hide the others'
             log.warning("models of %s: %s", hive.info.node, exc)

@@ -197,10 +197,14 @@ async def _relay(told: Outbox[tuple[int, int]], progress: Callable[[int, int], N
 
 @attrs.frozen
 class End:
-    """How a command on the node ended; ``status`` is 128 + n for a signal, -1 if unknown."""
+    """How a command on the node ended; ``status`` is 128 + n for a signal, -1 if unknown.
+
+    ``killed``: a signal ended the command itself, so what it was to clean up may be there still.
+    """
 
     status: int = -1
     lost: bool = False
+    killed: bool = False
 
 
 class Channel(asyncssh.SSHClientSession):  # type: ignore[misc]
@@ -220,6 +224,7 @@ class Channel(asyncssh.SSHClientSession):  # type: ignore[misc]
         self._status: int | None = None
         self._closed: asyncio.Event | None = None
         self._lost = False
+        self._killed = False
         self._ended = False
 
     async def read(self) -> bytes:
@@ -238,7 +243,7 @@ class Channel(asyncssh.SSHClientSession):  # type: ignore[misc]
 
     @property
     def end(self) -> End:
-        return End(-1 if self._status is None else self._status, self._lost)
+        return End(-1 if self._status is None else self._status, self._lost, self._killed)
 
     @property
     def stderr(self) -> str:
@@ -288,7 +293,7 @@ class Channel(asyncssh.SSHClientSession):  # type: ignore[misc]
         asyncio.get_running_loop().call_later(DRAIN, self._send, "abort")
 
     def exit_signal_received(self, name: str, core: bool, message: str, lang: str) -> None:
-        self._status = 128 + _signal_number(name)
+        self._status, self._killed = 128 + _signal_number(name), True
 
     def eof_received(self) -> bool:
         return True  # the other direction stays open: it is the lifeline

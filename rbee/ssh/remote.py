@@ -249,7 +249,7 @@ async def open_remote(
                 yield RemoteProcess(connection, channel, facts, rest)
         finally:
             end = await _stop(channel, wish.graces[0])
-            if not end.lost:
+            if not (end.lost or end.killed):
                 fence.note_end()
 
 

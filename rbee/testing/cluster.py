@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import attrs
 import trio
 
 from rbee.guard import children
-from rbee.home import find_home
+from rbee.home import Home, open_home
 from rbee.testing.processes import Identity, LeakCheck, Tree, identify, is_running, title_of
 
 PROCESSES = (
@@ -40,20 +40,32 @@ MARKS = {
 
 @attrs.frozen
 class Workload:
-    """What the cluster of a cell runs. ``loading`` must take long enough to be hit."""
+    """What the cluster of a cell runs.
+
+    Attributes:
+        model: answers slowly enough to be hit ``streaming``.
+        others: what other states want: ``loading`` takes long enough to be hit, and a state after
+            the answer does not wait for a long one.
+        patience: seconds to wait for a state.
+    """
 
     engine: str
     model: str
-    slow_model: str
-    patience: float  # seconds to wait for a state
+    patience: float
+    others: Mapping[str, str] = attrs.field(factory=dict)
 
     @classmethod
     def echo(cls) -> Workload:
-        return cls("echo", "echo?rate=25", "echo?rate=25&load=3", 30)
+        quick = "echo?rate=2000"
+        others = {"loading": "echo?rate=25&load=3", "idle": quick, "stopping": quick}
+        return cls("echo", "echo?rate=25", 60, others)
 
     @classmethod
     def vllm(cls, model_dir: Path) -> Workload:
-        return cls("vllm", str(model_dir), str(model_dir), 180)
+        return cls("vllm", str(model_dir), 180)
+
+    def model_for(self, state: str) -> str:
+        return self.others.get(state, self.model)
 
 
 class Cluster:
@@ -121,24 +133,38 @@ class Cluster:
 
 
 @asynccontextmanager
-async def open_cluster(workload: Workload, *, slow: bool) -> AsyncGenerator[Cluster, None]:
-    """Start a conversation in a home of its own; whatever is left afterwards is killed."""
+async def open_cluster(
+    workload: Workload,
+    state: str,
+    *,
+    more: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    prepare: Callable[[Home], Awaitable[object]] | None = None,
+) -> AsyncGenerator[Cluster, None]:
+    """Start a conversation in a home of its own; whatever is left afterwards is killed.
+
+    Args:
+        state: which it is to be brought into.
+        more: further arguments of the keeper, and ``variables`` of its environment.
+        prepare: fills the home before the keeper starts.
+    """
     base = Path(tempfile.mkdtemp(prefix="rbee-d-", dir="/tmp"))
     nonce = secrets.token_hex(8)
     environ = {
         **os.environ, "RBEE_HOME": str(base / "home"), "XDG_RUNTIME_DIR": str(base),
-        "RBEE_NONCE": nonce, "SPT_NOENV": "1", "PYTHONUNBUFFERED": "1",
+        "RBEE_NONCE": nonce, "SPT_NOENV": "1", "PYTHONUNBUFFERED": "1", **(variables or {}),
     }  # fmt: skip
-    home = find_home(base / "home", environ)
+    home = open_home(base / "home", environ)
+    if prepare is not None:
+        await prepare(home)
     with Tree() as tree:
         # No look at the virtual environment: another cell's keeper between fork and exec has no
         # nonce yet, somebody else's daemon has none at all, and `check.kill` would end them.
         check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
-        model = workload.slow_model if slow else workload.model
         _hear_interrupts()
         with (base / "keeper.log").open("wb") as stderr:
             keeper = subprocess.Popen(
-                keeper_argv("run", model, workload),
+                [*keeper_argv("run", workload.model_for(state), workload), *more],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -85,7 +85,7 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
     """Run one cell; what did not hold is in the result, not raised."""
     began = trio.current_time()
     try:
-        async with open_cluster(workload, slow=cell.state == "loading") as cluster:
+        async with open_cluster(workload, cell.state) as cluster:
             try:
                 victim = await reach(cell, cluster, workload)
                 titles = frozenset(title_of(one.pid) for one in cluster.tree.running())
@@ -177,7 +177,7 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
     else:
         await _part_gone(cell, victim, below)
         _check_alive(spared)
-        await _next_infer_works(cluster, workload)
+        await _next_infer_works(cluster, workload, cell.state)
         _check_alive(spared)
         began = trio.current_time()
         cluster.keeper.send_signal(signal.SIGTERM)
@@ -239,7 +239,7 @@ async def _part_gone(cell: Cell, victim: Identity, below: Sequence[Identity]) ->
         raise CellError(f"it ignores {cell.signal.name}, but below it went {dead}")
 
 
-async def _next_infer_works(cluster: Cluster, workload: Workload) -> None:
+async def _next_infer_works(cluster: Cluster, workload: Workload, state: str) -> None:
     """Another command against the same queen gets an answer."""
     assert cluster.check.home is not None
     environ = {
@@ -247,7 +247,7 @@ async def _next_infer_works(cluster: Cluster, workload: Workload) -> None:
         "XDG_RUNTIME_DIR": str(cluster.check.home.run.parent),
         "RBEE_NONCE": cluster.check.nonce, "SPT_NOENV": "1",
     }  # fmt: skip
-    argv = [*keeper_argv("infer", workload.model, workload), "--prompt", "one two"]
+    argv = [*keeper_argv("infer", workload.model_for(state), workload), "--prompt", "one two"]
     argv[argv.index("400")] = "4"
     child = subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     pidfd = os.pidfd_open(child.pid)

@@ -118,7 +118,10 @@ class HiveInfo:
 
 @attrs.frozen
 class StartHive:
-    """``POST`` to a queen's hives. Answer: `HiveInfo` of the node's hive, found or started."""
+    """``POST`` to a queen's hives. Answer: `HiveInfo` of the node's hive, found or started.
+
+    To whoever accepts events, narration comes first.
+    """
 
     node: str = "localhost"
 

@@ -144,10 +144,17 @@ class FakeQueen:
 
         return Stream(run)
 
-    async def _start_hive(self, request: Request) -> Response:
+    async def _start_hive(self, request: Request) -> Stream:
         body = await request.read(messages.StartHive)
         info = attrs.evolve(HIVE, node=body.node, hive_id="hive-2")
-        return json_response(self.hives.setdefault(body.node, info))
+        is_new = body.node not in self.hives
+
+        async def run(emit: Emit) -> None:
+            if is_new:
+                await emit(sse.encode(messages.Narration("queen", "start", "a hive")))
+            await emit(sse.encode(self.hives.setdefault(body.node, info)))
+
+        return Stream(run)
 
     async def _stop_hive(self, request: Request) -> Response:
         hive = self.hives.get(request.params["name"])

@@ -34,7 +34,9 @@ def run_operators_hive(home: Home) -> None:
 async def test_a_hive_is_started_once(home: Home, capfd: Captured) -> None:
     async with open_fake(FakeQueen(hives={}), home):
         await hives.start_hive(NodeFlags())
-        assert capfd.readouterr() == (f"{HIVE.url}\n", "")
+        out, err = capfd.readouterr()
+        assert out == f"{HIVE.url}\n"
+        assert err.startswith("queen: start a hive")
         await hives.start_hive(NodeFlags(node="localhost", json=True))
     out, err = capfd.readouterr()
     assert json.loads(out)["hive_id"] == "hive-2"

@@ -41,13 +41,13 @@ async def test_no_logs_is_not_an_error(home: Home, capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "no logs yet\n")
 
 
-def test_what_is_not_there_is_told_with_what_there_is(logs: Home) -> None:
+async def test_what_is_not_there_is_told_with_what_there_is(logs: Home) -> None:
     with pytest.raises(NotFoundError, match="worker-1f"):
         log_files(logs, worker="nope")
     with pytest.raises(NotFoundError, match="localhost"):
-        log_files(logs, node="other")
+        await show_logs(LogFlags(node="other"))
     with pytest.raises(BadInputError):
-        log_files(logs, node="Not A Node")
+        await show_logs(LogFlags(node="Not A Node"))
 
 
 async def test_following_shows_what_comes(logs: Home, capfd: pytest.CaptureFixture[str]) -> None:
