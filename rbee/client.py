@@ -211,6 +211,13 @@ class AsyncClient:
         )
         return info
 
+    async def explain_start(self, start: messages.StartWorker) -> list[messages.NodeChoice]:
+        """Ask where a worker would be started, the best node first, and why."""
+        choices: list[messages.NodeChoice] = await self._call(
+            "POST", messages.QUEEN_EXPLAIN, list[messages.NodeChoice], start
+        )
+        return choices
+
     async def stop_worker(self, worker_id: str) -> None:
         """Stop a worker; nothing of it is left when this returns.
 
@@ -247,7 +254,9 @@ class AsyncClient:
         return info
 
     async def add_node(self, node: messages.AddNode) -> messages.NodeInfo:
-        """Have the queen try a node and register it; nothing is kept of one that fails."""
+        """Have the queen try a node and register it, as ``unusable`` if it lacks only our rbee;
+        nothing is kept of one that fails otherwise.
+        """
         info: messages.NodeInfo = await self._call(
             "POST", messages.QUEEN_NODES, messages.NodeInfo, node
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import attrs
@@ -28,12 +28,18 @@ class Gpu:
 
 
 def all_gpus() -> list[Gpu]:
-    """List the cards of this machine; none where there is no driver or no ``nvidia-ml-py``."""
+    """List the cards of this machine that NVML tells of.
+
+    None where there is no driver or no ``nvidia-ml-py``; not one that has fallen off the bus.
+    """
     with _nvml() as nvml:
         if nvml is None:
             return []
-        count = range(nvml.nvmlDeviceGetCount())
-        return [_gpu(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)) for index in count]
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with suppress(nvml.NVMLError):
+                found.append(_gpu(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)))
+        return found
 
 
 def visible_gpus() -> list[str]:

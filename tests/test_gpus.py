@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from rbee.devices import devices
 from rbee.errors import BadInputError
 from rbee.gpus import Gpu, all_gpus, chosen_gpus, device_indices, gpu_count, visible_gpus
-from rbee.hive.detect import devices
 
 RESERVED = 480 << 20  # what the driver keeps for itself on an empty card
 GIB = 1 << 30

@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 import attrs
 
 from rbee import __version__
+from rbee.devices import devices
 from rbee.errors import ConflictError, NotFoundError
 from rbee.hive.catalog import list_catalog, remove_here, stream_pull
-from rbee.hive.detect import devices
 from rbee.hive.owners import Owners
 from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers

@@ -1,4 +1,4 @@
-"""What this machine has: devices, memory, disk, engines, and what the guarantee needs."""
+"""What this machine has: devices, memory, disk, engines, models, what the guarantee needs."""
 
 from __future__ import annotations
 
@@ -11,32 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rbee import __version__
-from rbee.gpus import all_gpus
-from rbee.wire.messages import Device
+from rbee.devices import devices
+from rbee.models.names import CatalogNames
 from rbee.worker.engine import GROUP
-
-
-def devices() -> list[Device]:
-    """List what a worker can run on: the CPU first, then each CUDA device; memory in bytes."""
-    total, free = memory()
-    cards = [Device("cuda", gpu.index, gpu.name, gpu.total, gpu.free) for gpu in all_gpus()]
-    return [Device("cpu", 0, cpu_name(), total, free), *cards]
-
-
-def memory() -> tuple[int, int]:
-    """Return this machine's total and available memory in bytes."""
-    values = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        key, _, rest = line.partition(":")
-        values[key] = int(rest.split()[0]) * 1024
-    return values["MemTotal"], values.get("MemAvailable", values["MemFree"])
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def detect(home: Path) -> dict[str, Any]:
@@ -55,6 +32,7 @@ def detect(home: Path) -> dict[str, Any]:
         ],
         "disk_free": shutil.disk_usage(_existing(home)).free,
         "engines": {entry.name: engine_version(entry.name) for entry in entry_points(group=GROUP)},
+        "models": list(CatalogNames(home / "models").read()),
         "guarantee": guarantee(),
     }  # fmt: skip
 

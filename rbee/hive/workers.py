@@ -212,7 +212,7 @@ class Workers(TaskOwner):
         info = WorkerInfo(
             worker_id=spec.id, model=request.model, served_names=(request.model,),
             state=WorkerState.STARTED.value, engine=spec.engine, backend=spec.backend,
-            device=spec.device, owner=request.owner, node=self._setup.node,
+            device=spec.device, owner=request.owner, node=spec.node,
             max_model_len=request.max_model_len, dtype=request.dtype,
             kv_cache_bytes=request.kv_cache_bytes, max_num_seqs=request.max_num_seqs,
             engine_args=request.engine_args, keep_alive=spec.keep_alive,
@@ -227,7 +227,8 @@ class Workers(TaskOwner):
         return WorkerSpec(
             id=WorkerId(new_id("worker")), model=request.model, engine=request.engine,
             backend=request.backend or "cpu", device=request.device or "0", task=request.task,
-            node=self._setup.node, owner=request.owner, max_model_len=request.max_model_len,
+            node=request.node or self._setup.node, owner=request.owner,
+            max_model_len=request.max_model_len,
             dtype=request.dtype, kv_cache_bytes=request.kv_cache_bytes,
             max_num_seqs=request.max_num_seqs, engine_args=request.engine_args,
             keep_alive=KEEP_ALIVE if request.keep_alive is None else request.keep_alive,

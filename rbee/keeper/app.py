@@ -13,6 +13,7 @@ from rbee import __version__
 from rbee.errors import RbeeError, UsageError
 from rbee.keeper import output
 from rbee.keeper.flags import (
+    AddNodeFlags,
     AnswerFlags,
     DataFlags,
     InferFlags,
@@ -52,8 +53,7 @@ app = App(
     result_action="return_value",
 )
 queen = App(name="queen", help="Start, stop and show the queen that outlives commands.")
-# not shown before a machine can be added
-node = App(name="node", help="Show and change the machines of the cluster.", show=False)
+node = App(name="node", help="Add, check, show and change the machines of the cluster.")
 hive = App(name="hive", help="Start, stop and show the hives of the running queen.")
 worker = App(name="worker", help="Start, stop and show workers.")
 model = App(name="model", help="Fetch, show and remove models.")
@@ -108,6 +108,26 @@ def queen_stop(*, flags: DataFlags | None = None) -> int:
 def queen_status(*, flags: QueenFlags | None = None) -> int:
     """Show the queen."""
     return _list("show_queen", flags)
+
+
+@node.command(name="add")
+def node_add(name: NodeName, /, *, flags: AddNodeFlags | None = None) -> int:
+    """Try a machine over SSH and register it under a name."""
+    from rbee.keeper import node_add as command
+    from rbee.keeper.root import run_command
+
+    flags = flags or AddNodeFlags()
+    body = command.body_of(flags, name)
+    return run_command(partial(command.add_node, flags, body))
+
+
+@node.command(name="check")
+def node_check(name: NodeName, /, *, flags: DataFlags | None = None) -> int:
+    """Try all that a node needs, step by step: the way there, rbee, engine, disk, ports."""
+    from rbee.keeper.node_check import check_node
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(check_node, flags or DataFlags(), name))
 
 
 @node.command(name="list")

@@ -101,6 +101,12 @@ class WorkerStartFlags(StartFlags):
     wait: Annotated[bool, Parameter(help="Wait until it is ready; Ctrl+C leaves it loading.")] = (
         True
     )
+    explain: Annotated[
+        bool,
+        Parameter(
+            help="Only tell where it would be started, and why.", negative=(), show_env_var=False
+        ),
+    ] = False
 
 
 @Parameter(name="*")
@@ -130,8 +136,8 @@ _Said = Parameter(show_env_var=False)
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
-class UpdateNodeFlags(DataFlags):
-    """Flags of ``node update``; an empty string brings back the default."""
+class NodeEntryFlags(DataFlags):
+    """Flags about a node's entry; an empty string stands for the default."""
 
     host: Annotated[
         str | None, _Said, Parameter(help="Host name or address (default: the node's name).")
@@ -162,6 +168,26 @@ class UpdateNodeFlags(DataFlags):
             negative_iterable=(),
         ),
     ] = ()
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class UpdateNodeFlags(NodeEntryFlags):
+    """Flags of ``node update``."""
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
+class AddNodeFlags(NodeEntryFlags):
+    """Flags of ``node add``."""
+
+    accept_new_host_key: Annotated[
+        bool,
+        _Said,
+        Parameter(
+            help="Take an unknown host key without asking; a changed one never.", negative=()
+        ),
+    ] = False
 
 
 @Parameter(name="*")
@@ -281,4 +307,7 @@ def every_flag() -> set[str]:
     """Return the names, without dashes, of all flags of all commands."""
     kinds = (InferFlags, ListenFlags, LogFlags, PullFlags, RemoveFlags, WorkerStartFlags)
     fields = [field for kind in kinds for field in attrs.fields(kind)]
-    return {field.name.replace("_", "-") for field in fields} - {"prune"}  # only ever said
+    return {field.name.replace("_", "-") for field in fields} - {
+        "prune",
+        "explain",
+    }  # only ever said

@@ -34,12 +34,12 @@ async def list_nodes(flags: DataFlags) -> None:
 async def show_node(flags: DataFlags, name: str) -> None:
     """``node show``."""
     info = this_machine() if name == LOCALHOST else told(await _store(flags).get(name))
-    _print(info, flags)
+    print_node(info, flags)
 
 
 async def update_node(flags: DataFlags, name: str, update: UpdateNode) -> None:
     """``node update``: shows the node as it is now."""
-    _print(told(await _store(flags).update(name, update)), flags)
+    print_node(told(await _store(flags).update(name, update)), flags)
 
 
 async def remove_node(flags: DataFlags, name: str) -> None:
@@ -101,7 +101,8 @@ def _store(flags: DataFlags) -> NodeStore:
     return NodeStore.of(find_home(flags.home))
 
 
-def _print(info: NodeInfo, flags: DataFlags) -> None:
+def print_node(info: NodeInfo, flags: DataFlags) -> None:
+    """Print all about a node."""
     print_facts(codec.to_dict(info) if flags.json else _facts(info), as_json=flags.json)
 
 

@@ -176,13 +176,13 @@ class Output:
         else:
             self._put_told(step)
 
-    def await_answer(self, actor: str, text: str) -> None:
+    def await_answer(self, actor: str, text: str, action: str = "answer") -> None:
         """Show on a terminal that an answer is awaited; nothing of it stays."""
         if self.is_live:
             from rbee.keeper.progress import Step
 
             self.end_step()
-            self._step = Step(actor, "answer", text, time.monotonic(), stays=False)
+            self._step = Step(actor, action, text, time.monotonic(), stays=False)
 
     def end_step(self) -> None:
         step, self._step = self._step, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import trio
 
 from rbee.client import OPERATOR, AsyncClient
@@ -12,7 +13,7 @@ from rbee.errors import NotFoundError, UnavailableError, UsageError
 from rbee.home import Home, find_home
 from rbee.keeper.flags import WorkerStartFlags, WorkerStopFlags
 from rbee.keeper.listing import NO_QUEEN, open_queen
-from rbee.keeper.output import note, open_output, print_data, print_json
+from rbee.keeper.output import note, open_output, print_data, print_json, print_rows
 from rbee.keeper.queen import QueenAccess
 from rbee.keeper.start import start_settings
 from rbee.models.reference import absolute, meanings
@@ -31,6 +32,9 @@ def start_request(flags: WorkerStartFlags, model: str) -> StartWorker:
 
 async def start_worker(flags: WorkerStartFlags, request: StartWorker) -> None:
     """``worker start``: the worker's id on stdout, when it is ready."""
+    if flags.explain:
+        await explain_start(flags, request)
+        return
     async with open_queen(flags, any_version=False) as found, open_output() as output:
         queen = needed(found, "a worker")
 
@@ -45,6 +49,14 @@ async def start_worker(flags: WorkerStartFlags, request: StartWorker) -> None:
         print_json({"worker_id": info.worker_id, "state": info.state, "url": info.url})
     else:
         print_data(info.worker_id)
+
+
+async def explain_start(flags: WorkerStartFlags, request: StartWorker) -> None:
+    """``worker start --explain``: every node, the best first, and why."""
+    async with open_queen(flags, any_version=False) as found:
+        choices = await needed(found, "a worker").client.explain_start(request)
+    rows = [attrs.asdict(choice) for choice in choices]
+    print_rows(("node", "suits", "why"), rows, as_json=flags.json)
 
 
 def needed(queen: QueenAccess | None, what: str) -> QueenAccess:

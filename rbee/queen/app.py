@@ -17,7 +17,7 @@ from rbee.queen.jobs import Job, Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
-from rbee.queen.starts import ask, until_ready
+from rbee.queen.starts import Starts
 from rbee.web.narrated import Tell, narrated
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages
@@ -36,6 +36,7 @@ def make_app(
     setup: QueenSetup,
     hives: Hives,
     jobs: Jobs,
+    starts: Starts,
     aliases: Aliases,
     stop: Callable[[str], None],
     allowed_origins: Sequence[str] = (),
@@ -80,12 +81,18 @@ def make_app(
     async def list_workers(request: Request) -> Response:
         return json_response(list(hives.workers))
 
-    async def start_worker(request: Request) -> Response | Stream:
+    async def read_start(request: Request) -> StartWorker:
         body = aliases.fill_start(await request.read(StartWorker))
-        body = attrs.evolve(body, engine=body.engine or DEFAULT_ENGINE, owner=setup.id)
+        return attrs.evolve(body, engine=body.engine or DEFAULT_ENGINE, owner=setup.id)
+
+    async def start_worker(request: Request) -> Response | Stream:
+        body = await read_start(request)
         if request.accepts_events():
-            return narrated(partial(until_ready, hives, jobs, body))
-        return json_response(await ask(hives, body, lambda narration: None), 202)
+            return narrated(partial(starts.until_ready, body))
+        return json_response(await starts.ask(body, lambda narration: None), 202)
+
+    async def explain_start(request: Request) -> Response:
+        return json_response(await starts.explain(await read_start(request)))
 
     async def stop_worker(request: Request) -> Response:
         worker = _worker(hives, request.params["worker"])
@@ -123,12 +130,13 @@ def make_app(
     app.add("GET", messages.HEALTH, health, is_open=True)
     app.add("POST", messages.TASKS, start_task)
     app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
-    add_node_routes(app, setup.home)
+    add_node_routes(app, setup.home, hives.machines.probe)
     app.add("GET", messages.QUEEN_HIVES, list_hives)
     app.add("POST", messages.QUEEN_HIVES, start_hive)
     app.add("DELETE", messages.QUEEN_HIVES + "/{node}", stop_hive)
     app.add("GET", messages.QUEEN_WORKERS, list_workers)
     app.add("POST", messages.QUEEN_WORKERS, start_worker)
+    app.add("POST", messages.QUEEN_EXPLAIN, explain_start)
     app.add("DELETE", messages.QUEEN_WORKERS + "/{worker}", stop_worker)
     app.add("GET", messages.QUEEN_MODELS, list_models)
     app.add("POST", messages.QUEEN_MODELS, pull_model)

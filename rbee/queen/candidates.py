@@ -13,9 +13,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import attrs
 
 from rbee.errors import InsufficientError, NotFoundError, RbeeError, UnavailableError
-from rbee.model import WorkerState
+from rbee.model import DEFAULT_ENGINE, LOCALHOST, WorkerState
 from rbee.queen.placement import Meanings, fits, itself
-from rbee.wire.messages import Device, StartWorker, TaskRequest, WorkerInfo
+from rbee.wire.messages import Device, NodeChoice, StartWorker, TaskRequest, WorkerInfo
 
 READY = "ready"
 
@@ -27,20 +27,24 @@ class NodeView:
     Attributes:
         state: ``ready``; in any other nothing is placed there.
         reason: why it is not ready, for people.
+        doubt: why it is only tried after all others, for people; "" if it is not.
         workers: those of its workers that may be used.
         models: every name of each model on its disk.
         memory_total, memory_free: for workers on its CPU, in bytes; None where nobody knows.
         devices: what workers can run on there; empty where nobody knows.
+        engines: those installed there; None where nobody knows.
     """
 
     name: str
     state: str = READY
     reason: str = ""
+    doubt: str = ""
     workers: tuple[WorkerInfo, ...] = ()
     models: frozenset[str] = frozenset()
     memory_total: int | None = None
     memory_free: int | None = None
     devices: tuple[Device, ...] = ()
+    engines: frozenset[str] | None = None
 
     @property
     def load(self) -> int:
@@ -57,6 +61,7 @@ class Rank(enum.IntEnum):
     ROOM = 3
     FULL_ON_DISK = 4
     FULL = 5
+    DOUBTED = 6
 
 
 @attrs.frozen
@@ -84,10 +89,10 @@ class Ranking:
     candidates: tuple[Candidate, ...]
     rejected: tuple[Rejected, ...]
 
-    def explain(self) -> list[str]:
-        """Return a line for each node."""
-        lines = [f"{one.node}: {one.why}" for one in self.candidates]
-        return lines + [f"{one.node}: not possible: {one.why}" for one in self.rejected]
+    def explain(self) -> list[NodeChoice]:
+        """Tell of each node, in this order."""
+        told = [NodeChoice(one.node, one.rank.name.lower(), one.why) for one in self.candidates]
+        return told + [NodeChoice(one.node, "no", one.why) for one in self.rejected]
 
 
 def rank(
@@ -97,42 +102,25 @@ def rank(
     needed: int | None = None,
     meanings: Meanings = itself,
 ) -> Ranking:
-    """Put the nodes in the order in which they are to be tried; of equals the least busy first.
+    """Put the nodes in the order in which they are to be tried.
+
+    Of equals the queen's own machine comes first, then the least busy one.
 
     Args:
         needed: bytes that a new worker takes; None where nobody knows.
     """
     by_name = sorted(nodes, key=lambda node: node.name)
     judged = [(node, _judge(node, request, needed, meanings)) for node in by_name]
-    found = [(node.load, one) for node, one in judged if isinstance(one, Candidate)]
-    found.sort(key=lambda pair: (pair[1].rank, pair[0], pair[1].node))
+    found = [(node, one) for node, one in judged if isinstance(one, Candidate)]
+    found.sort(key=lambda pair: (pair[1].rank, pair[0].name != LOCALHOST, pair[0].load))
     return Ranking(
         tuple(one for _, one in found),
         tuple(one for _, one in judged if isinstance(one, Rejected)),
     )
 
 
-def best(
-    request: TaskRequest | StartWorker,
-    nodes: Iterable[NodeView],
-    *,
-    needed: int | None = None,
-    meanings: Meanings = itself,
-) -> Candidate:
-    """Return the node to try first: the one that is asked for, if one is.
-
-    Raises:
-        NotFoundError: there is no node of the name that is asked for.
-        UnavailableError, InsufficientError: that one, or none of all, can run it, and why.
-    """
-    views = list(nodes)
-    ranking = rank(request, views, needed=needed, meanings=meanings)
-    if ranking.candidates:
-        return ranking.candidates[0]
-    raise _none(request.node, ranking.rejected)
-
-
-def _none(asked: str | None, rejected: Sequence[Rejected]) -> RbeeError:
+def none_of(asked: str | None, rejected: Sequence[Rejected]) -> RbeeError:
+    """Make the error of a request that no node can run; it tells why each one cannot."""
     known = [one.node for one in rejected]
     if asked is not None and asked not in known:
         return NotFoundError(
@@ -146,7 +134,7 @@ def _none(asked: str | None, rejected: Sequence[Rejected]) -> RbeeError:
             return one.error(
                 f"node {asked} cannot run it: {one.why}",
                 code=_CODES[one.error],
-                hint=f"rbee-keeper node show {asked}",
+                hint=f"rbee-keeper node check {asked}",
                 why=why,
             )
     reasons = "; ".join(f"{node}: {text}" for node, text in why.items())
@@ -173,12 +161,22 @@ def _judge(
         return Rejected(node.name, f"node {request.node} was asked for")
     if node.state != READY:
         return Rejected(node.name, node.state + (f": {node.reason}" if node.reason else ""))
-    if missing := _missing_device(node, request):
+    if missing := _missing_engine(node, request) or _missing_device(node, request):
         return Rejected(node.name, missing)
+    if _is_elsewhere(node, request, meanings):
+        return Rejected(node.name, f"a path is one of {LOCALHOST}, unless a node is named")
     warm = _warm(node, request, meanings)
-    if warm is not None:
-        return Candidate(node.name, *warm)
-    return _judge_room(node, request, needed, is_on_disk=_is_on_disk(node, request, meanings))
+    found = Candidate(node.name, *warm) if warm else _judge_room(node, request, needed, meanings)
+    if node.doubt and isinstance(found, Candidate):
+        return Candidate(node.name, Rank.DOUBTED, f"tried after all others: {node.doubt}")
+    return found
+
+
+def _missing_engine(node: NodeView, request: TaskRequest | StartWorker) -> str:
+    engine = request.engine or DEFAULT_ENGINE
+    if node.engines is None or engine in node.engines:
+        return ""
+    return f"no engine {engine} (it has {', '.join(sorted(node.engines)) or 'none'})"
 
 
 def _missing_device(node: NodeView, request: TaskRequest | StartWorker) -> str:
@@ -208,13 +206,32 @@ def _warm(
 
 
 def _is_on_disk(node: NodeView, request: TaskRequest | StartWorker, meanings: Meanings) -> bool:
-    return not node.models.isdisjoint(meanings(request.model))
+    names = meanings(request.model)
+    is_here = node.name == LOCALHOST and any(map(_is_path, names))
+    return is_here or not node.models.isdisjoint(names)
+
+
+def _is_elsewhere(node: NodeView, request: TaskRequest | StartWorker, meanings: Meanings) -> bool:
+    """Tell whether a model is nothing but a path that was meant on another machine."""
+    if request.node is not None or node.name == LOCALHOST:
+        return False
+    names = meanings(request.model)
+    return any(map(_is_path, names)) and not any(map(_is_fetched, names))
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", "file:"))
+
+
+def _is_fetched(name: str) -> bool:
+    return name.startswith(("hf:", "pypi:"))
 
 
 def _judge_room(
-    node: NodeView, request: TaskRequest | StartWorker, needed: int | None, *, is_on_disk: bool
+    node: NodeView, request: TaskRequest | StartWorker, needed: int | None, meanings: Meanings
 ) -> Candidate | Rejected:
     total, free = _memory(node, request)
+    is_on_disk = _is_on_disk(node, request, meanings)
     disk = "the model is on its disk" if is_on_disk else "the model is not on its disk"
     if needed is None or free is None:
         return Candidate(

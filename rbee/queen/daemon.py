@@ -16,10 +16,15 @@ from rbee.guard import remove_tree
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
+from rbee.queen.attempts import Attempts
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
+from rbee.queen.needs import counting
+from rbee.queen.places import Places
+from rbee.queen.starts import Starts
+from rbee.queen.views import Views
 from rbee.scopes import open_service
 from rbee.sweep import claim, sweep_abandoned
 from rbee.web.server import open_listener, serve_http, url_of
@@ -53,11 +58,22 @@ async def serve(
     hives = Hives(setup, machines)
     hives.url = url_of(listener)
     aliases = Aliases(setup.home.config_file)
-    jobs = Jobs(hives, aliases, ending)
-    app = make_app(setup, hives, jobs, aliases, stop, allowed_origins)
+    attempts = Attempts(hives.get)
+    views = Views(setup.home, hives, attempts, machines.store, machines.fenced_for)
+    needed = counting(setup.home, aliases.meanings)
+    places = Places(views.look, attempts, needed, aliases.meanings)
+    jobs = Jobs(hives, places, aliases, ending)
+    starts = Starts(hives, places, jobs)
+    app = make_app(setup, hives, jobs, starts, aliases, stop, allowed_origins)
     serving = partial(serve_http, app, listener, grace=0.5)
     # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
-    async with open_service(serving) as url, machines.open(), hives.open(), jobs.open():
+    async with (
+        open_service(serving) as url,
+        machines.open(),
+        hives.open(),
+        attempts.open(),
+        jobs.open(),
+    ):
         task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
         await trio.sleep_forever()
 

@@ -49,6 +49,7 @@ class Hive:
         return f"hive on {self.info.node}"
 
     async def start_worker(self, request: StartWorker) -> WorkerInfo:
+        request = attrs.evolve(request, node=self.info.node)
         info = await call(
             self.client, "POST", messages.HIVE_WORKERS, WorkerInfo, request, what=self.name
         )

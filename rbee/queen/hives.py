@@ -63,6 +63,7 @@ class Hives(TaskOwner):
         self.url = ""
         self.workers: Registry[WorkerId, WorkerInfo] = Registry()
         self.failures: OrderedDict[str, WorkerInfo] = OrderedDict()
+        self.beats: dict[str, Heartbeat] = {}  # the last of each node, also when its hive is gone
         self.narrations: Broadcast[WorkerNarration] = Broadcast()
 
     def infos(self) -> list[HiveInfo]:
@@ -230,6 +231,7 @@ class Hives(TaskOwner):
         if name == "heartbeat":
             beat = codec.loads(data, Heartbeat)
             hive.note_beat(beat)
+            self.beats[hive.info.node] = beat
             for info in beat.workers:
                 await self.take_news(hive, info)
         elif name == "workerids":

@@ -29,10 +29,13 @@ from rbee.errors import (
 from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
 from rbee.queen.aliases import Aliases
+from rbee.queen.attempts import Narrate
 from rbee.queen.backoff import Backoff
 from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
 from rbee.queen.placement import choose, start_for
+from rbee.queen.places import Places
+from rbee.queen.turns import Turns
 from rbee.scopes import TaskOwner
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
@@ -41,6 +44,7 @@ from rbee.wire.messages import (
     ExecuteRequest,
     Narration,
     Queued,
+    StartWorker,
     TaskRequest,
     WorkerInfo,
     WorkerNarration,
@@ -111,8 +115,12 @@ def open_job(request: TaskRequest) -> Job:
 class Jobs(TaskOwner):
     """All jobs of one queen; their tasks live in the nursery that `open` holds."""
 
-    def __init__(self, hives: Hives, aliases: Aliases, ending: Callable[[], RbeeError]) -> None:
+    def __init__(
+        self, hives: Hives, places: Places, aliases: Aliases, ending: Callable[[], RbeeError]
+    ) -> None:
         self._hives = hives
+        self._places = places
+        self._turns = Turns()
         self._aliases = aliases
         self._ending = ending
         self._jobs: dict[JobId, Job] = {}
@@ -191,12 +199,10 @@ class Jobs(TaskOwner):
     # placing ---------------------------------------------------------------------------------
     async def _place(self, job: Job) -> WorkerInfo:
         """Return a ready worker for the job, started if there is none."""
-        request = job.request
-        if request.node is None:
-            ready = self._choose(request)
-            if ready is not None and ready.state == WorkerState.READY.value:
-                return ready
-        with self._waiting_for(request.model):
+        ready = self._choose(job.request)
+        if ready is not None and ready.state == WorkerState.READY.value:
+            return ready
+        with self._waiting_for(job.request.model):
             return await self._wait_for_worker(job)
 
     @contextmanager
@@ -214,12 +220,9 @@ class Jobs(TaskOwner):
             self._waiting += Counter()  # drops what is at 0
 
     async def _wait_for_worker(self, job: Job) -> WorkerInfo:
-        request = job.request
-        hive = await self._hives.get(request.node or LOCALHOST, job.narrate)
+        start = start_for(job.request, self._hives.queen_id)
         with self._hives.narrations.subscribe() as narrations:
-            async with hive.starting:  # two jobs for one model are one start
-                worker = self._choose(request) or await self._start(job, hive)
-            start = start_for(request, self._hives.queen_id)
+            worker = await self._have_worker(job, start)
             try:
                 ready = await self.until_ready(worker.worker_id, narrations, job.narrate)
             except RbeeError as exc:
@@ -228,14 +231,29 @@ class Jobs(TaskOwner):
             self._backoff.note_success(start)
             return ready
 
+    async def _have_worker(self, job: Job, start: StartWorker) -> WorkerInfo:
+        """Return a worker that is on its way at least."""
+        names = {(start.node, name) for name in self._aliases.meanings(start.model)}
+        async with self._turns.take(names):  # two jobs for one model are one start
+            return self._choose(job.request) or await self._start(job, start)
+
     def _choose(self, request: TaskRequest) -> WorkerInfo | None:
         running = Counter(job.worker_id for job in self._jobs.values())
         return choose(self._hives.workers, request, self._aliases.meanings, running)
 
-    async def _start(self, job: Job, hive: Hive) -> WorkerInfo:
-        start = start_for(job.request, self._hives.queen_id)
+    async def _start(self, job: Job, start: StartWorker) -> WorkerInfo:
         self._backoff.check(start)
-        job.narrate(Narration("queen", "start", f"a worker for {shown(job.request.model)}"))
+
+        async def begin(hive: Hive) -> WorkerInfo:
+            async with hive.starting:  # the node may have been asked for by name as well
+                there = attrs.evolve(job.request, node=hive.info.node)
+                return self._choose(there) or await self._start_on(hive, start, job.narrate)
+
+        return await self._places.start(start, job.narrate, begin)
+
+    async def _start_on(self, hive: Hive, start: StartWorker, narrate: Narrate) -> WorkerInfo:
+        where = "" if hive.info.node == LOCALHOST else f" on {hive.info.node}"
+        narrate(Narration("queen", "start", f"a worker for {shown(start.model)}{where}"))
         worker = await hive.start_worker(start)
         self._hives.note_started(worker)
         return worker
@@ -244,7 +262,7 @@ class Jobs(TaskOwner):
         self,
         worker_id: str,
         narrations: trio.MemoryReceiveChannel[WorkerNarration],
-        narrate: Callable[[Narration], None],
+        narrate: Narrate,
     ) -> WorkerInfo:
         """Wait for a worker, telling how it goes on; raise why it did not become ready."""
         began = trio.current_time()

@@ -6,14 +6,14 @@ import importlib
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from rbee.aio import open_aio
 from rbee.errors import RbeeError
 from rbee.model import LOCALHOST
-from rbee.nodes.node import NodeStatus
+from rbee.nodes.node import Node, NodeStatus
 from rbee.nodes.store import NodeStore
 from rbee.queen.machine import LocalMachine, Machine, QueenSetup
 from rbee.scopes import TaskOwner
@@ -56,6 +56,10 @@ class Machines(TaskOwner):
         node = await self.store.get(name)
         async with (await self.ssh()).open(node, narrate) as machine:
             yield machine
+
+    async def probe(self, node: Node) -> dict[str, Any]:
+        """Log in to a node that is not registered yet and return what it has."""
+        return await (await self.ssh()).probe(node)
 
     def fenced_for(self, name: str) -> float:
         """Return the seconds in which something of a lost hive may still run on a node."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from functools import partial
 from ipaddress import ip_address
+from typing import Any
 from urllib.parse import urlsplit
 
 import attrs
@@ -19,6 +21,7 @@ from rbee import __version__
 from rbee.aio import Aio
 from rbee.errors import ConflictError
 from rbee.nodes.node import Node, Transport
+from rbee.nodes.probe import probe_node
 from rbee.nodes.target import target_of
 from rbee.queen.machine import FoundHive, Machine, OwnedHive, QueenSetup
 from rbee.ssh import (
@@ -50,6 +53,10 @@ class Remote:
         """Return the seconds in which something of a lost hive may still run on a node."""
         fence = self._fences.get(name)
         return max(0.0, fence.lifted_at - trio.current_time()) if fence else 0.0
+
+    async def probe(self, node: Node) -> dict[str, Any]:
+        """Log in to a node and return what it has; raise as `rbee.nodes.probe.probe_node`."""
+        return await probe_node(node, self.aio, partial(log.info, "%s %s"))
 
     @asynccontextmanager
     async def open(self, node: Node, narrate: Narrate) -> AsyncGenerator[Machine, None]:

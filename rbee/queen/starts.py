@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from rbee.model import LOCALHOST
+import attrs
+
 from rbee.models.reference import shown
+from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
+from rbee.queen.places import Places
 from rbee.web.narrated import Tell
-from rbee.wire.messages import Narration, StartWorker, WorkerInfo
+from rbee.wire.messages import Narration, NodeChoice, StartWorker, WorkerInfo
 
 
-async def ask(hives: Hives, request: StartWorker, tell: Tell) -> WorkerInfo:
-    """Have a hive start a worker; it is on its way when this returns."""
-    hive = await hives.get(request.node or LOCALHOST, tell)
-    info = await hive.start_worker(request)
-    hives.note_started(info)
-    return info
+@attrs.frozen
+class Starts:
+    """What a queen does for those who want a worker."""
 
+    hives: Hives
+    places: Places
+    jobs: Jobs
 
-async def until_ready(hives: Hives, jobs: Jobs, request: StartWorker, tell: Tell) -> WorkerInfo:
-    """Start a worker and return when it is ready; cancelling leaves it on its way.
+    async def ask(self, request: StartWorker, tell: Tell) -> WorkerInfo:
+        """Have a hive start a worker; it is on its way when this returns."""
 
-    Raises:
-        RbeeError: why it did not become ready.
-    """
-    with hives.narrations.subscribe() as narrations:
-        info = await ask(hives, request, tell)
-        tell(Narration("queen", "start", f"{info.worker_id} for {shown(request.model)}"))
-        return await jobs.until_ready(info.worker_id, narrations, tell)
+        async def begin(hive: Hive) -> WorkerInfo:
+            info = await hive.start_worker(request)
+            self.hives.note_started(info)
+            return info
+
+        return await self.places.start(request, tell, begin)
+
+    async def until_ready(self, request: StartWorker, tell: Tell) -> WorkerInfo:
+        """Start a worker and return when it is ready; cancelling leaves it on its way.
+
+        Raises:
+            RbeeError: why it did not become ready.
+        """
+        with self.hives.narrations.subscribe() as narrations:
+            info = await self.ask(request, tell)
+            tell(Narration("queen", "start", f"{info.worker_id} for {shown(request.model)}"))
+            return await self.jobs.until_ready(info.worker_id, narrations, tell)
+
+    async def explain(self, request: StartWorker) -> list[NodeChoice]:
+        """Tell where it would be started, and why."""
+        return await self.places.explain(request)

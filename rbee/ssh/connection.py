@@ -23,7 +23,7 @@ import trio
 from rbee.aio import Aio, Outbox
 from rbee.errors import leaves
 from rbee.ssh import failures
-from rbee.ssh.dial import Dialler, Line
+from rbee.ssh.dial import Dialler, Line, Reached
 from rbee.ssh.errors import SshError, TransferError, UnreachableError
 from rbee.ssh.fence import Fence
 from rbee.ssh.target import LEASE, SshTarget
@@ -60,6 +60,11 @@ class Connection:
         if line.sock is None or len(line.connections) > 1:
             return ""
         return str(line.sock.getpeername()[0])
+
+    @property
+    def user(self) -> str:
+        """Whom we are logged in as."""
+        return str(self._line.last.get_extra_info("username"))
 
     @asynccontextmanager
     async def open_channel(self, command: str, *, limit: int) -> AsyncGenerator[Channel, None]:
@@ -314,7 +319,12 @@ def _signal_number(name: str) -> int:
 
 @asynccontextmanager
 async def open_connection(
-    target: SshTarget, aio: Aio, *, lease: float = LEASE, fence: Fence | None = None
+    target: SshTarget,
+    aio: Aio,
+    *,
+    lease: float = LEASE,
+    fence: Fence | None = None,
+    reached: Reached | None = None,
 ) -> AsyncGenerator[Connection, None]:
     """Log in to a node while the body runs; a dead connection is noticed within ``lease``.
 
@@ -322,6 +332,8 @@ async def open_connection(
 
     Args:
         fence: notes when our last word may have reached the node; also after the body.
+        reached: called with address and port of the first machine on the way, in each try that
+            comes so far, before the login.
 
     Raises:
         UnknownHostKeyError: nobody has vouched for the node's key yet.
@@ -330,18 +342,18 @@ async def open_connection(
     fence = fence or Fence()
     line = Line()
     try:
-        line = await _dial(target, aio, lease)
+        line = await _dial(target, aio, lease, reached)
         yield Connection(target, lease, aio, line, fence)
     finally:
         await _close(aio, line, polite=not fence.is_up)
         fence.note_closed()
 
 
-async def _dial(target: SshTarget, aio: Aio, lease: float) -> Line:
+async def _dial(target: SshTarget, aio: Aio, lease: float, reached: Reached | None) -> Line:
     error: UnreachableError | None = None
     for wait in WAITS:
         await trio.sleep(wait)
-        dialler = Dialler(aio, target, lease)
+        dialler = Dialler(aio, target, lease, reached)
         try:
             await dialler.dial()
         except UnreachableError as exc:

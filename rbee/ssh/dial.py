@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ from rbee.ssh.target import SshTarget
 
 MAX_HOPS = 8
 HUNG_UP = (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionError)
-SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+KNOWN_HOSTS = "~/.ssh/known_hosts"
+SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"
+Reached = Callable[[str, int], None]
 
 
 @attrs.define(eq=False)
@@ -49,11 +52,15 @@ class Line:
 
 @attrs.define(eq=False)
 class Dialler:
-    """One try to reach a target; what it has opened so far is always in ``line``."""
+    """One try to reach a target; what it has opened so far is always in ``line``.
+
+    ``reached`` is told address and port of the first machine on the way once it answers.
+    """
 
     _aio: Aio
     _target: SshTarget
     _lease: float
+    _reached: Reached | None = None
     line: Line = attrs.field(factory=Line)
 
     async def dial(self) -> None:
@@ -93,9 +100,9 @@ class Dialler:
         if not self.line.connections and isinstance(options.tunnel, str):
             for hop in options.tunnel.split(","):
                 await self._reach(*_hop(hop), (), depth + 1)
-        named = self._target.known_hosts
-        given["known_hosts"] = known = _read_known_hosts([named] if named else options.known_hosts)
-        client = _Client(known)
+        files = self._known_hosts_files(options)
+        given["known_hosts"] = known = _read_all(files)
+        client = _Client(known, files[0])
         try:
             await self._log_in_as_known(options, given, client)
         except asyncssh.HostKeyNotVerifiable as exc:
@@ -168,6 +175,8 @@ class Dialler:
                 self.line.sock.close()
             self.line.sock = given["sock"] = await self._connect(options.host, options.port)
             given["tunnel"] = None
+            if self._reached is not None:
+                self._reached(*self.line.sock.getpeername()[:2])
 
         async def connect() -> None:
             # Stored before the next await: a connection has an owner at every moment.
@@ -186,6 +195,16 @@ class Dialler:
         return sock
 
     # host keys ---------------------------------------------------------------------------------
+    def _known_hosts_files(self, options: Any) -> list[Path]:
+        """Return the files to read, the user's own first; each kind has its own default."""
+        if self._target.known_hosts:
+            return [self._target.known_hosts]
+        names = [
+            *(options.config.get("UserKnownHostsFile") or [KNOWN_HOSTS]),
+            *options.config.get("GlobalKnownHostsFile", [SYSTEM_KNOWN_HOSTS]),
+        ]
+        return [Path(name).expanduser() for name in names]
+
     def _untrusted(self, exc: Exception, client: _Client, options: Any) -> SshError:
         if client.offered is None:
             return failures.refused(exc, self._target, options.host)
@@ -196,6 +215,7 @@ class Dialler:
             f"node {self._target.node}: nobody has vouched for the host key of {key.host} yet; "
             f"it offers {key.fingerprint}",
             key=key,
+            file=client.file,
             hint=f"{self._target.command} true   # shows the same fingerprint and asks",
             node=self._target.node,
         )
@@ -212,8 +232,9 @@ class Dialler:
 class _Client(asyncssh.SSHClient):  # type: ignore[misc]
     """Remembers the host key that asyncssh does not trust."""
 
-    def __init__(self, known: bytes) -> None:
+    def __init__(self, known: bytes, file: Path) -> None:
         self._known = known
+        self.file = file
         self._seen: tuple[str, str, int] | None = None
         self._peer = ""
         self.offered: HostKey | None = None
@@ -251,11 +272,8 @@ def _hop(text: str) -> tuple[str, int | None, str | None]:
     return host, int(port) if port.isdigit() else None, user or None
 
 
-def _read_known_hosts(named: Any) -> bytes:
+def _read_all(files: list[Path]) -> bytes:
     """Read the known_hosts files: none is no reason to fail, nor to trust anybody."""
-    files = [Path(name).expanduser() for name in named or ()]
-    if not files:
-        files = [Path("~/.ssh/known_hosts").expanduser(), SYSTEM_KNOWN_HOSTS]
     texts = []
     for file in files:
         with suppress(OSError):

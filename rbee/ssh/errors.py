@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rbee.errors import PeerError
@@ -48,13 +49,16 @@ class HostKeyError(SshError):
 
 
 class UnknownHostKeyError(HostKeyError):
-    """Nobody has vouched for this key yet; ``key`` is what `accept_host_key` takes."""
+    """Nobody has vouched for this key yet; `accept_host_key` takes ``key`` into ``file``."""
 
     code = "unknown_host_key"
 
-    def __init__(self, message: str, *, key: HostKey, hint: str = "", **details: Any) -> None:
+    def __init__(
+        self, message: str, *, key: HostKey, file: Path, hint: str = "", **details: Any
+    ) -> None:
         super().__init__(message, hint=hint, fingerprint=key.fingerprint, **details)
         self.key = key
+        self.file = file
 
 
 class ChangedHostKeyError(HostKeyError):

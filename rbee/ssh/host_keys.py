@@ -9,6 +9,8 @@ import attrs
 
 from rbee.home import writing
 
+KINDS = ("ed25519", "ecdsa", "rsa")
+
 
 @attrs.frozen
 class HostKey:
@@ -27,6 +29,12 @@ class HostKey:
     @property
     def line(self) -> str:
         return f"{self.host} {self.public}"
+
+    @property
+    def usual_file(self) -> str:
+        """Where OpenSSH has it on the host, for who wants to compare."""
+        kind = next((kind for kind in KINDS if kind in self.public.split()[0]), "*")
+        return f"/etc/ssh/ssh_host_{kind}_key.pub"
 
 
 def known_name(host: str, port: int) -> str:

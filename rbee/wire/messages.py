@@ -21,6 +21,7 @@ TASKS = "/v2/tasks"
 QUEEN_NODES = "/v2/nodes"
 QUEEN_HIVES = "/v2/hives"
 QUEEN_WORKERS = "/v2/workers"
+QUEEN_EXPLAIN = "/v2/workers/explain"
 QUEEN_MODELS = "/v2/models"
 QUEEN_WORKER_READY = "/v1/orchestrator/worker-ready"
 HIVE_WORKERS = "/v1/workers"
@@ -165,6 +166,8 @@ class AddNode:
     """``POST`` to a queen's nodes. Answer: 201 and `NodeInfo`, once the node has been tried.
 
     "" and None stand for the default. ``ssh_alias`` excludes ``host``, ``port``, ``user``, ``key``.
+    ``accept_new_host_key`` takes an unknown host key; the error without it has the fingerprint. A
+    node that lacks only a rbee of the queen's version is added as ``unusable``.
     """
 
     name: str
@@ -176,6 +179,7 @@ class AddNode:
     rbee_path: str = ""
     environment: dict[str, str] = attrs.field(factory=dict)
     transport: str = ""
+    accept_new_host_key: bool = False
 
 
 @attrs.frozen
@@ -218,6 +222,21 @@ class StartWorker:
     max_num_seqs: int | None = None
     engine_args: dict[str, str] = attrs.field(factory=dict)
     keep_alive: float | None = None
+
+
+@attrs.frozen
+class NodeChoice:
+    """One node as `POST` of a `StartWorker` to a queen's ``workers/explain`` ranks it.
+
+    Attributes:
+        suits: ``warm``, ``coming`` (it loads), ``on_disk``, ``room``, ``full_on_disk``, ``full``,
+            ``doubted`` (tried last) or ``no``.
+        why: for people.
+    """
+
+    node: str
+    suits: str
+    why: str
 
 
 @attrs.frozen
@@ -266,13 +285,20 @@ class WorkerIds:
 
 @attrs.frozen
 class Heartbeat:
-    """A hive lives; among its news every 5 s, with its workers as they are (`WorkerInfo`)."""
+    """A hive lives; among its news every 5 s, with its workers as they are (`WorkerInfo`).
+
+    Attributes:
+        models: every name of each model on its disk; None until it has looked.
+        devices: what workers can run on there; empty until it has looked.
+    """
 
     hive_id: str
     memory_total: int
     memory_free: int
     disk_free: int
     workers: tuple[WorkerInfo, ...] = ()
+    models: tuple[str, ...] | None = None
+    devices: tuple[Device, ...] = ()
 
 
 @attrs.frozen

@@ -157,7 +157,8 @@ def test_an_operators_hive_on_a_node_survives_keeper_and_queen(
     wait_for(lambda: "llm-worker-rbee" not in titles(mac), LEASE + KILLING)
     hive = [one.pid for one in mac.processes() if one.title == "rbee-hive"]
     with standing_queen(me):
-        assert infer(MODEL, "--node", "mac", "--max-tokens", "4", env=me.environ).code == 0
+        told = infer(MODEL, "--node", "mac", "--max-tokens", "4", "--json", env=me.environ)
+        assert json.loads(told.out)["node"] == "mac"  # its hive calls it localhost
         seen = json.loads(run("hive", "list", "--json", env=me.environ).out)
         assert [one["owner"] for one in seen] == ["operator"]
         refused = run("hive", "stop", "--node", "mac", env=me.environ)

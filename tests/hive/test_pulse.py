@@ -41,6 +41,8 @@ async def test_a_heartbeat_tells_of_workers_and_room(home: Home) -> None:
         assert (beat.hive_id, beat.workers[0].worker_id) == ("hive-1", info.worker_id)
         assert 0 < beat.memory_free <= beat.memory_total
         assert beat.disk_free > 0
+        assert beat.models == ()
+        assert [device.backend for device in beat.devices][:1] == ["cpu"]
 
 
 async def test_heartbeats_come_every_5_s_in_the_order_of_the_news(

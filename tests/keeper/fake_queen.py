@@ -72,6 +72,7 @@ class FakeQueen:
         app.add("GET", messages.QUEEN_NODES, self._nodes)
         app.add("GET", messages.QUEEN_WORKERS, partial(self._list, self.workers))
         app.add("POST", messages.QUEEN_WORKERS, self._start_worker)
+        app.add("POST", messages.QUEEN_EXPLAIN, self._explain)
         app.add("DELETE", messages.QUEEN_WORKERS + "/{name}", partial(self._drop, self.workers))
         app.add("GET", messages.QUEEN_HIVES, partial(self._list, self.hives))
         app.add("POST", messages.QUEEN_HIVES, self._start_hive)
@@ -143,6 +144,15 @@ class FakeQueen:
             await emit(sse.encode(self.failure or info))
 
         return Stream(run)
+
+    async def _explain(self, request: Request) -> Response:
+        body = await request.read(messages.StartWorker)
+        return json_response(
+            [
+                messages.NodeChoice("mac", "on_disk", f"{body.model} is on its disk"),
+                messages.NodeChoice("localhost", "no", "no cuda device 0 (it has none)"),
+            ]
+        )
 
     async def _start_hive(self, request: Request) -> Stream:
         body = await request.read(messages.StartHive)

@@ -126,7 +126,9 @@ def test_completion_knows_commands_and_flags(capfd: pytest.CaptureFixture[str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [["--help"], ["infer", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "line", [["--help"], ["infer", "--help"], ["node", "add", "--help"], ["--version"]]
+)
 def test_help_imports_nothing_heavy(line: list[str]) -> None:
     heavy = ["trio", "httpx", "hypercorn", "asyncssh", "vllm", "torch", "sqlite3", "cattrs"]
     code = (

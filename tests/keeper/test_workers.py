@@ -49,6 +49,28 @@ async def test_a_worker_is_started_and_its_id_printed(
     )
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_where_a_worker_would_be_started_is_told_without_starting_it(
+    home: Home, capfd: Captured, as_json: bool
+) -> None:
+    flags = WorkerStartFlags(explain=True, json=as_json)
+    async with open_fake(home=home) as (queen, _):
+        await start_worker(flags, start_request(flags, "bee"))
+        assert queen.starts == []
+    out, err = capfd.readouterr()
+    assert err == ""
+    if as_json:
+        assert json.loads(out)[0] == {
+            "node": "mac", "suits": "on_disk", "why": "bee is on its disk",
+        }  # fmt: skip
+    else:
+        assert [line.split(maxsplit=2) for line in out.splitlines()] == [
+            ["NODE", "SUITS", "WHY"],
+            ["mac", "on_disk", "bee is on its disk"],
+            ["localhost", "no", "no cuda device 0 (it has none)"],
+        ]
+
+
 async def test_a_worker_that_does_not_become_ready_is_an_error(home: Home) -> None:
     queen = FakeQueen(failure=Error("insufficient", "no room", "buy some"))
     async with open_fake(queen, home):

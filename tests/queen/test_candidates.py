@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rbee.errors import InsufficientError, NotFoundError, UnavailableError
 from rbee.model import WorkerState
-from rbee.queen.candidates import NodeView, Rank, best, rank
+from rbee.queen.candidates import Candidate, NodeView, Rank, none_of, rank
 from rbee.queen.placement import fits
 from rbee.wire.messages import Device, StartWorker, TaskRequest, WorkerInfo
 
@@ -20,6 +20,14 @@ GIB = 1 << 30
 REQUEST = TaskRequest("words")
 WORKER = WorkerInfo("worker-1", "words", "ready")
 GPU = Device("cuda", 0, "a GPU", 80 * GIB, 70 * GIB)
+
+
+def best(request: TaskRequest | StartWorker, nodes: list[NodeView], **more: Any) -> Candidate:
+    """Return the node to try first, or raise what a request that none can run ends with."""
+    found = rank(request, nodes, **more)
+    if not found.candidates:
+        raise none_of(request.node, found.rejected)
+    return found.candidates[0]
 
 
 def view(name: str, **more: Any) -> NodeView:
@@ -48,11 +56,13 @@ devices = st.builds(
     Device, st.sampled_from(["cpu", "cuda"]), st.integers(0, 2), st.just("d"),
     st.just(80 * GIB), st.integers(0, 80 * GIB),
 )  # fmt: skip
-names = st.sampled_from(["a", "b", "c", "d"])
+names = st.sampled_from(["a", "b", "localhost", "z"])
 views = st.builds(
     view,
     names,
     state=st.sampled_from(["ready", "unreachable", "fenced"]),
+    doubt=st.sampled_from(["", "it was unreachable"]),
+    engines=st.sampled_from([None, frozenset({"vllm", "echo"}), frozenset({"echo"})]),
     workers=st.lists(workers, max_size=3),
     models=st.frozensets(st.sampled_from(["words", "other"])),
     memory_total=sizes,
@@ -62,7 +72,7 @@ views = st.builds(
 clusters = st.lists(views, max_size=4, unique_by=lambda node: node.name)
 requests = st.builds(
     TaskRequest,
-    model=st.sampled_from(["words", "other", "third"]),
+    model=st.sampled_from(["words", "other", "third", "/a/path"]),
     node=st.none() | names,
     backend=st.sampled_from([None, "cpu", "cuda"]),
     device=st.sampled_from([None, "0", "0,1"]),
@@ -100,12 +110,12 @@ def test_a_candidate_is_ready_and_what_was_asked_for(
 
 
 @given(requests, clusters, sizes)
-def test_better_ranks_come_first_then_the_less_busy_then_the_name(
+def test_better_ranks_come_first_then_this_machine_then_the_less_busy_then_the_name(
     request: TaskRequest, nodes: list[NodeView], needed: int | None
 ) -> None:
     load = {node.name: node.load for node in nodes}
     keys = [
-        (one.rank, load[one.node], one.node)
+        (one.rank, one.node != "localhost", load[one.node], one.node)
         for one in rank(request, nodes, needed=needed).candidates
     ]
     assert keys == sorted(keys)
@@ -120,6 +130,7 @@ def test_a_ready_worker_that_fits_is_never_passed_over(
         node.name
         for node in nodes
         if node.name in {one.node for one in found.candidates}
+        and not node.doubt
         and any(fits(one, request) and one.state == "ready" for one in node.workers)
     }
     assert {one.node for one in found.candidates if one.rank is Rank.WARM} == warm
@@ -145,7 +156,7 @@ def test_the_best_is_the_first_or_an_error_that_names_every_reason(
 def test_warm_comes_before_on_disk_before_room_before_full() -> None:
     found = rank(REQUEST, BEST_FIRST[::-1], needed=4 * GIB)
     assert [one.node for one in found.candidates] == [node.name for node in BEST_FIRST]
-    assert [one.rank for one in found.candidates] == list(Rank)
+    assert [one.rank for one in found.candidates] == list(Rank)[:-1]
     assert best(REQUEST, BEST_FIRST, needed=4 * GIB).why == "worker-1 has the model loaded"
 
 
@@ -169,6 +180,38 @@ def test_equals_are_taken_by_load_then_name() -> None:
     busy = attrs.evolve(WORKER, model="other", running=3)
     nodes = [view("a", workers=[busy]), view("c"), view("b")]
     assert [one.node for one in rank(REQUEST, nodes).candidates] == ["b", "c", "a"]
+
+
+def test_of_equals_this_machine_is_taken_however_busy() -> None:
+    here = view("localhost", workers=[attrs.evolve(WORKER, model="other", running=9)])
+    assert best(REQUEST, [view("a"), here]).node == "localhost"
+    assert best(REQUEST, [DISK, here]).node == "disk"
+
+
+def test_a_node_in_doubt_comes_after_all_others() -> None:
+    doubted = attrs.evolve(WARM, doubt="unreachable a while ago")
+    found = rank(REQUEST, [doubted, FULL], needed=4 * GIB).candidates
+    assert [one.node for one in found] == ["full", "warm"]
+    assert found[-1].why == "tried after all others: unreachable a while ago"
+    assert best(REQUEST, [doubted]).node == "warm"
+
+
+def test_a_node_without_the_engine_is_not_taken() -> None:
+    bare = attrs.evolve(COLD, engines=frozenset({"echo"}))
+    with pytest.raises(UnavailableError, match=r"no engine vllm \(it has echo\)"):
+        best(REQUEST, [bare])
+    assert best(attrs.evolve(REQUEST, engine="echo"), [bare])
+
+
+def test_a_path_is_one_of_this_machine_unless_a_node_is_named() -> None:
+    path = attrs.evolve(REQUEST, model="file:///models/a")
+    here = view("localhost", memory_free=GIB)
+    found = rank(path, [here, COLD], needed=4 * GIB)
+    assert [(one.node, one.rank) for one in found.candidates] == [("localhost", Rank.FULL_ON_DISK)]
+    assert found.rejected[0].why == "a path is one of localhost, unless a node is named"
+    assert best(attrs.evolve(path, node="cold"), [here, COLD]).node == "cold"
+    both = {"alias", "/models/a", "pypi:a"}  # the second source can be had anywhere
+    assert len(rank(REQUEST, [here, COLD], meanings=lambda name: both).candidates) == 2
 
 
 def test_what_cannot_ever_fit_is_rejected_by_size() -> None:

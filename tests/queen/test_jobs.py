@@ -25,13 +25,17 @@ from rbee.errors import (
 )
 from rbee.home import Home
 from rbee.queen.aliases import Aliases
+from rbee.queen.attempts import PATIENCE, Attempts
+from rbee.queen.candidates import NodeView
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import BUFFER, WAITING, Job, Jobs, open_job
+from rbee.queen.places import Places
 from rbee.registry import Registry
 from rbee.wire import sse
 from rbee.wire.messages import (
     End,
     ErrorDetail,
+    HiveInfo,
     Queued,
     StartWorker,
     TaskRequest,
@@ -39,8 +43,9 @@ from rbee.wire.messages import (
     WorkerInfo,
     WorkerNarration,
 )
-from tests.queen.test_hives import make_hives
+from tests.queen.test_hives import INFO, make_hives
 
+SLOW = 60.0  # seconds until a dead node turns out to be one
 REQUEST = TaskRequest("words", prompt="hello", engine="echo")
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 TOKENS = sse.encode_token("a", 1) + sse.encode_token("\nevent: end\n", 2)
@@ -55,6 +60,7 @@ class FakeHive:
     """Starts workers that stay as they are put."""
 
     hives: FakeHives
+    info: HiveInfo = INFO
     token: str = "secret"
     starting: trio.Lock = attrs.field(factory=trio.Lock)
     started: list[StartWorker] = attrs.field(factory=list)
@@ -76,19 +82,25 @@ class FakeHive:
         await trio.lowlevel.checkpoint()
         return WorkerInfo(
             f"worker-{len(self.started)}", request.model, "started", engine=request.engine,
-            owner=request.owner,
+            owner=request.owner, node=self.info.node,
         )  # fmt: skip
 
 
 @attrs.define(eq=False)
 class FakeHives:
-    """What jobs see of a queen's hives, with one hive that is always there."""
+    """What jobs see of a queen's hives, with one hive that is always there.
+
+    ``others``: further nodes' hives. ``dead``: nodes that turn out to be so after `SLOW` seconds.
+    """
 
     url: str = ""
     queen_id: str = "queen-1"
     workers: Registry[str, WorkerInfo] = attrs.field(factory=Registry)
     failures: dict[str, WorkerInfo] = attrs.field(factory=dict)
     narrations: Broadcast[WorkerNarration] = attrs.field(factory=Broadcast)
+    others: dict[str, FakeHive] = attrs.field(factory=dict)
+    looks: int = 0
+    dead: set[str] = attrs.field(factory=set)
     hive: FakeHive = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -96,9 +108,18 @@ class FakeHives:
 
     async def get(self, node: str, narrate: object) -> FakeHive:
         await trio.lowlevel.checkpoint()
-        if node != "localhost":
+        if node in self.dead:
+            await trio.sleep(SLOW)
+            raise UnavailableError(f"node {node} does not answer", code="unreachable")
+        if node not in ("localhost", *self.others):
             raise NotFoundError(f"no node {node!r}", code="unknown_node")
-        return self.hive
+        return self.others.get(node, self.hive)
+
+    async def look(self) -> list[NodeView]:
+        """Return views on nodes that are all the same."""
+        self.looks += 1
+        await trio.lowlevel.checkpoint()
+        return [NodeView("localhost"), *map(NodeView, self.others)]
 
     def running(self, node: str) -> FakeHive:
         return self.hive
@@ -122,14 +143,19 @@ class FakeHives:
 async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, FakeHives], None]:
     """Run jobs against one worker's port; ``serve`` gets each connection after its request."""
 
+    async def nobody_knows(start: StartWorker) -> None:
+        await trio.lowlevel.checkpoint()
+
     async def connection(stream: trio.SocketStream) -> None:
         await stream.receive_some()
         await (serve or answer)(stream)
         await stream.aclose()
 
     hives = FakeHives()
+    attempts = Attempts(hives.get)
     jobs = Jobs(
         hives,
+        Places(hives.look, attempts, nobody_knows),
         Aliases(Path("/nowhere/config.toml")),
         ending=lambda: OwnerGoneError("the queen ended"),
     )
@@ -137,7 +163,7 @@ async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, Fa
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, connection, listeners)
         hives.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
-        async with jobs.open():
+        async with attempts.open(), jobs.open():
             yield jobs, hives
         nursery.cancel_scope.cancel()
 
@@ -164,10 +190,11 @@ async def code_of(job: Job) -> str:
 
 
 # good ends ------------------------------------------------------------------------------------
-async def test_a_ready_workers_answer_is_passed_through() -> None:
+@pytest.mark.parametrize("node", [None, "localhost"])
+async def test_a_ready_workers_answer_is_passed_through(node: str | None) -> None:
     async with open_jobs() as (jobs, hives):
         hives.put("worker-1", "ready")
-        job = jobs.start(REQUEST)
+        job = jobs.start(attrs.evolve(REQUEST, node=node))
         assert len(jobs) == 1
         assert jobs.get(job.id) is job
         assert await read(job) == [
@@ -175,6 +202,7 @@ async def test_a_ready_workers_answer_is_passed_through() -> None:
             End(1, 2, "stop", 1.0, 2.0),
         ]  # fmt: skip
         assert hives.hive.started == []
+        assert hives.looks == 0  # no disk, no registry
         assert len(jobs) == 0
         with pytest.raises(NotFoundError):
             jobs.get(job.id)
@@ -205,6 +233,25 @@ async def test_two_jobs_for_one_model_start_one_worker() -> None:
         for job in (one, two):
             assert type((await read(job))[-1]) is End
         assert len(hives.hive.started) == 1
+
+
+async def test_jobs_for_one_model_start_one_worker_however_they_come_to_its_node(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_jobs() as (jobs, hives):
+        linux = hives.others["linux"] = FakeHive(hives, attrs.evolve(INFO, node="linux"))
+        hives.dead.add("localhost")
+        free = [jobs.start(REQUEST) for _ in range(3)]
+        await trio.sleep(1)
+        assert linux.started == []
+        asked = [jobs.start(attrs.evolve(REQUEST, node="linux")) for _ in range(2)]
+        await wait_all_tasks_blocked()
+        assert len(linux.started) == 1  # it does not wait for a node that is not its
+        await trio.sleep(PATIENCE)
+        assert len(linux.started) == 1
+        assert [len(jobs), len(hives.workers)] == [5, 1]
+        for job in (*free, *asked):
+            job.cancel("enough")
 
 
 async def test_a_worker_that_is_not_there_any_more_is_replaced_once() -> None:

@@ -18,6 +18,7 @@ from rbee.home import Home
 from rbee.queen.app import make_app
 from rbee.queen.hive import Hive
 from rbee.queen.machine import QueenSetup
+from rbee.queen.machines import Machines
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.web.router import App, Emit, Request, Stream
 from rbee.web.server import open_listener, serve_http
@@ -31,6 +32,7 @@ from tests.models.conftest import used
 class FakeHives:
     """Hives that run, by node; ``wanted`` notes which were asked for to be started."""
 
+    machines: Machines
     hives: dict[str, Hive] = attrs.field(factory=dict)
     wanted: list[str] = attrs.field(factory=list)
 
@@ -71,9 +73,9 @@ async def far(tmp_path: Path) -> Home:
 @asynccontextmanager
 async def open_queen(home: Home, far: Home) -> AsyncGenerator[Queen, None]:
     """Serve a queen with two nodes while the body runs; each has a home of its own."""
-    hives, unneeded = FakeHives(), None
     setup = QueenSetup(id="queen-1", home=home, run_dir=home.run, token=TOKEN, nonce="n")
-    app = make_app(setup, hives, unneeded, unneeded, unneeded)
+    hives, unneeded = FakeHives(Machines(setup)), None
+    app = make_app(setup, hives, unneeded, unneeded, unneeded, unneeded)
     async with (
         open_hive(home, "localhost") as near_client,
         open_hive(far, "far") as far_client,

@@ -8,19 +8,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import trio
 
 from rbee.client import AsyncClient
-from rbee.errors import BadInputError, ConflictError, NotFoundError, RbeeError, UnavailableError
+from rbee.errors import (
+    BadInputError,
+    ConflictError,
+    NotFoundError,
+    PeerError,
+    RbeeError,
+    UnavailableError,
+)
 from rbee.home import Home
 from rbee.nodes.add import Probe
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
+from rbee.queen.machine import QueenSetup
+from rbee.queen.machines import Machines
 from rbee.queen.nodes import add_node_routes
 from rbee.web.router import App
 from rbee.web.server import open_listener, serve_http
 from rbee.wire.messages import AddNode, NodeInfo, UpdateNode
+from tests.machines import make_user, open_machines, plant_detect
 
 TOKEN = "secret"
 
@@ -82,6 +93,27 @@ async def test_only_a_node_that_answers_is_added(home: Home) -> None:
             await client.add_node(AddNode("down"))
         assert caught.value.hint == "ssh down"
         assert await names(client) == ["localhost"]
+
+
+@pytest.mark.slow
+async def test_a_queen_tries_a_node_over_ssh_of_her_own(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = Machines(QueenSetup("queen-1", home, home.run / "q1", TOKEN, "nonce"))
+    with open_machines("mac") as hosts:
+        user = make_user(hosts, tmp_path / "user", monkeypatch, knows=False)
+        body = AddNode("mac", ssh_alias="mac", rbee_path=plant_detect(hosts["mac"], cpus=7))
+        async with machines.open(), open_queen(home, machines.probe) as client:
+            with pytest.raises(PeerError, match="nobody has vouched") as caught:
+                await client.add_node(body)
+            assert caught.value.code == "unknown_host_key"
+            assert caught.value.details["fingerprint"].startswith("SHA256:")
+            assert not user.known_hosts.exists()
+            added = await client.add_node(attrs.evolve(body, accept_new_host_key=True))
+            assert (added.status, added.capabilities["cpus"]) == ("ready", 7)
+            assert user.known_hosts.exists()
+            lacking = AddNode("pc", ssh_alias="mac")
+            assert (await client.add_node(lacking)).status == "unusable"
 
 
 async def test_nothing_can_be_added_where_nothing_can_be_tried(home: Home) -> None:

@@ -86,6 +86,24 @@ async def test_hashed_known_hosts_are_read(sshd: Sshd, aio: Aio, tmp_path: Path)
     assert await says(sshd.target(known_hosts=known), aio) == b"hi\n"
 
 
+async def test_each_kind_of_known_hosts_file_has_its_default(
+    sshd: Sshd, aio: Aio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, known = tmp_path / "config", tmp_path / ".ssh" / "known_hosts"
+    target = sshd.target(known_hosts=None, config=config)
+    config.write_text(f"UserKnownHostsFile ~/mine {tmp_path}/too\nGlobalKnownHostsFile none\n")
+    error = await refused(target, aio, UnknownHostKeyError)
+    assert isinstance(error, UnknownHostKeyError)
+    assert error.file == tmp_path / "mine"
+    config.write_text("GlobalKnownHostsFile /dev/null\n")
+    error = await refused(target, aio, UnknownHostKeyError)
+    assert isinstance(error, UnknownHostKeyError)
+    assert error.file == known
+    accept_host_key(error.file, error.key)
+    assert await says(target, aio) == b"hi\n"
+
+
 # keys ------------------------------------------------------------------------------------------
 async def test_a_wrong_key_is_tried_once(sshd: Sshd, aio: Aio, tmp_path: Path) -> None:
     keygen(tmp_path / "wrong")

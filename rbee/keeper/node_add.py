@@ -1,0 +1,92 @@
+"""``node add``: a machine is tried over SSH, with or without a queen, and registered."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from functools import partial
+
+from rbee.aio import open_aio
+from rbee.home import open_home
+from rbee.keeper.flags import AddNodeFlags
+from rbee.keeper.nodes import full_path, port_number, print_node, variables
+from rbee.keeper.output import Output, is_terminal, note, open_output, write
+from rbee.model import node_name
+from rbee.nodes.add import add_node as try_and_save
+from rbee.nodes.node import Node, NodeStatus, new_node, told
+from rbee.nodes.probe import Vouch, probe_node, vouched
+from rbee.ssh import UnknownHostKeyError
+from rbee.wire.messages import AddNode
+
+
+def body_of(flags: AddNodeFlags, name: str) -> AddNode:
+    """Return what the command line gives; raise `UsageError` if that is no sense."""
+    return AddNode(
+        node_name(name),
+        host=flags.host or "",
+        port=port_number(flags.port or "") or None,
+        user=flags.user or "",
+        key=full_path(flags.key or ""),
+        ssh_alias=flags.from_ssh_config or "",
+        rbee_path=flags.rbee_path or "",
+        environment=variables(flags.env),
+        transport=flags.transport or "",
+        accept_new_host_key=flags.accept_new_host_key,
+    )
+
+
+async def add_node(flags: AddNodeFlags, body: AddNode) -> None:
+    """``node add``: shows the node as it was saved, also one that `node install` has to mend."""
+    node, home = new_node(body), open_home(flags.home)
+    async with open_output() as output, open_aio(name="ssh", uvloop=False) as aio:
+        probe = partial(probe_node, aio=aio, narrate=partial(output.step, "keeper"))
+        saved = await try_and_save(home, node, vouched(probe, _voucher(body, output)))
+        await output.tell(f"saved {saved.name} ({saved.status.value})")
+    print_node(told(saved), flags)
+    _tell_what_is_left(saved)
+
+
+def _tell_what_is_left(node: Node) -> None:
+    if node.status is NodeStatus.UNUSABLE:
+        note(f"no hive can run there yet: {node.last_error}")
+        note(f"  hint: rbee-keeper node install {node.name}")
+
+
+# host keys ----------------------------------------------------------------------------------------
+def _voucher(body: AddNode, output: Output) -> Vouch:
+    """Have the flag or whoever sits at the terminal say whether a host key is the right one."""
+
+    async def vouch(unknown: UnknownHostKeyError) -> bool:
+        key = f"the host key of {unknown.key.host}: {unknown.key.fingerprint}"
+        if body.accept_new_host_key:
+            await output.tell(f"accepted {key}, now in {unknown.file}")
+            return True
+        unknown.hint = f"{_again(body)}   # if that is its fingerprint"
+        if not is_terminal(sys.stdin):
+            return False
+        await output.tell(f"nobody has vouched yet for {key}")
+        await output.tell(f"to compare, on that machine: ssh-keygen -lf {unknown.key.usual_file}")
+        return await _confirmed("Is it the right one? [y/N] ")
+
+    return vouch
+
+
+async def _confirmed(question: str) -> bool:
+    from rbee.keeper.chat import Lines
+
+    await write(2, question.encode())
+    answer = await Lines(0).next()
+    return (answer or "").strip().lower() in ("y", "yes")
+
+
+def _again(body: AddNode) -> str:
+    """Return the command that accepts the key; what may be a secret is left out."""
+    words = ["rbee-keeper", "node", "add", body.name]
+    for flag, value in (
+        ("host", body.host), ("port", body.port), ("user", body.user), ("key", body.key),
+        ("from-ssh-config", body.ssh_alias), ("transport", body.transport),
+        ("rbee-path", body.rbee_path),
+    ):  # fmt: skip
+        words += [f"--{flag}", str(value)] if value else []
+    more = "".join(f" --env {name}=…" for name in body.environment)
+    return f"{shlex.join(words)}{more} --accept-new-host-key"
