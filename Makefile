@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # What the tests use beside Python. Installed by `make test` when it is root on Debian.
-DEB_PACKAGES ?= procps openssh-server iproute2
+DEB_PACKAGES ?= procps openssh-server iproute2 chromium
 
 # Where the tests keep the real model between runs.
 TEST_HOME ?= .cache/rbee-home

@@ -37,6 +37,7 @@ class QueenConfig:
     hive_port: int | None = None
     lease: float = 10.0
     token_file: str | None = None
+    allow_origin: tuple[str, ...] = ()
 
 
 @attrs.frozen

@@ -20,8 +20,9 @@ import trio
 
 from rbee import guard
 from rbee.errors import ConflictError, RbeeError, UsageError, leaves
-from rbee.home import write_atomic, writing
-from rbee.logs import keep_own_log_short
+from rbee.home import check_token, write_atomic, writing
+from rbee.log import configure_logging
+from rbee.log_files import keep_own_log_short
 from rbee.scopes import StopReason, cancel_on_signal, open_service
 from rbee.wire import codec
 from rbee.wire.messages import DaemonStart, Hello, RunFile
@@ -92,7 +93,9 @@ def _read_start() -> tuple[DaemonStart, bytes]:
         raise UsageError(
             f"--owned needs an owner at stdin: {exc}", hint="leave --owned out to run by itself"
         ) from exc
-    return codec.structure(given, DaemonStart), rest
+    start = codec.structure(given, DaemonStart)
+    check_token(start.token, "the owner's start line", hint="rbee-keeper queen start")
+    return start, rest
 
 
 async def _run(root: Root, main: Callable[[Root], Awaitable[None]], rest: bytes) -> None:
@@ -175,15 +178,6 @@ def print_error(error: RbeeError) -> None:
     sys.stderr.write(f"error: {error.message}\n")
     if error.hint:
         sys.stderr.write(f"  hint: {error.hint}\n")
-
-
-def configure_logging(title: str) -> None:
-    """Log to stderr, which is a file for every owned process."""
-    level = os.environ.get("RBEE_LOG_LEVEL", "INFO").upper()
-    text = f"%(asctime)s {title}[%(process)d] %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=level, format=text, stream=sys.stderr, force=True)
-    for noisy in ("httpx", "httpcore", "asyncio", "asyncssh"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def ensure_nonce() -> str:

@@ -45,6 +45,13 @@ class UnauthorizedError(RbeeError):
     http_status = 401
 
 
+class TooManyFailuresError(UnauthorizedError):
+    """The token is missing or wrong again, too soon."""
+
+    code = "too_many_failures"
+    http_status = 429
+
+
 class ForbiddenError(RbeeError):
     code = "forbidden"
     http_status = 403
@@ -126,7 +133,7 @@ BY_CODE: dict[str, type[RbeeError]] = {
         RbeeError, BadInputError, UsageError, UnauthorizedError, ForbiddenError, NotFoundError,
         DeadlineError, ConflictError, TooLargeError, QueueFullError, CancelledError,
         UnavailableError, InsufficientError, MachineError, PeerError, ChildExitedError,
-        OwnerGoneError,
+        OwnerGoneError, TooManyFailuresError,
     )
 }  # fmt: skip
 BY_STATUS: dict[int, type[RbeeError]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,10 @@ from rbee.errors import MachineError
 # Unix socket paths end at 107 bytes; vLLM's are 37 below a worker's directory, which lies in its
 # hive's, in its queen's (10 each), in the home's (14).
 MAX_RUNTIME = 24
+
+MAX_TOKEN = 512
+MAX_TOKEN_FILE = 4096
+_TOKEN = re.compile(rf"[!-~]{{1,{MAX_TOKEN}}}")
 
 
 @attrs.frozen
@@ -179,18 +184,47 @@ def read_token_file(path: Path) -> str:
     """Return what a token file holds.
 
     Raises:
-        MachineError: it cannot be read, or is empty.
+        MachineError: it cannot be read, is open to others (as with ssh's keys, a file that is not
+            ours is its owner's to judge), or holds something else than one token.
     """
     try:
-        token = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as exc:
+        with path.open("rb") as file:
+            _refuse_open(path, os.fstat(file.fileno()))
+            token = file.read(MAX_TOKEN_FILE).strip()
+    except OSError as exc:
         raise MachineError(
-            f"cannot read the token file {path}: {exc}", hint=f"ls -l {path}"
+            f"cannot read the token file {path}: {exc.strerror}", hint=f"ls -l {path}"
         ) from exc
     if not token:
         raise MachineError(
             f"the token file {path} is empty",
             hint=f"rm {path}   # a new token is made at the next start",
+        )
+    return check_token(token.decode("latin-1"), f"the token file {path}", hint=f"wc {path}")
+
+
+def _refuse_open(path: Path, found: os.stat_result) -> None:
+    if found.st_uid == os.getuid() and found.st_mode & 0o077:
+        raise MachineError(
+            f"the token file {path} is open to others (mode {found.st_mode & 0o777:04o}); "
+            "only you may read it (mode 0600)",
+            code="token_file_open",
+            hint=f"chmod 600 {path}",
+        )
+
+
+def check_token(token: str, where: str, *, hint: str) -> str:
+    """Return a token that can stand in a request's head; the error does not quote it.
+
+    Raises:
+        MachineError: it is empty, too long, or holds a space or anything beyond ASCII.
+    """
+    if not _TOKEN.fullmatch(token):
+        raise MachineError(
+            f"{where} holds no token: one word of at most {MAX_TOKEN} printable ASCII characters "
+            f"is needed, got {len(token)} characters",
+            code="bad_token",
+            hint=hint,
         )
     return token
 

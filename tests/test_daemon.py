@@ -16,7 +16,7 @@ import pytest
 from rbee import guard
 from rbee.daemon import locked, read_run_file, write_run_file
 from rbee.errors import ConflictError
-from rbee.home import Home
+from rbee.home import Home, write_atomic
 from rbee.wire import codec
 from rbee.wire.messages import DaemonStart, Hello
 
@@ -137,7 +137,9 @@ def test_a_bug_is_told_and_its_traceback_is_in_the_log() -> None:
 
 
 @slow
-@pytest.mark.parametrize("sent", ["", "hello\n", "start {\n", "start {}\n"])
+@pytest.mark.parametrize(
+    "sent", ["", "hello\n", "start {\n", "start {}\n", START.replace("secret", "")]
+)
 def test_owned_without_an_owner_is_refused_without_a_traceback(sent: str) -> None:
     with daemon() as child:
         out, log = child.communicate(sent)
@@ -145,6 +147,25 @@ def test_owned_without_an_owner_is_refused_without_a_traceback(sent: str) -> Non
     assert out == ""
     assert log.startswith("error: ")
     assert "Traceback" not in log
+
+
+@slow
+def test_no_program_listens_anywhere_without_a_token(home: Home) -> None:
+    write_atomic(home.root / "empty", "\n")
+    listen = ["--host", "0.0.0.0", "--port", "0", "--token-file", str(home.root / "empty")]
+    programs = [["rbee.queen", "daemon"], ["rbee.hive", "daemon"], ["rbee.worker", "--model", "m"]]
+    popens = [
+        subprocess.Popen(
+            [sys.executable, "-m", *words, *listen],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for words in programs
+    ]  # fmt: skip
+    for popen in popens:
+        out, log = popen.communicate(timeout=60)
+        assert (popen.returncode, out) == (1, "")
+        assert log.startswith(f"error: the token file {home.root}/empty is empty\n  hint: rm ")
+    assert [path.name for path in home.run.iterdir() if path.suffix == ".json"] == []
 
 
 # run files and locks --------------------------------------------------------------------------

@@ -125,18 +125,63 @@ def test_all_who_start_at_once_read_the_same_token(home: Home) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"", "is empty"), (b" \n", "is empty"), (b"\xff", "cannot read")]
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"hidden\xff", "holds no token: one word .* got 7 characters"),
+        (b"hidden\nhidden2\n", "holds no token"),
+        (b"hid den", "holds no token"),
+        (b"hidden" * 100, "at most 512 .* got 600"),
+        (b"hidden" * 1000, "got 4096"),
+    ],
+    ids=lambda value: str(value)[:30],
 )
-def test_a_token_file_without_a_token_is_an_error(home: Home, content: bytes, told: str) -> None:
+def test_a_token_file_without_a_token_is_an_error_that_does_not_quote_it(
+    home: Home, content: bytes, told: str
+) -> None:
+    write_atomic(home.token_file, "")
     home.token_file.write_bytes(content)
     with pytest.raises(MachineError, match=told) as info:
         read_token(home)
     assert str(home.token_file) in info.value.hint
+    assert "hid" not in str(info.value)
 
 
-def test_a_missing_token_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="cannot read the token file"):
-        read_token_file(tmp_path / "none")
+@pytest.mark.parametrize("bits", [0o604, 0o640, 0o620, 0o602, 0o644, 0o777])
+def test_a_token_file_that_others_may_open_is_refused(home: Home, bits: int) -> None:
+    read_token(home)
+    home.token_file.chmod(bits)
+    with pytest.raises(MachineError, match=rf"open to others \(mode {bits:04o}\)") as info:
+        read_token(home)
+    assert info.value.hint == f"chmod 600 {home.token_file}"
+    home.token_file.chmod(0o400)
+    assert read_token(home)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a file away")
+def test_a_token_file_of_somebody_else_is_his_to_keep(home: Home) -> None:
+    read_token(home)
+    home.token_file.chmod(0o644)
+    os.chown(home.token_file, 12345, -1)
+    assert read_token(home)
+
+
+def test_a_token_may_come_through_a_pipe() -> None:
+    """A shell's ``--token-file <(command)``, which is no file at all."""
+    reading, writing = os.pipe()
+    try:
+        os.write(writing, b"secret\n")
+        os.close(writing)
+        assert read_token_file(Path(f"/dev/fd/{reading}")) == "secret"
+    finally:
+        os.close(reading)
+
+
+@pytest.mark.parametrize("name", ["none", "."])
+def test_a_token_file_that_cannot_be_read_is_an_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(MachineError, match=r"cannot read the token file .*: [A-Z]"):
+        read_token_file(tmp_path / name)
 
 
 # atomic writes --------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from rbee.hive.launch import Launcher
 from rbee.hive.peer import Connect, Peer, connect_with
 from rbee.hive.room import Memory, Room, Tenant
 from rbee.home import Home, short_name
-from rbee.logs import prune_logs
+from rbee.log_files import prune_logs
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan

@@ -21,14 +21,13 @@ from rbee.client import KEEP_A_QUEEN, AsyncClient
 from rbee.config import Config
 from rbee.errors import (
     ConflictError,
-    MachineError,
     OwnerGoneError,
     PeerError,
     RbeeError,
     UnavailableError,
     leaves,
 )
-from rbee.home import Home, short_name, writing
+from rbee.home import Home, read_token_file, short_name, writing
 from rbee.model import Grace, new_id
 from rbee.wire.messages import DaemonStart, Health, RunFile
 
@@ -117,13 +116,7 @@ def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = 
     Without ``token_file`` only a queen on this machine, or the home's own, gets the home's.
     """
     if token_file:
-        try:
-            return Path(token_file).expanduser().read_text().strip()
-        except OSError as exc:
-            raise MachineError(
-                f"cannot read the token file {token_file}: {exc.strerror}",
-                hint=f"ls -l {token_file}",
-            ) from exc
+        return read_token_file(Path(token_file).expanduser())
     ours = record is not None and record.url == url
     if not ours and not is_loopback(url):
         return ""  # the home's token opens the home's queen; it is nobody else's to see

@@ -26,7 +26,7 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.home import Home, writing
-from rbee.logs import prune_logs
+from rbee.log_files import prune_logs
 from rbee.models.access import offline_by, variables_of
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Narrate, Runner, log_tail, told_error

@@ -28,6 +28,7 @@ def run_daemon(
     home: Path | None = None,
     lease: float = 10.0,
     token_file: Path | None = None,
+    allow_origin: Annotated[tuple[str, ...], cyclopts.Parameter(negative=())] = (),
     owned: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> int:
     """Run a queen until it is told to stop.
@@ -46,6 +47,8 @@ def run_daemon(
         Seconds that its hives wait for a beat before they end.
     token_file:
         File with the token that callers must send; default: the token of the home.
+    allow_origin:
+        Web page that may call, with the token: https://chat.example; repeatable.
     owned:
         End with the owner, whose lifeline is stdin.
     """
@@ -55,8 +58,10 @@ def run_daemon(
     from rbee.model import new_id
     from rbee.queen.daemon import run
     from rbee.queen.machine import QueenSetup
+    from rbee.web.door import checked_origin
 
     async def main(root: daemon.Root) -> None:
+        origins = tuple(map(checked_origin, allow_origin))
         place = open_home(home)
         queen_id = new_id("queen")
         start = root.start
@@ -75,7 +80,7 @@ def run_daemon(
             hive_port=load_config(place.config_file).hive.port if hive_port is None else hive_port,
             lease=start.lease if start else lease,
         )
-        await run(setup, root)
+        await run(setup, root, allowed_origins=origins)
 
     return daemon.run_daemon("queen-rbee", main, owned=owned)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
@@ -39,9 +39,10 @@ def make_app(
     starts: Starts,
     aliases: Aliases,
     stop: Callable[[str], None],
+    allowed_origins: Sequence[str] = (),
 ) -> App:
     """Wire one queen's routes; ``stop`` begins the end of the daemon."""
-    app = App(token=setup.token, hosts=(setup.host,))
+    app = App(token=setup.token, hosts=(setup.host,), allowed_origins=allowed_origins)
     models = Models(setup.home, hives)
 
     async def health(request: Request) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -40,9 +40,13 @@ async def serve(
     *,
     stop: Callable[[str], None],
     ending: Callable[[], RbeeError] = stopping,
+    allowed_origins: Sequence[str] = (),
     task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a queen until cancelled; ``task_status`` receives what it says to its owner.
+
+    Args:
+        allowed_origins: the web pages that may call it, as `checked_origin` returns them.
 
     Raises:
         ConflictError: its port is taken and must not be another one.
@@ -60,7 +64,7 @@ async def serve(
     places = Places(views.look, attempts, needed, aliases.meanings)
     jobs = Jobs(hives, places, aliases, ending)
     starts = Starts(hives, places, jobs)
-    app = make_app(setup, hives, jobs, starts, aliases, stop)
+    app = make_app(setup, hives, jobs, starts, aliases, stop, allowed_origins)
     serving = partial(serve_http, app, listener, grace=0.5)
     # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
     async with (
@@ -74,12 +78,13 @@ async def serve(
         await trio.sleep_forever()
 
 
-async def run(setup: QueenSetup, root: daemon.Root) -> None:
+async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence[str] = ()) -> None:
     """Be a queen daemon: one per home, findable, until the root is cancelled."""
     with daemon.locked(setup.home.queen_file, "queen"), _run_dir(setup, root) as token_file:
         async with trio.open_nursery() as nursery:
             ending = partial(_ending, root)
-            hello = await nursery.start(partial(serve, setup, stop=root.stop, ending=ending))
+            serving = partial(serve, stop=root.stop, ending=ending, allowed_origins=allowed_origins)
+            hello = await nursery.start(partial(serving, setup))
             daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
             root.say_hello(hello)
             try:

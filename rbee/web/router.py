@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -13,13 +12,13 @@ import trio
 
 from rbee.errors import (
     BadInputError,
-    ForbiddenError,
     NotFoundError,
     RbeeError,
     TooLargeError,
-    UnauthorizedError,
+    TooManyFailuresError,
 )
 from rbee.hints import infer
+from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, peer_of
 from rbee.wire import codec, messages, sse
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,11 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Emit = Callable[[bytes], Awaitable[None]]
 
 MAX_BODY = 32 << 20
-LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+ERROR_HEADERS: dict[int, Headers] = {
+    401: ((b"www-authenticate", b"Bearer"),),
+    429: ((b"retry-after", b"1"),),
+    503: ((b"retry-after", b"1"),),
+}
 
 
 class MethodNotAllowedError(RbeeError):
@@ -87,7 +90,7 @@ class Response:
     body: bytes = b""
     status: int = 200
     content_type: bytes = b"application/json"
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    headers: Headers = ()
 
 
 @attrs.frozen
@@ -98,7 +101,7 @@ class Stream:
     """
 
     run: Callable[[Emit], Awaitable[None]]
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    headers: Headers = ()
 
 
 Handler = Callable[[Request], Awaitable[Response | Stream]]
@@ -116,8 +119,10 @@ def error_response(error: RbeeError) -> Response:
         details=error.details,
         correlation_id=secrets.token_hex(4),
     )
-    log.info("refused [%s]: %s: %s", detail.correlation_id, error.code, error)
-    headers = ((b"retry-after", b"1"),) if error.http_status in (429, 503) else ()
+    # A flood of them is answered, but does not fill the log.
+    level = logging.DEBUG if isinstance(error, TooManyFailuresError) else logging.INFO
+    log.log(level, "refused [%s]: %s: %s", detail.correlation_id, error.code, error)
+    headers = ERROR_HEADERS.get(error.http_status, ())
     return Response(codec.dumps(messages.ErrorBody(detail)), error.http_status, headers=headers)
 
 
@@ -126,15 +131,20 @@ class App:
 
     Args:
         token: what ``Authorization: Bearer`` must carry on every route that is not open.
-        hosts: names allowed in ``Host`` beside loopback.
+        hosts: names allowed in ``Host`` beside localhost and IP addresses.
+        allowed_origins: the web pages that may call, as `checked_origin` returns them.
         fallback: takes what no route matches, after the same checks.
     """
 
     def __init__(
-        self, *, token: str, hosts: Iterable[str] = (), fallback: Any | None = None
+        self,
+        *,
+        token: str,
+        hosts: Iterable[str] = (),
+        allowed_origins: Iterable[str] = (),
+        fallback: Any | None = None,
     ) -> None:
-        self._token = token.encode()
-        self._hosts = LOOPBACK_HOSTS | set(hosts)
+        self._door = Door(token, hosts, allowed_origins)
         self._routes: list[tuple[str, list[str], Handler, bool]] = []
         self.fallback = fallback
 
@@ -142,28 +152,17 @@ class App:
         self._routes.append((method, path.strip("/").split("/"), handler, is_open))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
-        elif scope["type"] == "http":
+        if scope["type"] == "http":
             await self._http(scope, receive, send)
         else:
             await send({"type": "websocket.close"})
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
+        answer: Response | Stream | None
         try:
-            route, others = self._match(scope["method"], scope["path"])
-            self._check(headers, is_open=route is not None and route[2])
-            if route is None:
-                if others:
-                    raise _wrong_method(scope, others)
-                if self.fallback is None:
-                    raise NotFoundError(f"no route {scope['method']} {scope['path']}")
-                await self.fallback(scope, receive, send)
-                return
-            handler, params, _ = route
-            request = Request(scope["method"], scope["path"], params, headers, receive)
-            answer = await handler(request)
+            headers = one_each(scope["headers"])
+            send = _sending(send, self._door.cors(headers))
+            answer = await self._answer(scope, headers, receive, send)
         except RbeeError as error:
             answer = error_response(error)
         except Exception:
@@ -171,8 +170,29 @@ class App:
             answer = error_response(RbeeError("internal error, see the log"))
         if isinstance(answer, Stream):
             await _send_stream(answer, receive, send)
-        else:
+        elif answer is not None:
             await _send_response(answer, send)
+
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> Response | Stream | None:
+        """Let the request in and return its answer; None if the fallback has sent it."""
+        method, path = scope["method"], scope["path"]
+        self._door.admit(headers)
+        if is_preflight(method, headers):
+            return Response(status=204, headers=CORS)
+        route, others = self._match(method, path)
+        if route is None or not route[2]:
+            self._door.authorize(headers, peer_of(scope.get("client")))
+        if route is not None:
+            handler, params, _ = route
+            return await handler(Request(method, path, params, headers, receive))
+        if others:
+            raise _wrong_method(scope, others)
+        if self.fallback is None:
+            raise NotFoundError(f"no route {method} {path}")
+        await self.fallback(scope, receive, send)
+        return None
 
     def _match(
         self, method: str, path: str
@@ -189,33 +209,11 @@ class App:
             others.append(route_method)
         return None, others
 
-    def _check(self, headers: dict[bytes, bytes], *, is_open: bool) -> None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        if _hostname(host) not in self._hosts:
-            raise ForbiddenError(f"Host {host!r} is not this daemon", code="unknown_host")
-        if b"origin" in headers:  # a browser: pages may reach loopback, but not us
-            raise ForbiddenError("requests from web pages are not allowed", code="origin")
-        if is_open:
-            return
-        sent = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        # No token is not the empty one: an empty token file must not open the door.
-        if not self._token or not hmac.compare_digest(sent, self._token):
-            raise UnauthorizedError(
-                "a valid token is required (Authorization: Bearer …)",
-                hint="cat ~/.rbee/token",
-            )
-
 
 def _wrong_method(scope: Scope, others: list[str]) -> MethodNotAllowedError:
     return MethodNotAllowedError(
         f"{scope['path']} takes {', '.join(others)}, not {scope['method']}"
     )
-
-
-def _hostname(host: str) -> str:
-    if host.startswith("["):
-        return host[1:].partition("]")[0].lower()
-    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
 
 
 def _match_parts(pattern: list[str], parts: list[str]) -> dict[str, str] | None:
@@ -230,12 +228,17 @@ def _match_parts(pattern: list[str], parts: list[str]) -> dict[str, str] | None:
     return params
 
 
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        kind = (await receive())["type"]
-        await send({"type": f"{kind}.complete"})
-        if kind == "lifespan.shutdown":
-            return
+def _sending(send: Send, headers: Headers) -> Send:
+    """Return ``send`` for answers that carry ``headers`` as well."""
+    if not headers:
+        return send
+
+    async def send_with(message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *headers]}
+        await send(message)
+
+    return send_with
 
 
 async def _send_response(answer: Response, send: Send) -> None:

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hypercorn.trio
 import trio
 from hypercorn.config import Config
 
 from rbee.errors import BadInputError, ConflictError, MachineError
+from rbee.web.connections import serve_connections
 from rbee.web.holder import find_holder
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,12 @@ def open_listener(host: str, port: int, *, exact: bool) -> socket.socket:
         exact: fail if the port is taken (an operator asked for it), else take the next free one.
 
     Raises:
-        BadInputError: there is no such port.
+        BadInputError: there is no such address or port.
         ConflictError: the port is taken, or none is free in reach.
         MachineError: the address is not one of this machine, or the port not for this user.
     """
+    if not host:  # which would be every address
+        raise BadInputError("the address to listen on is empty", hint="--host 127.0.0.1")
     if not 0 <= port <= 65535:
         raise BadInputError(f"port {port} is not between 0 and 65535", hint="--port 0")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -85,26 +87,20 @@ async def serve_http(
     url, address = url_of(listener), listener.getsockname()
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_limit * 1000))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    fd = listener.detach()
-    config = _config(fd, grace)
     closing = trio.Event()
+    serve = partial(serve_connections, app, _config(grace), listener, closing.wait)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_set_when_cancelled, closing)
         # Not a shield around work: the end is ordered through `closing` and bounded by `grace`.
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as inner:
                 inner.start_soon(_cut_after, closing, grace, address)
-                serve = partial(
-                    hypercorn.trio.serve, app, config, shutdown_trigger=closing.wait, mode="asgi"
-                )
-                inner.start_soon(_run_then_cancel, serve, inner.cancel_scope, fd, url, task_status)
+                inner.start_soon(_run_then_cancel, serve, inner.cancel_scope, url, task_status)
         nursery.cancel_scope.cancel(reason="server ended")
 
 
-def _config(fd: int, grace: float) -> Config:
+def _config(grace: float) -> Config:
     config = Config()
-    config.bind = [f"fd://{fd}"]
-    config.backlog = 1024
     config.graceful_timeout = grace
     config.keep_alive_timeout = 75.0
     config.include_server_header = False
@@ -114,13 +110,12 @@ def _config(fd: int, grace: float) -> Config:
 
 
 async def _run_then_cancel(
-    serve: Any, scope: trio.CancelScope, fd: int, url: str, task_status: trio.TaskStatus[str]
+    serve: Any, scope: trio.CancelScope, url: str, task_status: trio.TaskStatus[str]
 ) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(serve)
-        os.set_inheritable(fd, False)  # hypercorn makes it inheritable
         task_status.started(url)
-    scope.cancel(reason="hypercorn ended")
+    scope.cancel(reason="no connection is left")
 
 
 async def _set_when_cancelled(event: trio.Event) -> None:

@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 from rbee import __version__, guard
 from rbee.daemon import ensure_nonce, print_error
 from rbee.errors import RbeeError, UsageError
-from rbee.home import choose_token, open_home
+from rbee.home import check_token, choose_token, open_home
 from rbee.model import WORKER_PORT, WorkerConfig, WorkerId, WorkerSpec, new_id
 from rbee.sources import Environment, Table, unless_owned
 from rbee.wire import codec
@@ -117,7 +117,9 @@ def _run_started() -> int:
     except (ValueError, TimeoutError) as exc:
         raise UsageError(f"--owned without --model needs a start line on stdin: {exc}") from exc
     guard.set_oom_score(500)  # the OOM killer spares queen, hive, guards and sshd
-    return _run(codec.structure(given, WorkerConfig), True)
+    config = codec.structure(given, WorkerConfig)
+    check_token(config.token, "the owner's start line", hint="rbee-keeper worker start")
+    return _run(config, True)
 
 
 def _run(config: WorkerConfig, owned: bool) -> int:

@@ -163,7 +163,7 @@ async def execute(worker: Worker, request: Request) -> Stream:
         await execution.run(emit)
 
     name = messages.JOB_ID_HEADER.encode()
-    return Stream(run, ((name, body.job_id.encode("latin-1", "replace")),))
+    return Stream(run, ((name, body.job_id.encode("ascii")),))
 
 
 def check_addressee(worker: Worker, request: Request) -> None:
@@ -171,7 +171,7 @@ def check_addressee(worker: Worker, request: Request) -> None:
     meant = request.headers.get(messages.WORKER_ID_HEADER.encode(), b"").decode("latin-1")
     if meant not in ("", worker.config.spec.id):
         raise ConflictError(
-            f"this is worker {worker.config.spec.id}, not {meant}", code="other_worker"
+            f"this is worker {worker.config.spec.id}, not {meant[:100]}", code="other_worker"
         )
 
 

@@ -17,8 +17,8 @@ import httpx
 import setproctitle
 import trio
 
-from rbee.daemon import configure_logging
 from rbee.errors import ChildExitedError, PeerError, RbeeError, UnavailableError, leaves
+from rbee.log import configure_logging
 from rbee.model import WorkerConfig, WorkerState, new_id
 from rbee.scopes import cancel_on_signal, cancel_when, open_service
 from rbee.web.client import call, open_client

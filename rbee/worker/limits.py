@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 from rbee.errors import BadInputError
 from rbee.hints import infer
@@ -10,10 +11,13 @@ from rbee.wire.messages import ExecuteRequest
 
 DEFAULT_MAX_TOKENS = 2048  # when the request names none; a runaway answer ends here
 MAX_STOPS = 16
+_JOB_ID = re.compile("[!-~]{1,128}")
 
 
 def check_request(request: ExecuteRequest) -> None:
     """Refuse what no engine accepts, before anything starts."""
+    if not _JOB_ID.fullmatch(request.job_id):  # it comes back as a header
+        raise BadInputError("job_id must be 1 to 128 printable ASCII characters without spaces")
     _check_prompt(request)
     _check_range("temperature", request.temperature, low=0)
     _check_range("min_p", request.min_p, low=0, high=1)

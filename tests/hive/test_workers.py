@@ -24,7 +24,7 @@ from rbee.hive import workers as module
 from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, News, Provision, Workers
 from rbee.home import Home
-from rbee.logs import KEPT
+from rbee.log_files import KEPT
 from rbee.models.catalog import Catalog, Entry
 from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan

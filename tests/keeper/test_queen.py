@@ -22,7 +22,7 @@ from rbee.errors import (
     RbeeError,
     UnavailableError,
 )
-from rbee.home import Home
+from rbee.home import Home, write_atomic
 from rbee.keeper import queen as keeper_queen
 from rbee.keeper.queen import (
     QueenAccess,
@@ -98,7 +98,7 @@ async def test_a_url_that_was_asked_for_wins(home: Home) -> None:
 
 async def test_a_token_file_can_be_named(home: Home) -> None:
     path = home.root / "other-token"
-    path.write_text(TOKEN + "\n")
+    write_atomic(path, TOKEN + "\n")
     async with open_fake() as (_, url):
         async with open_queen(home, Config(), url=url, token_file=str(path)) as queen:
             assert await queen.client.workers()
@@ -123,7 +123,7 @@ async def test_a_token_file_can_be_named(home: Home) -> None:
 def test_the_homes_token_is_for_this_machine_unless_a_file_is_named(
     home: Home, url: str, is_sent: bool
 ) -> None:
-    home.token_file.write_text(TOKEN)
+    write_atomic(home.token_file, TOKEN)
     assert queen_token(home, None, url) == (TOKEN if is_sent else "")
     assert queen_token(home, None, url, str(home.token_file)) == TOKEN
 

@@ -41,13 +41,16 @@ class Call:
     parts: list[bytes]
     answer: Answer = attrs.field(factory=Answer)
     left: trio.Event = attrs.field(factory=trio.Event)
+    more: list[tuple[bytes, bytes]] = attrs.field(factory=list)
 
-    async def run(self, method: str, path: str, headers: dict[str, str]) -> Answer:
+    async def run(
+        self, method: str, path: str, headers: dict[str, str], peer: str = "127.0.0.1"
+    ) -> Answer:
         path, _, query = path.partition("?")
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         scope = {
-            "type": "http", "method": method, "path": path, "headers": raw,
-            "query_string": query.encode("latin-1"),
+            "type": "http", "method": method, "path": path, "headers": raw + self.more,
+            "query_string": query.encode("latin-1"), "client": (peer, 50_000),
         }  # fmt: skip
         await self.app(scope, self.receive, self.send)
         return self.answer
@@ -113,13 +116,24 @@ async def test_a_path_with_other_methods_is_405_and_names_them() -> None:
     assert answer.error["message"] == "/v1/workers takes GET, POST, not PUT"
 
 
-@pytest.mark.parametrize("sent", ["", "Bearer wrong", "Bearer ", f"Bearer {TOKEN}x", "Basic x"])
+@pytest.mark.parametrize(
+    "sent",
+    ["", "Bearer wrong", "Bearer ", f"Bearer {TOKEN}x", f"Bearer  {TOKEN}", TOKEN,
+     f"Basic {TOKEN}", "Bearer \xff", "Bearer " + "x" * 60_000],
+    ids=lambda value: value[:10],
+)  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/workers", "/nothing"])
 async def test_without_the_token_every_path_is_401(sent: str, path: str) -> None:
     answer = await ask(make(), "GET", path, authorization=sent)
     assert (answer.status, answer.error["code"]) == (401, "unauthorized")
+    assert answer.headers[b"www-authenticate"] == b"Bearer"
     assert (await ask(make(), "PUT", path, authorization=sent)).status == 401
     assert TOKEN not in answer.body.decode()
+
+
+async def test_the_scheme_of_the_token_is_taken_in_any_case() -> None:
+    answer = await ask(make(), "GET", "/v1/workers", authorization=f"bearer {TOKEN}")
+    assert answer.status == 200
 
 
 @pytest.mark.parametrize("sent", ["", "Bearer ", "Bearer x"])
@@ -139,15 +153,23 @@ async def test_an_open_route_needs_no_token_but_the_right_host() -> None:
     ("host", "status"),
     [
         ("localhost", 200), ("LOCALHOST:1", 200), ("127.0.0.1:8080", 200), ("[::1]:8080", 200),
-        ("[::1]", 200), ("node-1:9200", 200), ("", 403), ("evil.example:8080", 403),
-        ("localhost.evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("node-2", 403),
+        ("[::1]", 200), ("node-1:9200", 200), ("NODE-1", 200), ("10.77.0.2:9200", 200),
+        ("192.0.2.1", 200), ("[fd00::1]:9200", 200), ("[fe80::1%25eth0]:9200", 200),
+        ("", 403), ("evil.example:8080", 403), ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example:80", 403), ("node-2", 403), ("localhost:8080@evil.example", 403),
+        ("evil.example@localhost", 403), ("10.77.0.2:9200:80", 403), ("[::1]evil.example", 403),
+        ("[evil.example]", 403), ("[10.77.0.2]", 403), ("fd00::1", 403), ("0x7f.1", 403),
+        (":8080", 403), ("[]", 403), ("localhost:80a", 403), ("localhost ", 403), ("\xff", 403),
+        ("x" * 60_000, 403),
     ],
+    ids=lambda value: str(value)[:30],
 )  # fmt: skip
-async def test_only_our_own_names_are_taken_as_host(host: str, status: int) -> None:
-    answer = await ask(make(hosts=["node-1"]), "GET", "/v1/workers", host=host)
+async def test_only_our_own_names_and_addresses_are_taken_as_host(host: str, status: int) -> None:
+    answer = await ask(make(hosts=["Node-1", ""]), "GET", "/v1/workers", host=host)
     assert answer.status == status
     if status == 403:
         assert answer.error["code"] == "unknown_host"
+        assert len(answer.body) < 1000
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:8080", "null", "https://evil.example", ""])

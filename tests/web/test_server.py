@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
+import h2.config
+import h2.connection
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -97,6 +99,11 @@ def test_all_ports_in_reach_taken_is_a_conflict(
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(MachineError, match=r"cannot listen on 192\.0\.2\.1:80"):
         open_listener("192.0.2.1", 80, exact=False)
+
+
+def test_no_address_is_not_every_address() -> None:
+    with pytest.raises(BadInputError, match="the address to listen on is empty"):
+        open_listener("", 0, exact=True)
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
@@ -279,6 +286,68 @@ async def test_nothing_of_a_server_stays_open() -> None:
         await ended.wait()
         await stream.aclose()
     assert len(os.listdir("/proc/self/fd")) == fds
+
+
+# peers that break the protocol ----------------------------------------------------------------
+def http2(*headers: tuple[bytes, bytes]) -> bytes:
+    """Return a request as a client sends it that checks nothing; later names replace earlier."""
+    config = h2.config.H2Configuration(
+        header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False
+    )
+    connection = h2.connection.H2Connection(config)
+    connection.initiate_connection()
+    good = {b":method": b"GET", b":scheme": b"http", b":path": b"/pid", b":authority": b"localhost"}
+    connection.send_headers(
+        1, [one for one in {**good, **dict(headers)}.items() if one[1]], end_stream=True
+    )
+    return connection.data_to_send()
+
+
+HOST = b"Host: localhost\r\n"
+HOSTILE = {
+    "a path that is not ASCII": http2((b":path", b"/\xff")),
+    "a method that is not ASCII": http2((b":method", b"\xff")),
+    "CONNECT in HTTP/2": http2((b":method", b"CONNECT"), (b":path", b""), (b":scheme", b"")),
+    "two hosts in HTTP/2": http2((b"host", b"evil.example")),
+    "nonsense in HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 99,
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 99,
+    "no host": b"GET /pid HTTP/1.1\r\n\r\n",
+    "no host in HTTP/1.0": b"GET /pid HTTP/1.0\r\n\r\n",
+    "two hosts": b"GET /pid HTTP/1.1\r\n" + HOST + b"Host: evil.example\r\n\r\n",
+    "a host with a zero": b"GET /pid HTTP/1.1\r\nHost: local\0host\r\n\r\n",
+    "a huge header": b"GET /pid HTTP/1.1\r\n" + HOST + b"X: " + b"x" * 200_000 + b"\r\n\r\n",
+    "a header without a colon": b"GET /pid HTTP/1.1\r\n" + HOST + b"nonsense\r\n\r\n",
+    "a bad chunk": b"POST /pid HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HOST + b"\r\nzz\r\n",
+    "a websocket": b"GET /pid HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" + HOST
+    + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+}  # fmt: skip
+
+
+async def test_nothing_that_a_stranger_sends_ends_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each is sent without a token; a running answer goes on through all of them."""
+    caplog.set_level(logging.INFO, "rbee.web")
+    go_on = trio.Event()
+
+    async def slow(request: Request) -> Response:
+        await go_on.wait()
+        return Response(b"done", content_type=b"text/plain")
+
+    async with serving(make(slow=slow)) as (_, _, port), await open_request(port, "/slow") as mine:
+        for what, data in HOSTILE.items():
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                with suppress(trio.BrokenResourceError):  # it may be thrown out before its end
+                    await stream.send_all(data)
+                    await stream.send_eof()
+                with suppress(trio.BrokenResourceError), trio.fail_after(5):
+                    answer = b"".join([chunk async for chunk in stream])
+                    assert b" 200 " not in answer, what
+        go_on.set()
+        with trio.fail_after(5):
+            assert b"200" in await mine.receive_some()
+    assert "Traceback" not in caplog.text
+    assert caplog.text.count("dropped a connection") == 3
 
 
 @pytest.mark.slow

@@ -27,6 +27,9 @@ from rbee.worker.limits import DEFAULT_MAX_TOKENS, answer_budget, check_request
         ({"max_tokens": 0}, "max_tokens must be at least 1: 0"),
         ({"stop": ("",)}, "stop"),
         ({"seed": 2**63}, "seed"),
+        ({"job_id": "j\r\nset-cookie: x"}, "job_id must be"),
+        ({"job_id": "bücher"}, "job_id must be"),
+        ({"job_id": "j" * 129}, "job_id must be"),
     ],
 )
 def test_a_bad_parameter_is_refused_by_name(given, said):

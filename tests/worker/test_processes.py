@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rbee.home import write_atomic
 from rbee.model import WorkerConfig, WorkerId, WorkerSpec
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.wire import codec
@@ -81,7 +82,7 @@ def start(tmp_path, leaks):
 
 @pytest.fixture
 def start_echo(start, tmp_path):
-    (tmp_path / "token").write_text(TOKEN)
+    write_atomic(tmp_path / "token", TOKEN)
 
     def start_one(*args, **given):
         options = {

@@ -1,0 +1,58 @@
+"""Accept connections for hypercorn's trio worker, each on its own: one that fails ends alone.
+
+`hypercorn.trio.serve` lets what a connection raises end the whole server, and a peer without any
+token can make one raise (HTTP/2 with a path that is not ASCII). Its parts below are used instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import trio
+from hypercorn.app_wrappers import ASGIWrapper
+from hypercorn.config import Config
+from hypercorn.trio.tcp_server import TCPServer
+from hypercorn.trio.worker_context import WorkerContext
+from hypercorn.typing import ConnectionState, LifespanState
+
+from rbee.errors import leaves
+
+log = logging.getLogger(__name__)
+
+
+async def serve_connections(
+    app: Any,
+    config: Config,
+    listener: socket.socket,
+    closing: Callable[[], Awaitable[object]],
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve an ASGI app until ``closing`` returns, then give what runs the graceful timeout.
+
+    The listener is taken over, and closed when ``closing`` returns.
+    """
+    context = WorkerContext(None)
+    connect = partial(_serve_one, ASGIWrapper(app), config, context)
+    sockets = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
+    async with trio.open_nursery() as connections:
+        accept = partial(trio.serve_listeners, connect, sockets, handler_nursery=connections)
+        async with trio.open_nursery() as accepting:
+            accepting.start_soon(accept)
+            task_status.started()
+            await closing()
+            accepting.cancel_scope.cancel(reason="closing")
+        await context.terminated.set()
+        connections.cancel_scope.deadline = trio.current_time() + config.graceful_timeout
+
+
+async def _serve_one(app: ASGIWrapper, config: Config, context: WorkerContext, stream: Any) -> None:
+    try:
+        await TCPServer(app, config, context, ConnectionState(LifespanState()), stream)
+    except* Exception as group:
+        kind = type(next(leaves(group))).__name__  # the text may quote what the peer sent
+        log.info("dropped a connection that could not be served: %s", kind)
