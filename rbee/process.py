@@ -365,13 +365,18 @@ def log_tail(path: Path, size: int = LOG_TAIL) -> str:
     return text.partition("\n")[2] or text  # of a very long line, its end
 
 
-async def run_program(argv: Sequence[str], *, log_file: Path, grace: float = 2.0) -> int:
+async def run_program(
+    argv: Sequence[str],
+    *,
+    log_file: Path,
+    env: Mapping[str, str] | None = None,
+    grace: float = 2.0,
+) -> int:
     """Run one guarded program to its end and return its exit code; cancelling ends it."""
     try:
-        async with open_guarded(argv, graces=[grace], log_file=log_file, die_with_us=True) as (
-            process,
-            _,
-        ):
+        async with open_guarded(
+            argv, graces=[grace], log_file=log_file, env=env, die_with_us=True
+        ) as (process, _):
             return await process.wait()
     except BaseExceptionGroup as group:
         raise _only(group) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rbee.models.child import Narrate
 from rbee.models.footprint import stored_dtype
 from rbee.models.info import model_infos
 from rbee.models.pull import pull
+from rbee.models.reference import Meaning
 from rbee.process import run_program
 from rbee.web.narrated import Tell, narrated
 from rbee.web.router import Stream
@@ -32,6 +33,8 @@ async def pull_here(home: Home, request: PullModel, narrate: Narrate) -> Pulled:
         request.model,
         home,
         aliases=load_config(home.config_file).aliases,
+        meaning=Meaning(request.alias, request.sources),
+        access=request.hub,
         dtype=request.dtype,
         default=stored_dtype("cpu", None),
         run=_run,
@@ -58,5 +61,5 @@ async def remove_here(home: Home, name: str) -> None:
     await trio.to_thread.run_sync(partial(remove_model, home, name, aliases=aliases))
 
 
-async def _run(argv: Sequence[str], *, log: Path) -> int:
-    return await run_program(argv, log_file=log)
+async def _run(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> int:
+    return await run_program(argv, log_file=log, env=env)

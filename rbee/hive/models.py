@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import trio
@@ -14,6 +14,7 @@ from rbee.models import memory
 from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan, stored_dtype
 from rbee.models.provision import provision
+from rbee.models.reference import Meaning
 from rbee.process import run_program
 from rbee.wire.messages import StartWorker
 from rbee.worker.engine import engine_kind
@@ -30,6 +31,8 @@ def provisioner(setup: HiveSetup) -> Provision:
             request.model,
             setup.home,
             aliases=load_config(setup.home.config_file).aliases,
+            meaning=Meaning(request.alias, request.sources),
+            access=request.hub,
             dtype=stored_dtype(request.backend, request.dtype),
             run=_run,
             narrate=narrate,
@@ -52,5 +55,5 @@ def memory_of(setup: HiveSetup) -> Memory:
     return Memory(plan=plan, free=free, check=memory.check_room, budget=setup.memory)
 
 
-async def _run(argv: Sequence[str], *, log: Path) -> int:
-    return await run_program(argv, log_file=log)
+async def _run(argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> int:
+    return await run_program(argv, log_file=log, env=env)

@@ -38,6 +38,7 @@ from rbee.web.client import PROBE
 from rbee.wire.messages import (
     ErrorDetail,
     Heartbeat,
+    HubAccess,
     ReadyState,
     StartWorker,
     WorkerInfo,
@@ -250,6 +251,7 @@ class Workers(TaskOwner):
         with worker.scope, ExitStack() as held:
             find = partial(self._prepare, worker)
             local = await take_into_use(find, self._setup.home.models, held)
+            worker.request = attrs.evolve(worker.request, hub=HubAccess())  # not needed any more
             spec = self._resolved(worker, spec, local)
             await self._take_room(worker, local)
             config = WorkerConfig(

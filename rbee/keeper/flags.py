@@ -299,6 +299,14 @@ class PullFlags(ModelFlags):
     dtype: Annotated[
         str | None, Parameter(help="What a GGUF is dequantised to: float32, bfloat16, …")
     ] = None
+    copy: Annotated[
+        bool,
+        Parameter(
+            help="Send it to --node from this machine, over SSH: no hub is asked.",
+            negative=(),
+            show_env_var=False,
+        ),
+    ] = False
 
 
 @Parameter(name="*")
@@ -330,7 +338,5 @@ def every_flag() -> set[str]:
     """Return the names, without dashes, of all flags of all commands."""
     kinds = (InferFlags, ListenFlags, LogFlags, PullFlags, RemoveFlags, WorkerStartFlags)
     fields = [field for kind in kinds for field in attrs.fields(kind)]
-    return {field.name.replace("_", "-") for field in fields} - {
-        "prune",
-        "explain",
-    }  # only ever said
+    only_said = {"copy", "explain", "prune"}
+    return {field.name.replace("_", "-") for field in fields} - only_said

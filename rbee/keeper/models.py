@@ -60,10 +60,13 @@ async def find_infos(flags: ModelFlags, home: Home) -> list[ModelInfo]:
 
     Raises:
         UnavailableError: only a queen can tell of another node, and none runs.
+        NotFoundError: she knows of no such node.
     """
     try:
         async with open_queen_for(flags, home) as queen:
             if queen is not None:
+                if flags.node not in (None, LOCALHOST):
+                    await queen.client.start_hive(flags.node)  # who else tells of its disk?
                 infos = await queen.client.models()
                 return [info for info in infos if flags.node in (None, info.node)]
     except RbeeError as exc:

@@ -1,4 +1,4 @@
-"""``model pull``: on this machine's disk, or through a queen on a node's."""
+"""``model pull``: on this machine's disk, or on a node's: through a queen, or sent from here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rbee.home import open_home
 from rbee.keeper.flags import PullFlags
 from rbee.keeper.models import open_queen_for
 from rbee.keeper.output import Output, open_output, print_data, print_json
+from rbee.models.access import read_access
 from rbee.models.reference import absolute
 from rbee.wire import codec
 from rbee.wire.messages import Narration, Pulled, PullModel
@@ -16,7 +17,8 @@ from rbee.wire.messages import Narration, Pulled, PullModel
 async def pull_model(flags: PullFlags, name: str) -> None:
     """Print the model's directory once it is there, whole."""
     async with open_output() as output:
-        pulled = await _pull(flags, PullModel(absolute(name), flags.node, flags.dtype), output)
+        request = PullModel(absolute(name), flags.node, flags.dtype, hub=read_access())
+        pulled = await _pull(flags, request, output)
     if flags.json:
         print_json(codec.to_dict(pulled))
     else:
@@ -24,6 +26,11 @@ async def pull_model(flags: PullFlags, name: str) -> None:
 
 
 async def _pull(flags: PullFlags, request: PullModel, output: Output) -> Pulled:
+    if flags.copy:
+        from rbee.keeper.copy import check_copy, copy_model
+
+        check_copy(flags)
+        return await copy_model(flags, request, output)
     home = open_home(flags.home)
     if flags.node is not None or flags.queen_url:
         async with open_queen_for(flags, home) as queen:

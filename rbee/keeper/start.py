@@ -8,6 +8,7 @@ from typing import Any
 from rbee.errors import BadInputError
 from rbee.keeper.flags import StartFlags
 from rbee.model import node_name
+from rbee.models.access import read_access
 from rbee.units import seconds, size
 
 _ENGINE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -16,7 +17,7 @@ _ENGINE_ARG = re.compile(r"(?:--)?([A-Za-z][A-Za-z0-9._-]{0,99}\+?)(?:=(.*))?", 
 
 
 def start_settings(flags: StartFlags) -> dict[str, Any]:
-    """Return what `TaskRequest` and `StartWorker` have in common.
+    """Return what `TaskRequest` and `StartWorker` have in common; our way to a hub goes along.
 
     Raises:
         BadInputError: a value that no queen would take.
@@ -41,6 +42,7 @@ def start_settings(flags: StartFlags) -> dict[str, Any]:
         "max_num_seqs": flags.max_num_seqs,
         "engine_args": engine_args(flags.engine_arg),
         "keep_alive": None if flags.keep_alive is None else seconds(flags.keep_alive),
+        "hub": read_access(),
     }
 
 

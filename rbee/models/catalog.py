@@ -118,8 +118,10 @@ class Catalog:
         sizes = _stats(directory)
         files = tuple(File(part, found.st_size) for part, found in sizes.items())
         last = max((found.st_mtime for found in sizes.values()), default=0.0)
-        entry = Entry(reference, "hf", "", files, "", created=last, last_used=last)
-        damage = f"not finished: rbee-keeper model pull {reference} goes on with it"
+        source = reference.partition(":")[0]
+        entry = Entry(reference, source, "", files, "", created=last, last_used=last)
+        again = " --node NODE --copy" if source == "file" else ""
+        damage = f"not finished: rbee-keeper model pull {reference}{again} goes on with it"
         return Item(name, directory, entry, damage)
 
     def read(self, name: str) -> Item:

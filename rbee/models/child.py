@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +15,13 @@ TAIL = 12
 class Runner(Protocol):
     """Run one program to its end; return its exit code.
 
-    Stdout and stderr both go to ``log``. Cancelling ends the program and all that it started
-    before the call returns.
+    Stdout and stderr both go to ``log``; ``env`` is put on top of our environment. Cancelling ends
+    the program and all that it started before the call returns.
     """
 
-    async def __call__(self, argv: Sequence[str], *, log: Path) -> int: ...
+    async def __call__(
+        self, argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None
+    ) -> int: ...
 
 
 class Narrate(Protocol):

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,13 @@ class Printer:
 
 
 # in its parent ------------------------------------------------------------------------------------
-async def run_followed(run: Runner, argv: Sequence[str], log: Path, narrate: Narrate) -> int:
+async def run_followed(
+    run: Runner,
+    argv: Sequence[str],
+    log: Path,
+    narrate: Narrate,
+    env: Mapping[str, str] | None = None,
+) -> int:
     """Run a child to its end and narrate meanwhile what its log tells; return its exit code."""
     follower = Follower(log, narrate)
     failure: RbeeError | None = None
@@ -96,7 +102,7 @@ async def run_followed(run: Runner, argv: Sequence[str], log: Path, narrate: Nar
     async with trio.open_nursery() as nursery:
         nursery.start_soon(follower.keep_reading)
         try:
-            code = await run(argv, log=log)
+            code = await run(argv, log=log, env=env)
         except RbeeError as exc:  # the caller is not to see the nursery around it
             failure = exc
         nursery.cancel_scope.cancel(reason="the child has ended")

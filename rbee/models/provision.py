@@ -17,8 +17,16 @@ from pathlib import Path
 import attrs
 import trio
 
-from rbee.errors import BadInputError, ConflictError, MachineError, RbeeError, UnavailableError
+from rbee.errors import (
+    BadInputError,
+    ConflictError,
+    MachineError,
+    NotFoundError,
+    RbeeError,
+    UnavailableError,
+)
 from rbee.home import Home, writing
+from rbee.models.access import offline_by, variables_of
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Narrate, Runner, log_tail, told_error
 from rbee.models.inspect import Inspection, inspect_model
@@ -29,12 +37,15 @@ from rbee.models.reference import (
     Aliases,
     HubRepo,
     LocalPath,
+    Meaning,
     Package,
     Reference,
     Source,
+    led_to,
     local_path,
     parse,
     slug,
+    typed_path,
 )
 from rbee.models.repository import Fetched
 from rbee.models.staging import (
@@ -46,6 +57,7 @@ from rbee.models.staging import (
     publish,
 )  # fmt: skip
 from rbee.models.use import refuse_if_used
+from rbee.wire.messages import HubAccess
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +92,8 @@ async def provision(
     home: Home,
     *,
     aliases: Aliases | None = None,
+    meaning: Meaning | None = None,
+    access: HubAccess | None = None,
     dtype: str,
     run: Runner,
     narrate: Narrate,
@@ -88,6 +102,8 @@ async def provision(
 
     Args:
         aliases: the caller's own names, beside and before the built-in ones.
+        meaning: what ``name`` stands for, if whoever asks knows; no alias is looked up then.
+        access: how its hub is reached, where our environment is not to say.
         dtype: what a GGUF is dequantised to; other weights stay as they came.
         run: starts ``pip`` and the dequantiser; not called for what is on disk.
         narrate: receives what happens, as an action and a text.
@@ -101,8 +117,8 @@ async def provision(
             code="bad_dtype",
             hint="rbee-keeper infer --help",
         )
-    reference = await trio.to_thread.run_sync(parse, name, aliases)
-    provider = _Provider(home, dtype, run, narrate)
+    provider = _Provider(home, dtype, run, narrate, access or HubAccess())
+    reference = await trio.to_thread.run_sync(provider.read, name, aliases, meaning or Meaning())
     model = await provider.find(reference) or await provider.fetch(reference)
     return attrs.evolve(model, served_names=(model.reference, *reference.extra_names))
 
@@ -115,10 +131,23 @@ class _Provider:
     dtype: str
     run: Runner
     narrate: Narrate
+    access: HubAccess
 
     @property
     def catalog(self) -> Catalog:
         return Catalog(self.home.models)
+
+    def read(self, name: str, aliases: Aliases | None, meaning: Meaning) -> Reference:
+        """Find out what a name means; a path of another machine, if its model was copied here."""
+        if meaning.sources:
+            return led_to(meaning)
+        try:
+            return parse(name, aliases)
+        except NotFoundError:
+            path = typed_path(name)
+            if path is None or not self.catalog.find(str(path)):
+                raise
+            return Reference((path,))
 
     async def find(self, reference: Reference) -> LocalModel | None:
         """Return the first source that is on disk already."""
@@ -169,9 +198,10 @@ class _Provider:
     # hubs ------------------------------------------------------------------------------------
 
     async def _fetch_repository(self, repo: HubRepo, name: str, patience: float) -> LocalModel:
-        _refuse_offline(repo)
+        _refuse_offline(repo, self.access)
+        env = variables_of(self.access)
         partial = open_partial(self.home.models, name, str(repo))
-        fetched = await self._download_repository(repo, partial, name, patience)
+        fetched = await self._download_repository(repo, partial, name, patience, env)
         target = self.home.models / name
         async with open_staging(self.home.models, name) as staging:
             staged = staging / "model"
@@ -194,12 +224,12 @@ class _Provider:
         return _local_model(str(repo), found)
 
     async def _download_repository(
-        self, repo: HubRepo, partial: Path, name: str, patience: float
+        self, repo: HubRepo, partial: Path, name: str, patience: float, env: dict[str, str]
     ) -> Fetched:
         log_file = self._fresh_log(name)
         argv = [sys.executable, "-P", "-m", "rbee.models.hub", repo.repo, str(partial)]
         argv += ["--revision", repo.revision, "--contact", str(patience)]
-        code = await run_followed(self.run, argv, log_file, self.narrate)
+        code = await run_followed(self.run, argv, log_file, self.narrate, env)
         if code != 0:
             if not any(partial.iterdir()):  # nothing came
                 discard_partial(self.home.models, name)
@@ -271,9 +301,12 @@ class _Provider:
     # what is there ---------------------------------------------------------------------------
 
     def _cached(self, source: Source) -> LocalModel | None:
-        if isinstance(source, LocalPath) and not source.is_gguf:
-            found = _inspect_or_none(source.path)
-            return _local_model(str(source), found) if found else None
+        if (
+            isinstance(source, LocalPath)
+            and not source.is_gguf
+            and (found := _inspect_or_none(source.path))
+        ):
+            return _local_model(str(source), found)
         for item in self.catalog.find(str(source)):
             entry = item.entry
             if entry is None or not self._serves(entry, source):
@@ -356,16 +389,14 @@ def _package_entry(package: Package, unpacked: Unpacked) -> Entry:
     return _entry(str(package), found, version=unpacked.version, files=unpacked.files)
 
 
-def _refuse_offline(repo: HubRepo) -> None:
+def _refuse_offline(repo: HubRepo, access: HubAccess) -> None:
     """Spare the child: it would only say the same."""
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise UnavailableError(
-                f"{repo} is not on this machine, and {name}={os.environ[name]} forbids to ask a "
-                "hub for it",
-                code="hub_offline",
-                hint=f"{name}=0 rbee-keeper model pull {repo}",
-            )
+    if said := offline_by(access):
+        raise UnavailableError(
+            f"{repo} is not on this machine, and {said} forbids to ask a hub for it",
+            code="hub_offline",
+            hint=f"{said.partition('=')[0]}=0 rbee-keeper model pull {repo}",
+        )
 
 
 def _assemble(fetched: Fetched, partial: Path, staged: Path) -> Inspection:

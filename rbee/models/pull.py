@@ -12,7 +12,8 @@ from rbee.models.catalog import show_model
 from rbee.models.child import Narrate, Runner
 from rbee.models.info import damage_of
 from rbee.models.provision import LocalModel, provision
-from rbee.models.reference import Aliases
+from rbee.models.reference import Aliases, Meaning
+from rbee.wire.messages import HubAccess
 
 
 async def pull(
@@ -20,6 +21,8 @@ async def pull(
     home: Home,
     *,
     aliases: Aliases,
+    meaning: Meaning | None = None,
+    access: HubAccess | None = None,
     dtype: str | None,
     default: str,
     run: Runner,
@@ -28,6 +31,7 @@ async def pull(
     """Have a model on this disk, whole. Cancelling leaves nothing half-written.
 
     Args:
+        meaning, access: as of `provision`.
         dtype: what a GGUF is dequantised to; None means ``default``, and every other dtype that
             it was dequantised to before and that is damaged now.
 
@@ -35,10 +39,14 @@ async def pull(
         ConflictError: what is to be put right is in use by a worker.
         RbeeError: as `provision` does.
     """
-    provide = partial(provision, name, home, aliases=aliases, run=run, narrate=narrate)
+    provide = partial(
+        provision, name, home, aliases=aliases, meaning=meaning, access=access, run=run,
+        narrate=narrate,
+    )  # fmt: skip
     model = await provide(dtype=dtype or default)
     if dtype is None:
-        for other in await trio.to_thread.run_sync(_damaged_dtypes, name, home, aliases):
+        known = {**aliases, name: meaning.sources} if meaning and meaning.sources else aliases
+        for other in await trio.to_thread.run_sync(_damaged_dtypes, name, home, known):
             await provide(dtype=other)
     return model
 

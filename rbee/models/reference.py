@@ -108,6 +108,14 @@ class Reference:
         return tuple(name for name in (self.alias, *hub[:1]) if name)
 
 
+@attrs.frozen
+class Meaning:
+    """What a name stands for in somebody's config: an alias of his and its sources, or nothing."""
+
+    alias: str = ""
+    sources: tuple[str, ...] = ()
+
+
 def parse(name: str, aliases: Aliases | None = None) -> Reference:
     """Find out what ``name`` means; looks at the disk, never at a network.
 
@@ -128,12 +136,39 @@ def parse(name: str, aliases: Aliases | None = None) -> Reference:
     raise _unknown(name, known)
 
 
+def meaning_of(name: str, aliases: Aliases | None = None) -> Meaning:
+    """Return the alias that ``name`` is, or is the hub id of, and its sources, as they are written.
+
+    Raises:
+        BadInputError: the alias leads back to itself.
+    """
+    known = {**BUILT_IN, **(aliases or {})}
+    alias = name if name in known else _alias_of_hub_id(name, known)
+    return Meaning(alias, spread(alias, known)) if alias else Meaning()
+
+
+def led_to(meaning: Meaning) -> Reference:
+    """Take an alias for what somebody else says that it means; paths are this machine's.
+
+    Raises:
+        BadInputError: a source is none.
+    """
+    alias, texts = meaning.alias, meaning.sources
+    return Reference(tuple(_alias_source(alias, text, only=False) for text in texts), alias=alias)
+
+
 def absolute(name: str) -> str:
     """Make a path that was typed here mean the same elsewhere; other names stay as they are."""
+    path = typed_path(name)
+    return name if path is None else str(path)
+
+
+def typed_path(name: str) -> LocalPath | None:
+    """Return the path that ``name`` is, whether or not there is something; None for other names."""
     path = _typed_path(name)
-    if path is None or not (path.exists() or _looks_like_path(name)):
-        return name
-    return Path(os.path.abspath(path)).as_uri()  # noqa: PTH100 - symlinks stay what was typed
+    if path is None or (_why_not_there(path) and not _looks_like_path(name)):
+        return None
+    return LocalPath(Path(os.path.abspath(path)))  # noqa: PTH100 - symlinks stay what was typed
 
 
 def shown(name: str) -> str:
@@ -153,9 +188,9 @@ def slug(source: Source) -> str:
 
 def local_path(path: Path) -> LocalPath:
     """Take a path for what it holds: a model directory, a GGUF file, a directory with one GGUF."""
-    if not path.exists():
+    if why := _why_not_there(path):
         raise NotFoundError(
-            f"there is no model at {path}: no such file or directory "
+            f"there is no model at {path}: {why} "
             "(needed: a directory with config.json, or a GGUF file)",
             code="model_not_found",
             hint=f"ls {_nearest(path)}",
@@ -170,6 +205,16 @@ def local_path(path: Path) -> LocalPath:
         code="not_a_model",
         hint=f"rbee-keeper model pull {path.parent}",
     )
+
+
+def _why_not_there(path: Path) -> str:
+    """Return why nothing can be seen at a path, "" if something can; it may be another user's."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as exc:
+        why = getattr(exc, "strerror", None) or str(exc)
+        return why[:1].lower() + why[1:]
+    return ""
 
 
 def _only_gguf(directory: Path) -> Path:
@@ -241,7 +286,7 @@ def _is_model(path: Path) -> bool:
 
 
 def _nearest(path: Path) -> Path:
-    return next((parent for parent in path.parents if parent.is_dir()), Path("/"))
+    return next((parent for parent in path.parents if not _why_not_there(parent)), Path("/"))
 
 
 def _prefixed(name: str) -> Source | None:
@@ -333,7 +378,7 @@ def _alias_source(alias: str, text: str, *, only: bool) -> Source:
             hint=_ALIASES,
         )
     # a later source may still work, so a missing path is only found out when its turn comes
-    return local_path(path) if only or path.exists() else LocalPath(path)
+    return local_path(path) if only or not _why_not_there(path) else LocalPath(path)
 
 
 def _alias_of_hub_id(name: str, known: Aliases) -> str:

@@ -95,7 +95,7 @@ def choose(repo: str, files: Iterable[Remote]) -> list[Remote]:
             code="not_a_model",
             hint="rbee-keeper model list",
         )
-    chosen = [file for file in there if file.name in weights or _belongs(file.name)]
+    chosen = [file for file in there if file.name in weights or belongs(file.name)]
     return sorted(chosen, key=lambda file: (file.name in weights, file.name))
 
 
@@ -112,7 +112,8 @@ def _weights(names: set[str]) -> set[str]:
     return (plain or found) and (plain or found) | deeper
 
 
-def _belongs(name: str) -> bool:
+def belongs(name: str) -> bool:
+    """Tell whether a file beside the weights is part of the model: no code, no other format."""
     last = PurePosixPath(name).name
     if last.endswith(_CODE) or last.endswith(".safetensors") or _OTHERS.fullmatch(last):
         return False

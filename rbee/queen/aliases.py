@@ -10,8 +10,8 @@ import attrs
 
 from rbee.alias import Defaults
 from rbee.config import Config, load_config
-from rbee.models.reference import meanings
-from rbee.wire.messages import Message, StartWorker, TaskRequest
+from rbee.models.reference import meaning_of, meanings
+from rbee.wire.messages import Message, PullModel, StartWorker, TaskRequest
 
 OPTIONS = ("max_model_len", "dtype", "max_num_seqs", "backend", "device", "engine", "keep_alive")
 SAMPLING = (
@@ -19,6 +19,7 @@ SAMPLING = (
 )  # fmt: skip
 KNOWN = 1000  # names whose meanings are kept
 Request = TypeVar("Request", TaskRequest, StartWorker)
+Provided = TypeVar("Provided", StartWorker, PullModel)
 
 
 def with_defaults(request: TaskRequest, defaults: Defaults) -> TaskRequest:
@@ -79,6 +80,18 @@ class Aliases:
         """
         defaults = self._read().defaults.get(request.model)
         return request if defaults is None else with_start_defaults(request, defaults)
+
+    def spell_out(self, request: Provided) -> Provided:
+        """Say what the model's name stands for here: elsewhere the config may say another thing.
+
+        Raises:
+            ConfigError: the file is wrong.
+            BadInputError: the alias leads back to itself.
+        """
+        if request.sources:
+            return request
+        meaning = meaning_of(request.model, self._read().aliases)
+        return attrs.evolve(request, alias=meaning.alias, sources=meaning.sources)
 
     def meanings(self, name: str) -> frozenset[str]:
         """Return every name of what ``name`` means, as the file was when it was last read."""

@@ -81,7 +81,7 @@ def make_app(
         return json_response(list(hives.workers))
 
     async def read_start(request: Request) -> StartWorker:
-        body = aliases.fill_start(await request.read(StartWorker))
+        body = aliases.spell_out(aliases.fill_start(await request.read(StartWorker)))
         return attrs.evolve(body, engine=body.engine or DEFAULT_ENGINE, owner=setup.id)
 
     async def start_worker(request: Request) -> Response | Stream:
@@ -104,7 +104,8 @@ def make_app(
         return json_response(await models.infos())
 
     async def pull_model(request: Request) -> Stream:
-        return narrated(partial(models.pull, await request.read(PullModel)))
+        body = aliases.spell_out(await request.read(PullModel))
+        return narrated(partial(models.pull, body))
 
     async def remove_model(request: Request) -> Response:
         await models.remove(request.params["node"], request.params["model"])

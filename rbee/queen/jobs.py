@@ -36,6 +36,7 @@ from rbee.queen.hives import Hives
 from rbee.queen.placement import choose, start_for
 from rbee.queen.places import Places
 from rbee.queen.turns import Turns
+from rbee.queen.where import located
 from rbee.scopes import TaskOwner
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
@@ -220,7 +221,7 @@ class Jobs(TaskOwner):
             self._waiting += Counter()  # drops what is at 0
 
     async def _wait_for_worker(self, job: Job) -> WorkerInfo:
-        start = start_for(job.request, self._hives.queen_id)
+        start = self._aliases.spell_out(start_for(job.request, self._hives.queen_id))
         with self._hives.narrations.subscribe() as narrations:
             worker = await self._have_worker(job, start)
             try:
@@ -279,7 +280,7 @@ class Jobs(TaskOwner):
             while True:  # what was told before it settled
                 forward(narrations.receive_nowait())
         if worker.state != WorkerState.READY.value:
-            raise _failure(worker)
+            raise located(_failure(worker), worker.node)
         narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
         return worker
 

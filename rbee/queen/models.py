@@ -17,6 +17,7 @@ from rbee.models.catalog import remove_model
 from rbee.models.info import model_infos
 from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
+from rbee.queen.where import located
 from rbee.web.client import call, open_events
 from rbee.web.narrated import Tell
 from rbee.wire import codec, messages
@@ -62,7 +63,10 @@ class Models:
                     return codec.loads(data, Pulled)
                 elif name == "error":
                     error = codec.loads(data, Error)
-                    raise from_wire(error.code, error.message, hint=error.hint)
+                    told = from_wire(
+                        error.code, error.message, hint=error.hint, details=error.details
+                    )
+                    raise located(told, hive.info.node)
         raise PeerError(f"{hive.name} ended before the model was there", code="stream_broken")
 
     async def remove(self, node: str, name: str) -> None:

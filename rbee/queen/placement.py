@@ -75,5 +75,6 @@ def start_for(request: TaskRequest, owner: str) -> StartWorker:
         node=request.node,
         engine_args=request.engine_args,
         keep_alive=request.keep_alive,
+        hub=request.hub,
         **{name: getattr(request, name) for name in OPTIONS},
     )

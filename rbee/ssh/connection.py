@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import struct
@@ -37,6 +38,9 @@ CLOSE = 0.5  # seconds for a polite good-bye
 DRAIN = 2.0  # seconds for the output that the exit status has overtaken
 STDERR_TAIL = 64 * 1024
 BLOCK = 128 * 1024
+# as whichever of its tasks or our writes notices first says it
+GONE = (asyncssh.SFTPConnectionLost, asyncssh.SFTPNoConnection, ConnectionError)
+CHUNK = 32 * BLOCK  # on its way at one time
 
 
 class Connection:
@@ -109,6 +113,24 @@ class Connection:
         """Copy a file from the node; otherwise as `put`."""
         await self._transfer("get", remote, str(local), progress)
 
+    async def put_rest(
+        self,
+        local: Path,
+        remote: str,
+        offset: int,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Copy a file from ``offset`` on, behind what the node has of it; otherwise as `put`.
+
+        Whether what it has is the same is the caller's to check; so is what a cut has left: the
+        last `CHUNK` may have come with gaps.
+
+        Raises:
+            ConnectionLostError: the connection is gone.
+        """
+        await self._transfer("put", str(local), remote, progress, offset=offset)
+
     async def rename(self, old: str, new: str) -> None:
         """Give a file on the node another name, in one step, over whatever has it.
 
@@ -130,7 +152,13 @@ class Connection:
             ) from exc
 
     async def _transfer(
-        self, verb: str, source: str, target: str, progress: Callable[[int, int], None] | None
+        self,
+        verb: str,
+        source: str,
+        target: str,
+        progress: Callable[[int, int], None] | None,
+        *,
+        offset: int | None = None,
     ) -> None:
         told = self._aio.outbox()
 
@@ -139,6 +167,9 @@ class Connection:
 
         async def copy() -> None:
             async with self._line.last.start_sftp_client() as sftp:
+                if offset is not None:
+                    await _send_rest(sftp, source, target, offset, told)
+                    return
                 await getattr(sftp, verb)(
                     source, target, block_size=BLOCK, progress_handler=tell if progress else None
                 )
@@ -151,9 +182,14 @@ class Connection:
                 await self._call(copy)
                 await trio.lowlevel.checkpoint()
                 nursery.cancel_scope.cancel(reason="the file is copied")
-        except* (asyncssh.SFTPError, asyncssh.ChannelOpenError, OSError) as group:
+        except* (asyncssh.SFTPError, asyncssh.ChannelOpenError, OSError, SshError) as group:
             failed = next(leaves(group))
-        if failed is not None:  # bare: what is raised in there comes out as a group
+        # bare: what is raised in there comes out as a group
+        if isinstance(failed, SshError):
+            raise failed
+        if isinstance(failed, GONE):
+            raise failures.lost(failed, self.node) from failed
+        if failed is not None:
             raise TransferError(
                 f"cannot {verb} {source} as {target} (node {self.node}): {failed}",
                 hint=f"{self.target.command} df -h",
@@ -212,6 +248,31 @@ class Connection:
                 hint=f"{self.target.command} sshd -T   # AllowTcpForwarding must be yes",
                 node=self.node,
             ) from exc
+
+
+async def _send_rest(
+    sftp: Any, source: str, target: str, offset: int, told: Outbox[tuple[int, int]]
+) -> None:
+    fd = os.open(source, os.O_RDONLY)
+    try:
+        total = os.fstat(fd).st_size
+        flags = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT  # as it is: neither emptied nor appended to
+        async with sftp.open(target, flags, encoding=None, block_size=0) as there:
+            while data := await asyncio.to_thread(os.pread, fd, CHUNK, offset):
+                await _write(there, data, offset)
+                offset += len(data)
+                told.put((offset, total))
+    finally:
+        os.close(fd)
+
+
+async def _write(there: Any, data: bytes, offset: int) -> None:
+    """Write in several requests at a time, and see the end of each: asyncssh's own leaves some."""
+    at = range(0, len(data), BLOCK)
+    writes = [there.write(data[begin : begin + BLOCK], offset + begin) for begin in at]
+    for failed in await asyncio.gather(*writes, return_exceptions=True):
+        if isinstance(failed, BaseException):
+            raise failed
 
 
 async def _relay(told: Outbox[tuple[int, int]], progress: Callable[[int, int], None]) -> None:

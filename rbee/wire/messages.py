@@ -200,13 +200,32 @@ class UpdateNode:
     transport: str | None = None
 
 
+# models of requests ---------------------------------------------------------------------------
+@attrs.frozen
+class HubAccess:
+    """How a request's model may be fetched, from its sender's environment; for this request only.
+
+    What is left open is as the environment of the hive says.
+
+    Attributes:
+        endpoint: ``HF_ENDPOINT``.
+        token: ``HF_TOKEN``; kept nowhere, shown nowhere.
+        offline: ``HF_HUB_OFFLINE``; None where that is not set.
+    """
+
+    endpoint: str = ""
+    token: str = attrs.field(default="", repr=False)
+    offline: bool | None = None
+
+
 # workers --------------------------------------------------------------------------------------
 @attrs.frozen
 class StartWorker:
     """``POST`` to a hive's or a queen's workers. Answer: 202 and `WorkerInfo`.
 
     ``engine``: "" leaves it to the model's alias, then to the default. ``keep_alive``: seconds that
-    the worker stays without work; None means the default, a negative number for ever.
+    the worker stays without work; None means the default, a negative number for ever. ``alias`` and
+    ``sources``: what ``model`` stands for; given, nobody's config.toml is asked.
     """
 
     model: str
@@ -222,6 +241,9 @@ class StartWorker:
     max_num_seqs: int | None = None
     engine_args: dict[str, str] = attrs.field(factory=dict)
     keep_alive: float | None = None
+    alias: str = ""
+    sources: tuple[str, ...] = ()
+    hub: HubAccess = attrs.field(factory=HubAccess)
 
 
 @attrs.frozen
@@ -421,11 +443,17 @@ class ModelInfo:
 
 @attrs.frozen
 class PullModel:
-    """``POST`` to a hive's or a queen's models: narration events, then `Pulled` or an error."""
+    """``POST`` to a hive's or a queen's models: narration events, then `Pulled` or an error.
+
+    ``alias``, ``sources``: as in `StartWorker`.
+    """
 
     model: str
     node: str | None = None
     dtype: str | None = None
+    alias: str = ""
+    sources: tuple[str, ...] = ()
+    hub: HubAccess = attrs.field(factory=HubAccess)
 
 
 @attrs.frozen
@@ -498,6 +526,7 @@ class TaskRequest:
     keep_alive: float | None = None
     priority: int = 0
     deadline: float | None = None
+    hub: HubAccess = attrs.field(factory=HubAccess)
 
 
 # events of a job; the class name in lower case is the SSE event's name -------------------------

@@ -17,8 +17,9 @@ from rbee.nodes.node import Transport
 from rbee.testing.hosts import Host, Hosts
 from rbee.testing.network_deaths import KILLING, LEASE
 from rbee.testing.processes import LeakCheck, Tree
+from rbee.testing.tiny_model import write_tiny_model
 from tests.cascade.far import BIN, User, end_all, open_far_hosts, register, titles, user
-from tests.cascade.keeper import infer, run, running_infer
+from tests.cascade.keeper import Done, infer, run, running_infer
 
 pytestmark = pytest.mark.slow
 
@@ -189,3 +190,32 @@ def test_a_killed_queen_costs_an_operators_hive_only_her_own_workers(
             assert hers.end().code == 143
         wait_for(lambda: "llm-worker-rbee" not in titles(mac), LEASE + KILLING)
         assert "rbee-hive" in titles(mac)
+
+
+# weights ----------------------------------------------------------------------------------------
+def test_models_are_copied_and_fetched_as_the_user_means_them(me: User, mac: Host) -> None:
+    register(me.home, "mac")
+    tiny = write_tiny_model(me.home.root / "own/tiny")  # nobody else may look into it
+    with me.home.config_file.open("a") as config:
+        config.write(f"[aliases]\nmini = '{tiny}'\ngone = '/no/such'\n")
+    token = "hf_" + "secret" * 4
+    environ = me.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": token}
+
+    def model(verb: str, *line: str) -> Done:
+        return run("model", verb, *line, "--node", "mac", env=environ)
+
+    copied = model("pull", "mini", "--copy")
+    there = Path(copied.out.strip())
+    assert there.parent == mac.home / ".rbee/models", copied.err
+    with standing_queen(me):
+        assert model("pull", "mini").out == copied.out
+        (info,) = json.loads(model("list", "--json").out)
+        assert (info["node"], info["model"], info["damage"]) == ("mac", tiny.as_uri(), "")
+        gone, refused = model("pull", "gone"), model("pull", "hf:org/private")
+        assert "node mac: there is no model at /no/such" in gone.err
+        assert "node mac: cannot fetch hf:org/private: http://127.0.0.1:9" in refused.err
+        assert token not in gone.err + refused.err
+        assert model("rm", "mini").code == 0
+        assert not there.exists()
+    kept = [*mac.home.rglob("*"), *me.home.root.rglob("*")]
+    assert not [path for path in kept if path.is_file() and token.encode() in path.read_bytes()]

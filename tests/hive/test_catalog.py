@@ -108,7 +108,7 @@ async def test_a_pull_tells_what_it_does_and_ends_with_its_reader(
 ) -> None:
     ended = trio.Event()
 
-    async def run(argv: Sequence[str], *, log: Path) -> int:
+    async def run(argv: Sequence[str], *, log: Path, **_: Any) -> int:
         try:
             await trio.sleep_forever()
         finally:

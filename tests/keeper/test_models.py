@@ -115,13 +115,15 @@ async def test_with_a_queen_the_models_of_all_nodes_are_listed(
     home: Home, put: Put, capfd: pytest.CaptureFixture[str]
 ) -> None:
     put()
-    async with open_fake(FakeQueen(models=[HERE, REMOTE]), home):
+    async with open_fake(FakeQueen(models=[HERE, REMOTE]), home) as (queen, _):
         await print_models(ModelFlags())
+        assert list(queen.hives) == ["localhost"]
         assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == [
             "NODE", "localhost", "far",
         ]  # fmt: skip
         await print_models(ModelFlags(node="far", json=True))
         assert [info["node"] for info in json.loads(capfd.readouterr().out)] == ["far"]
+        assert "far" in queen.hives  # a hive was started there to look
         await print_model(ModelFlags(), "hf:org/far")
         assert "/there" in capfd.readouterr().out
         with pytest.raises(NotFoundError):
@@ -186,15 +188,18 @@ def test_pulling_what_is_here_prints_its_directory(
 
 
 async def test_a_pull_for_a_node_goes_through_the_queen(
-    home: Home, capfd: pytest.CaptureFixture[str]
+    home: Home, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
     queen = FakeQueen(
         script=[Narration("hive", "fetch", "it", 0.5), Pulled("hf:org/far", "/there")]
     )
     async with open_fake(queen, home):
         await pull_model(PullFlags(node="far", dtype="bfloat16"), "hf:org/far")
         assert capfd.readouterr() == ("/there\n", "hive: fetch it 50 %\n")
-        assert queen.pulls == [PullModel("hf:org/far", "far", "bfloat16")]
+        (request,) = queen.pulls
+        assert request == PullModel("hf:org/far", "far", "bfloat16", hub=request.hub)
+        assert request.hub.token == "hf_mine"
         queen.script = [Error("insufficient", "no room", "free some")]
         with pytest.raises(Exception, match="no room"):
             await pull_model(PullFlags(node="far"), "hf:org/far")

@@ -27,3 +27,8 @@ def test_what_is_no_option_is_refused(text):
 def test_counts_below_one_are_refused():
     with pytest.raises(BadInputError, match="--max-num-seqs must be at least 1, got 0"):
         start_settings(StartFlags(max_num_seqs=0))
+
+
+def test_what_may_fetch_a_model_takes_our_way_to_a_hub_along(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    assert start_settings(StartFlags())["hub"].token == "hf_mine"

@@ -6,9 +6,10 @@ import os
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
@@ -99,7 +100,7 @@ class FakeChildren:
         """Let the next children wait until ``go_on`` is set."""
         self.go_on = trio.Event()
 
-    async def __call__(self, argv: Sequence[str], *, log: Path) -> int:
+    async def __call__(self, argv: Sequence[str], *, log: Path, **_: Any) -> int:
         acts = {"pip": self._pip, "rbee.models.hub": self._hub, "rbee.models.gguf": self._gguf}
         (module,) = acts.keys() & set(argv)
         self.calls.append(module.rpartition(".")[2])
@@ -144,12 +145,15 @@ def children() -> FakeChildren:
     return FakeChildren()
 
 
-async def run_to_end(argv: Sequence[str], *, log: Path) -> int:
+async def run_to_end(
+    argv: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None
+) -> int:
     """Run a real program; cancelling kills it."""
     with log.open("ab") as output:
         child = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
-        )
+            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+        )  # fmt: skip
     pidfd = os.pidfd_open(child.pid)
     try:
         await trio.lowlevel.wait_readable(pidfd)

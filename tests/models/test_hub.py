@@ -71,7 +71,7 @@ class Children:
 
     options: Sequence[str] = QUICK
 
-    async def __call__(self, argv: Sequence[str], *, log: Path) -> int:
+    async def __call__(self, argv: Sequence[str], *, log: Path, **_: Any) -> int:
         self.count += 1
         self.patience.append(float(argv[argv.index("--contact") + 1]))
         words = [*argv[argv.index("rbee.models.hub") + 1 :], *self.options]

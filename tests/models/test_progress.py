@@ -125,7 +125,7 @@ def test_a_printer_writes_at_most_every_half_second(capsys: pytest.CaptureFixtur
 async def test_progress_is_told_twice_a_second_and_once_at_the_end(
     log: Path, narrate: Any, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async def run(argv: Sequence[str], *, log: Path) -> int:
+    async def run(argv: Sequence[str], *, log: Path, **_: Any) -> int:
         for done in range(1, 9):
             write(log, {"done": done, "total": 8})
             await trio.sleep(EVERY / 4)
@@ -137,7 +137,7 @@ async def test_progress_is_told_twice_a_second_and_once_at_the_end(
 
 
 async def test_a_child_that_cannot_start_is_a_plain_error(log: Path, narrate: Any) -> None:
-    async def run(argv: Sequence[str], *, log: Path) -> int:
+    async def run(argv: Sequence[str], *, log: Path, **_: Any) -> int:
         raise MachineError("no guard")
 
     with pytest.raises(MachineError, match="no guard"):

@@ -256,7 +256,7 @@ async def test_cancelling_leaves_nothing_half_written(
 ) -> None:
     with trio.CancelScope() as scope:
 
-        async def run(argv: list[str], *, log: Path) -> int:
+        async def run(argv: list[str], *, log: Path, **_: Any) -> int:
             code = await get.children(argv, log=log)
             if get.children.calls[-1] == child:
                 scope.cancel()

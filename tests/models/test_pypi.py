@@ -145,7 +145,7 @@ def test_unpacking_gives_up_when_told(tmp_path: Path, make_wheel: MakeWheel) -> 
 async def test_what_pip_says_becomes_one_error(
     tmp_path: Path, says: str, kind: type[RbeeError], code: str
 ) -> None:
-    async def pip(argv: object, *, log: Path) -> int:
+    async def pip(argv: object, *, log: Path, **_: object) -> int:
         log.write_text(says)
         return 2
 
@@ -159,7 +159,7 @@ async def test_what_pip_says_becomes_one_error(
 async def test_a_full_disk_is_found_before_pip_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def pip(argv: object, *, log: Path) -> int:
+    async def pip(argv: object, *, log: Path, **_: object) -> int:
         pytest.fail("started")
 
     monkeypatch.setattr("rbee.models.preflight.free_disk", lambda path: 1000)

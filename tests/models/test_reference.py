@@ -9,8 +9,12 @@ from rbee.models.reference import (
     BUILT_IN,
     HubRepo,
     LocalPath,
+    Meaning,
     Package,
+    Reference,
     absolute,
+    led_to,
+    meaning_of,
     meanings,
     parse,
     slug,
@@ -184,3 +188,25 @@ def test_a_certain_revision_is_not_served_under_the_bare_hub_id() -> None:
 def test_the_home_of_nobody_holds_no_model() -> None:
     with pytest.raises(NotFoundError, match="~nosuchuser"):
         parse("~nosuchuser/model")
+
+
+# names from elsewhere --------------------------------------------------------------------------
+def test_an_alias_takes_its_meaning_along() -> None:
+    own = {"bee": ("tiny", "hf:org/bee"), "tiny": "~/tiny"}
+    meaning = meaning_of("bee", own)
+    assert meaning == Meaning("bee", ("~/tiny", "hf:org/bee"))
+    assert meaning_of("org/bee", own) == Meaning("bee", meaning.sources)
+    assert meaning_of("tinyllama").sources == BUILT_IN["tinyllama"]
+    for name in ("nobody", "hf:org/bee", "/a/path", "file:///a/path"):
+        assert meaning_of(name, own) == Meaning()
+    there = led_to(meaning)
+    home = Path("~/tiny").expanduser()
+    assert there == Reference((LocalPath(home), HubRepo("org/bee")), alias="bee")
+    assert there.extra_names == ("bee", "org/bee")
+
+
+def test_a_meaning_from_elsewhere_is_judged_as_an_own_alias_is() -> None:
+    with pytest.raises(BadInputError, match="alias 'bee' leads to 'a/relative/path'"):
+        led_to(Meaning("bee", ("a/relative/path",)))
+    with pytest.raises(BadInputError, match="leads back to itself"):
+        meaning_of("bee", {"bee": "wasp", "wasp": "bee"})

@@ -13,7 +13,7 @@ from rbee.alias import Defaults
 from rbee.config import ConfigError
 from rbee.home import Home
 from rbee.queen.aliases import Aliases, with_defaults, with_start_defaults
-from rbee.wire.messages import Message, StartWorker, TaskRequest
+from rbee.wire.messages import Message, PullModel, StartWorker, TaskRequest
 
 DEFAULTS = Defaults(
     temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, repetition_penalty=1.1, max_tokens=7,
@@ -107,3 +107,15 @@ def test_a_request_costs_one_stat(home: Home, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     assert looked == [home.config_file] * 100
     assert seconds / 100 < 0.0002
+
+
+def test_what_an_alias_stands_for_here_goes_along(home: Home) -> None:
+    home.config_file.write_text("[aliases]\nbee = ['/models/bee', 'hf:org/bee']\n")
+    aliases = Aliases(home.config_file)
+    sources = ("/models/bee", "hf:org/bee")
+    for request in (StartWorker("bee"), PullModel("bee"), PullModel("org/bee")):
+        spelt = aliases.spell_out(request)
+        assert (spelt.model, spelt.alias, spelt.sources) == (request.model, "bee", sources)
+    assert aliases.spell_out(PullModel("hf:org/wasp")) == PullModel("hf:org/wasp")
+    said = PullModel("bee", alias="bee", sources=("hf:mine/bee",))
+    assert aliases.spell_out(said) == said

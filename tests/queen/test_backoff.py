@@ -2,12 +2,13 @@
 
 import itertools
 
+import attrs
 import pytest
 import trio
 
 from rbee.errors import BadInputError, InsufficientError, MachineError, RbeeError
 from rbee.queen.backoff import LONGEST, Backoff
-from rbee.wire.messages import StartWorker
+from rbee.wire.messages import HubAccess, StartWorker
 
 REQUEST = StartWorker("words", engine="echo", engine_args={"a": "1"})
 OTHER = StartWorker("words", engine="echo", engine_args={"a": "2"})
@@ -97,3 +98,14 @@ async def test_all_who_waited_for_one_worker_are_one_failure(autojump_clock):
     for _ in range(50):
         backoff.note_failure(REQUEST, "worker-1", boom())
     assert await pause_of(backoff) == 1
+
+
+async def test_another_token_is_tried_at_once_and_none_is_kept(autojump_clock):
+    backoff = Backoff()
+    first, second = (attrs.evolve(REQUEST, hub=HubAccess(token=t)) for t in ("hf_one", "hf_two"))
+    for number in range(2):
+        backoff.note_failure(first, f"worker-{number}", boom())
+    with pytest.raises(RbeeError):
+        backoff.check(first)
+    backoff.check(second)
+    assert "hf_one" not in repr(vars(backoff))

@@ -15,6 +15,7 @@ import trio
 from rbee.client import AsyncClient
 from rbee.errors import ConflictError, NotFoundError, RbeeError
 from rbee.home import Home
+from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
 from rbee.queen.hive import Hive
 from rbee.queen.machine import QueenSetup
@@ -75,7 +76,7 @@ async def open_queen(home: Home, far: Home) -> AsyncGenerator[Queen, None]:
     """Serve a queen with two nodes while the body runs; each has a home of its own."""
     setup = QueenSetup(id="queen-1", home=home, run_dir=home.run, token=TOKEN, nonce="n")
     hives, unneeded = FakeHives(Machines(setup)), None
-    app = make_app(setup, hives, unneeded, unneeded, unneeded, unneeded)
+    app = make_app(setup, hives, unneeded, unneeded, Aliases(home.config_file), unneeded)
     async with (
         open_hive(home, "localhost") as near_client,
         open_hive(far, "far") as far_client,
@@ -180,3 +181,18 @@ async def test_a_hive_that_ends_in_the_middle_of_a_pull_is_an_error(home: Home, 
         with pytest.raises(RbeeError, match="ended before the model was there"):
             await queen.client.pull(PullModel("x", "far"))
         nursery.cancel_scope.cancel()
+
+
+async def test_an_alias_means_on_a_node_what_it_means_to_the_queen(
+    home: Home, far: Home, tmp_path: Path
+) -> None:
+    tiny = write_tiny_model(tmp_path / "tiny")
+    home.config_file.write_text(f"[aliases]\nmini = '{tiny}'\ngone = '/no/such/model'\n")
+    far.config_file.write_text(f"[aliases]\nmini = '/nowhere'\nown = '{tiny}'\n")
+    async with open_queen(home, far) as queen:
+        for name in ("mini", "own"):  # the second is known there only
+            assert (await queen.client.pull(PullModel(name, "far"))).directory == str(tiny)
+        with pytest.raises(RbeeError) as caught:
+            await queen.client.pull(PullModel("gone", "far"))
+        assert caught.value.message.startswith("node far: there is no model at /no/such/model")
+        assert caught.value.hint == "ls /   # on far"

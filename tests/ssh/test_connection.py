@@ -230,6 +230,21 @@ async def test_files_go_there_and_back_with_progress(sshd: Sshd, aio: Aio, tmp_p
     assert told[-1] == (3 << 20, 3 << 20)
 
 
+async def test_the_rest_of_a_file_goes_behind_what_is_there(
+    sshd: Sshd, aio: Aio, tmp_path: Path
+) -> None:
+    source, there = tmp_path / "a", tmp_path / "b c"
+    source.write_bytes(b"a whole file")
+    there.write_bytes(b"A WHOLE")
+    told: list[tuple[int, int]] = []
+    async with open_connection(sshd.target(), aio) as connection:
+        await connection.put_rest(source, str(there), 7, progress=lambda *at: told.append(at))
+        with pytest.raises(TransferError, match="node mac"):
+            await connection.put_rest(source, "/no/such/directory/x", 0)
+    assert there.read_bytes() == b"A WHOLE file"
+    assert told == [(12, 12)]
+
+
 async def test_forwards_lead_there_and_back(sshd: Sshd, aio: Aio) -> None:
     async def greet(stream: trio.SocketStream) -> None:
         await stream.send_all(b"hello")
