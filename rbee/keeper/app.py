@@ -17,6 +17,7 @@ from rbee.keeper.flags import (
     AnswerFlags,
     DataFlags,
     InferFlags,
+    InstallFlags,
     ListenFlags,
     LogFlags,
     ModelFlags,
@@ -166,6 +167,15 @@ def node_remove(name: NodeName, /, *, flags: DataFlags | None = None) -> int:
     from rbee.keeper.root import run_command
 
     return run_command(partial(nodes.remove_node, flags or DataFlags(), name))
+
+
+@node.command(name="install")
+def node_install(name: NodeName, /, *, flags: InstallFlags | None = None) -> int:
+    """Put this rbee onto a node; what is there stays in use until the new one runs."""
+    from rbee.keeper.install import install_node
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(install_node, flags or InstallFlags(), name))
 
 
 @hive.command(name="start")

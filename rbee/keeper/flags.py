@@ -173,6 +173,29 @@ class NodeEntryFlags(DataFlags):
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
+class InstallFlags(DataFlags):
+    """Flags of ``node install``."""
+
+    extra: Annotated[
+        Literal["cpu", "cuda", "none"] | None,
+        _Said,
+        Parameter(help="What rbee runs on (default: cuda if there is an NVIDIA GPU, else cpu)."),
+    ] = None
+    wheelhouse: Annotated[
+        str | None,
+        _Said,
+        Parameter(help="A directory of wheels here, for nodes without a package index."),
+    ] = None
+    python: Annotated[
+        str | None, _Said, Parameter(help="The node's Python to use, 3.11 or newer.")
+    ] = None
+    force: Annotated[
+        bool, _Said, Parameter(help="Install although the same is there.", negative=())
+    ] = False
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
 class UpdateNodeFlags(NodeEntryFlags):
     """Flags of ``node update``."""
 

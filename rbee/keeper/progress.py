@@ -8,6 +8,7 @@ DONE, OPEN = "━", "╌"
 BAR, NARROW_BAR = 24, 8  # cells
 ROOMY = 60  # columns from which the bar is the long one
 QUIET = 0.1  # seconds below which a step's duration is not worth telling
+BELOW = frozenset({"worker", "pip"})  # actors that do what another has told
 FACTS = frozenset({"ready", "fetched", "skip", "queue"})  # actions that tell what is over or stands
 
 
@@ -37,7 +38,7 @@ class Step:
         """Take a narration that tells more about this step; False: it begins another."""
         if action != self.action or action in FACTS:
             return False
-        if actor == "worker" != self.actor:  # it does what the hive has told
+        if actor in BELOW and actor != self.actor:
             self.share = _risen(self.share, share) if text == self.detail else share
             self.detail = text
             return True

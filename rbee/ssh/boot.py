@@ -51,7 +51,8 @@ def find_python(request: Any, home: Any) -> Any:
     """Return the Python for the guard; ours if it will do."""
     minimum = tuple(request["minimum"])
     if request["python"]:
-        candidates = [os.path.expanduser(request["python"])]
+        asked = os.path.expanduser(request["python"])
+        candidates = [shutil.which(asked) or asked]
     else:
         candidates = [sys.executable, os.path.join(home, "venv/bin/python")]
         candidates += filter(None, (shutil.which(f"python3.{n}") for n in range(14, 10, -1)))

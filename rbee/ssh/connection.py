@@ -131,6 +131,26 @@ class Connection:
         """
         await self._transfer("put", str(local), remote, progress, offset=offset)
 
+    async def rename(self, old: str, new: str) -> None:
+        """Give a file on the node another name, in one step, over whatever has it.
+
+        Raises:
+            TransferError: it cannot be done there.
+        """
+
+        async def rename() -> None:
+            async with self._line.last.start_sftp_client() as sftp:
+                await sftp.posix_rename(old, new)
+
+        try:
+            await self._call(rename)
+        except (asyncssh.SFTPError, OSError) as exc:
+            raise TransferError(
+                f"cannot rename {old} to {new} (node {self.node}): {exc}",
+                hint=f"{self.target.command} df -h",
+                node=self.node,
+            ) from exc
+
     async def _transfer(
         self,
         verb: str,

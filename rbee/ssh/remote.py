@@ -105,7 +105,8 @@ class Wish:
     """What is to run on a node, in the node's own paths; ``~`` is the user's home there.
 
     Attributes:
-        argv: the program, looked up in the node's PATH, and its arguments.
+        argv: the program, looked up in the node's PATH, and its arguments; "" is the guards'
+            Python.
         graces: seconds between TERM and KILL of each guard, outermost first.
         lease: seconds without our beat after which the guards end it.
         env: added to the environment of the guards and the program.

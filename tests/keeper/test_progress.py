@@ -31,6 +31,9 @@ def test_a_worker_tells_more_about_the_loading_that_its_hive_has_begun() -> None
     assert loading.take("worker", "load", "KV cache", None)
     assert loading.told() == "hive: load m · KV cache"
     assert loading.over(13.21) == "hive: load m … 3.2 s"
+    installing = step("install", "rbee")
+    assert installing.take("pip", "install", "Downloading torch", 0.2)
+    assert installing.told() == "hive: install rbee · Downloading torch 20 %"
 
 
 @pytest.mark.parametrize(

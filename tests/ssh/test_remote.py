@@ -16,6 +16,7 @@ from rbee.ssh import (
     OutputTooLongError,
     RemoteProgramError,
     RemotePythonError,
+    boot,
     open_connection,
     remote,
     run,
@@ -117,6 +118,13 @@ async def test_what_the_login_shell_does_is_survived_or_told(
                 with pytest.raises(kind, match=says) as caught:
                     await run(connection, ["echo", "hi"])
                 assert "node mac" in str(caught.value)
+
+
+async def test_a_python_may_be_given_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    python = Path(sys.executable)
+    monkeypatch.setenv("PATH", str(python.parent))
+    request = {"python": python.name, "minimum": [3, 11]}
+    assert boot.find_python(request, "/")[0] == str(python)
 
 
 async def test_an_old_python_is_told(sshd: Sshd, aio: Aio, tmp_path: Path) -> None:
