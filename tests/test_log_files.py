@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from rbee import guard, logs
+from rbee import guard, log_files
 from rbee.home import Home
 
 
@@ -26,16 +26,16 @@ def stderr_to(path: Path, flags: int = os.O_APPEND) -> Iterator[None]:
 
 
 def test_the_newest_logs_of_a_kind_stay(tmp_path: Path) -> None:
-    names = [f"model-{number}.log" for number in range(logs.KEPT + 5)]
+    names = [f"model-{number}.log" for number in range(log_files.KEPT + 5)]
     for age, name in enumerate(reversed([*names, "queen.log"])):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    logs.prune_logs(tmp_path, "model", running={names[0]})
+    log_files.prune_logs(tmp_path, "model", running={names[0]})
     assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[5:], "queen.log"}
 
 
 def test_a_log_that_goes_meanwhile_is_no_error(tmp_path: Path) -> None:
-    assert logs._modified(tmp_path / "gone") == 0
+    assert log_files._modified(tmp_path / "gone") == 0
 
 
 async def test_a_daemon_keeps_its_own_log_short(
@@ -45,12 +45,12 @@ async def test_a_daemon_keeps_its_own_log_short(
     path = home.log_file("queen")
     with stderr_to(path), trio.move_on_after(1):
         os.write(2, b"x" * 1001)
-        await logs.keep_own_log_short()
+        await log_files.keep_own_log_short()
     assert (path.stat().st_size, path.with_name("queen.log.1").stat().st_size) == (0, 1001)
 
 
 def test_what_an_operator_has_redirected_is_not_ours(home: Home, tmp_path: Path) -> None:
     with stderr_to(tmp_path / "mine"):
-        assert logs.own_log() is None
+        assert log_files.own_log() is None
     with stderr_to(home.log_file("queen"), flags=0):  # cutting it would leave a hole
-        assert logs.own_log() is None
+        assert log_files.own_log() is None
