@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
+
+from rbee.printable import printable
 
 log = logging.getLogger(__name__)
 
 QUIET = ("httpx", "httpcore", "asyncio", "asyncssh")
-
-# What could end a line, steer a terminal or show text in another order than it is in.
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class OneLine(logging.Formatter):
@@ -23,15 +21,11 @@ class OneLine(logging.Formatter):
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return _escape(super().formatMessage(record))
+        return printable(super().formatMessage(record))
 
     def formatException(self, ei: object) -> str:  # noqa: N802 - logging's name
         lines = super().formatException(ei).split("\n")  # type: ignore[arg-type]
-        return "\n".join(f"  {_escape(line)}" for line in lines)
-
-
-def _escape(text: str) -> str:
-    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+        return "\n".join(f"  {printable(line)}" for line in lines)
 
 
 def configure_logging(title: str) -> None:

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rbee.errors import MachineError, RbeeError
+from rbee.printable import printable, printable_lines
 
 if TYPE_CHECKING:  # the quick way to an answer has no steps, so it does not pay for their import
     from rbee.keeper.progress import Step
@@ -160,6 +161,7 @@ class Output:
 
     def step(self, actor: str, action: str, text: str, share: float | None = None) -> None:
         """Do as `narrate` does without waiting: for callbacks."""
+        text = printable(text)
         if self._step is not None and self._step.take(actor, action, text, share):
             self._tell_progress(self._step)
             return
@@ -274,11 +276,12 @@ def columns() -> int:
 def print_error(error: RbeeError) -> None:
     """Print ``error: …`` and ``  hint: …``."""
     red, plain = (RED, PLAIN) if colours(sys.stderr) else ("", "")
-    lines = [f"{red}error:{plain} {error.message}"]
+    lines = [f"{red}error:{plain} {printable_lines(error.message)}"]
     if log := str(error.details.get("log", "")).rstrip():
-        lines += [f"  log: {line}" for line in log.splitlines() if line not in error.message]
+        told = [line for line in log.splitlines() if line not in error.message]
+        lines += [f"  log: {printable(line)}" for line in told]
     if error.hint:
-        lines.append(f"  hint: {error.hint}")
+        lines.append(f"  hint: {printable_lines(error.hint)}")
     note("\n".join(lines))
 
 

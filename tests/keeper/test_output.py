@@ -49,6 +49,16 @@ async def test_narration_goes_to_stderr_only(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "hive: start a worker\nqueen: ready after 0.1 s\n")
 
 
+async def test_what_others_say_does_not_steer_the_terminal(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    await Output().narrate("hive", "load", "a\x1b[2Jb\nerror: c")
+    output.print_error(BadInputError("two\nlines\x1b]0;x\x07", hint="\u202etxt"))
+    assert capfd.readouterr().err == (
+        "hive: load a\\x1b[2Jb\\nerror: c\nerror: two\nlines\\x1b]0;x\\x07\n  hint: \\u202etxt\n"
+    )
+
+
 async def test_quiet_data_stays_off_stdout(capfd: pytest.CaptureFixture[str]) -> None:
     out = Output(quiet_data=True)
     await out.data("a")
