@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rbee.home import Home, open_home
+from rbee.testing.cluster import hear_interrupts
 from rbee.testing.processes import LeakCheck, LeakError, Tree
 
 SESSION_MARKER = "RBEE_TEST_SESSION"
@@ -91,6 +92,7 @@ def vllm_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    hear_interrupts()
     os.environ[SESSION_MARKER] = marker = secrets.token_hex(8)
     session.stash[SESSION_CHECK] = LeakCheck(
         nonce=marker, marker=SESSION_MARKER, tree=Tree(os.getpid())

@@ -161,7 +161,7 @@ async def open_cluster(
         # No look at the virtual environment: another cell's keeper between fork and exec has no
         # nonce yet, somebody else's daemon has none at all, and `check.kill` would end them.
         check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
-        _hear_interrupts()
+        hear_interrupts()
         with (base / "keeper.log").open("wb") as stderr:
             keeper = subprocess.Popen(
                 [*keeper_argv("run", workload.model_for(state), workload), *more],
@@ -187,10 +187,13 @@ async def open_cluster(
             shutil.rmtree(base, ignore_errors=True)
 
 
-def _hear_interrupts() -> None:
-    """A shell's background job ignores SIGINT, and what it starts would be deaf to it as well."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def hear_interrupts() -> None:
+    """Undo what a shell's background job or nohup ignores: what we start would be deaf as well."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL),
+    ):  # fmt: skip
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 async def keep_noting(cluster: Cluster) -> None:
