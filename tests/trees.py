@@ -134,3 +134,15 @@ def nested(argv: Sequence[str], leaks: LeakCheck, **inner: Any) -> dict[str, Any
     log_file = leaks.home.log_file("guard")
     line = plan_line(argv, log_file, **{"name": "guard-b", "grace": 0.3, **inner}).strip()
     return {"argv": GUARD, "first": line, "name": "guard-a", "grace": 0.8}
+
+
+def holders(what: str, token: str) -> set[str]:
+    """Return the commands of the processes that have ``token`` in a file of theirs in /proc."""
+    found = set()
+    for path in Path("/proc").glob(f"[0-9]*/{what}"):
+        try:
+            if token.encode() in path.read_bytes():
+                found.add(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found

@@ -15,6 +15,7 @@ import trio
 from rbee.hive.zygotes import CannotForkError, Zygote
 from rbee.home import writing
 from rbee.model import WorkerConfig
+from rbee.models.access import TOKENLESS
 from rbee.process import Process, open_guarded
 from rbee.sweep import sweep
 from rbee.wire import codec
@@ -99,6 +100,7 @@ async def exec_worker(config: WorkerConfig, log_file: Path) -> AsyncGenerator[Pr
         first=f"start {codec.dumps(config).decode()}",
         graces=[config.grace.worker_guard],
         log_file=log_file,
+        env=TOKENLESS,
         run_dir=Path(config.run_dir),
         die_with_us=True,
         hold_interrupt=True,

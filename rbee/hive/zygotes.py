@@ -21,6 +21,7 @@ import trio
 from rbee import guard
 from rbee.errors import ChildExitedError, MachineError
 from rbee.hive import zygote as protocol
+from rbee.models.access import TOKENLESS
 from rbee.process import Lifeline, Process, log_tail
 from rbee.wire import codec
 
@@ -181,7 +182,7 @@ async def run_zygote(
     Cancelling ends it and, through their guards, the workers it forked.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**os.environ, **env, "OMP_NUM_THREADS": "1", "SPT_NOENV": "1"}
+    environment = {**os.environ, **env, **TOKENLESS, "OMP_NUM_THREADS": "1", "SPT_NOENV": "1"}
     argv = [
         sys.executable,
         "-m",

@@ -28,6 +28,7 @@ from rbee.keeper.queen import (
     wait_unlocked,
 )
 from rbee.model import LOCALHOST, Grace
+from rbee.models.access import TOKENLESS
 from rbee.process import own_environment
 from rbee.wire.messages import RunFile
 
@@ -66,7 +67,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, **own_environment(home.root, nonce)},
+            env={**os.environ, **own_environment(home.root, nonce), **TOKENLESS},
         )
     try:
         record = await _wait_until_up(home, popen)

@@ -8,6 +8,7 @@ from rbee.home import open_home
 from rbee.keeper.flags import PullFlags
 from rbee.keeper.models import open_queen_for
 from rbee.keeper.output import Output, open_output, print_data, print_json
+from rbee.keeper.start import is_ours
 from rbee.models.access import read_access
 from rbee.models.reference import absolute
 from rbee.wire import codec
@@ -17,7 +18,9 @@ from rbee.wire.messages import Narration, Pulled, PullModel
 async def pull_model(flags: PullFlags, name: str) -> None:
     """Print the model's directory once it is there, whole."""
     async with open_output() as output:
-        request = PullModel(absolute(name), flags.node, flags.dtype, hub=read_access())
+        request = PullModel(
+            absolute(name), flags.node, flags.dtype, hub=read_access(is_ours=is_ours(flags))
+        )
         pulled = await _pull(flags, request, output)
     if flags.json:
         print_json(codec.to_dict(pulled))

@@ -268,6 +268,7 @@ def _try_lock(fd: int) -> bool:
 @asynccontextmanager
 async def _open_own_queen(home: Home, config: Config) -> AsyncGenerator[QueenAccess, None]:
     """Own a queen while the body runs; raise `ChildExitedError` if it dies unasked."""
+    from rbee.models.access import TOKENLESS
     from rbee.process import open_daemon, own_environment
 
     start = DaemonStart(
@@ -283,7 +284,7 @@ async def _open_own_queen(home: Home, config: Config) -> AsyncGenerator[QueenAcc
             start,
             graces=(Grace().queen_guard,),
             log_file=home.log_file("queen"),
-            env=own_environment(home.root, nonce),
+            env=own_environment(home.root, nonce) | TOKENLESS,
             run_file=home.queen_file,
         ) as daemon,
         _reporting_death(daemon, config.queen.lease),

@@ -8,7 +8,8 @@ from typing import Any
 
 from rbee.errors import BadInputError
 from rbee.hints import infer
-from rbee.keeper.flags import StartFlags
+from rbee.keeper.flags import QueenFlags, StartFlags
+from rbee.keeper.queen import is_loopback
 from rbee.model import DEFAULT_ENGINE, node_name
 from rbee.models.access import read_access
 from rbee.units import seconds, size
@@ -44,8 +45,13 @@ def start_settings(flags: StartFlags) -> dict[str, Any]:
         "max_num_seqs": flags.max_num_seqs,
         "engine_args": engine_args(flags.engine_arg),
         "keep_alive": None if flags.keep_alive is None else seconds(flags.keep_alive),
-        "hub": read_access(),
+        "hub": read_access(is_ours=is_ours(flags)),
     }
+
+
+def is_ours(flags: QueenFlags) -> bool:
+    """Tell whether the queen that is asked is this machine's."""
+    return not flags.queen_url or is_loopback(flags.queen_url)
 
 
 def engine_args(given: tuple[str, ...]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, new_id
 from rbee.process import Process, own_environment
 from rbee.testing.processes import LeakCheck, count_titles, title_of
 from tests.test_process import CancelAt
-from tests.trees import STUBBORN, alive, kill, wait_for
+from tests.trees import STUBBORN, alive, holders, kill, wait_for
 
 slow = pytest.mark.slow
 
@@ -87,7 +87,11 @@ async def engine_below(process: Process) -> list[int]:
 
 # a worker's life ------------------------------------------------------------------------------
 @slow
-async def test_workers_are_forked_below_guards_and_leave_nothing(leaks: LeakCheck) -> None:
+async def test_workers_are_forked_below_guards_and_leave_nothing(
+    leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = f"hf_{leaks.nonce}_token"
+    monkeypatch.setenv("HF_TOKEN", token)  # of a hive that somebody started by hand
     async with open_node(leaks) as node:
         zygote = await node.pid()
         async with node.worker() as one, node.worker() as two:
@@ -98,6 +102,7 @@ async def test_workers_are_forked_below_guards_and_leave_nothing(leaks: LeakChec
                 assert process.pid in guard.children(zygote)
             titles = {"rbee-zygote": 1, "rbee-guard": 2, "llm-worker-rbee": 2, "echo-engine": 2}
             await until(lambda: count_titles(leaks.nonce) == titles)
+            assert holders("environ", token) == set()
             leaks.tree.refresh(os.getpid())
         assert count_titles(leaks.nonce) == {"rbee-zygote": 1}
         assert os.listdir(leaks.home.run) == []
@@ -227,7 +232,12 @@ async def test_a_zygotes_log_is_capped(leaks: LeakCheck) -> None:
 
 # where fork is no option ----------------------------------------------------------------------
 @slow
-async def test_a_worker_is_executed_where_it_must_not_be_forked(leaks: LeakCheck) -> None:
+async def test_a_worker_is_executed_where_it_must_not_be_forked(
+    leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = f"hf_{leaks.nonce}_token"
+    monkeypatch.setenv("HF_TOKEN", token)
+
     class Refusing:
         async def fork(self, *args: object) -> Process:
             raise CannotForkError("the zygote has 2 threads")
@@ -242,6 +252,7 @@ async def test_a_worker_is_executed_where_it_must_not_be_forked(leaks: LeakCheck
         leaks.tree.refresh(os.getpid())
         titles = {"rbee-guard": 1, "llm-worker-rbee": 1, "echo-engine": 1}
         await until(lambda: count_titles(leaks.nonce) == titles)
+        assert holders("environ", token) == set()
     await leaks.wait_clean(0.2)
 
 

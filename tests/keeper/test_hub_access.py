@@ -14,22 +14,11 @@ from rbee.testing.hub_server import HubServer, Repo
 from rbee.testing.processes import LeakCheck
 from rbee.testing.tiny_model import write_tiny_model
 from tests.keeper.test_infer import keeper
+from tests.trees import holders
 
 pytestmark = pytest.mark.slow
 
 TOKEN = "hf_" + "secret" * 4
-
-
-def holders(what: str, token: str = TOKEN) -> set[str]:
-    """Return the commands of the processes that have ``token`` in a file of theirs in /proc."""
-    found = set()
-    for path in Path("/proc").glob(f"[0-9]*/{what}"):
-        try:
-            if token.encode() in path.read_bytes():
-                found.add(path.with_name("cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
 
 
 @attrs.define(eq=False)
@@ -40,8 +29,8 @@ class Watched(Repo):
     knew: set[str] = attrs.field(factory=set)
 
     def blocks(self, name: str, offset: int = 0) -> Iterator[bytes]:
-        self.said |= holders("cmdline")
-        self.knew |= holders("environ")
+        self.said |= holders("cmdline", TOKEN)
+        self.knew |= holders("environ", TOKEN)
         yield from super().blocks(name, offset)
 
 
@@ -52,7 +41,11 @@ async def test_a_token_reaches_the_download_and_is_kept_nowhere(
     tiny = write_tiny_model(tmp_path / "tiny")
     files: dict[str, bytes | Path] = {path.name: path for path in tiny.iterdir()}
     repo = Watched(files, token=TOKEN)
-    theirs = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_other", "HF_HUB_OFFLINE": "1"}
+    theirs = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_TOKEN": f"hf_other_{os.getpid()}",
+        "HF_HUB_OFFLINE": "1",
+    }
     with HubServer({"org/tiny": repo}).serve() as hub:
         ours = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
         line = ("model", "pull", "hf:org/tiny", "--node", "localhost")
@@ -60,7 +53,7 @@ async def test_a_token_reaches_the_download_and_is_kept_nowhere(
             assert (await keeper("queen", "start", env=os.environ | theirs)).returncode == 0
             pulled = await keeper(*line, env=os.environ | ours)
             assert pulled.returncode == 0, pulled.stderr
-            standing = holders("environ")
+            standing = holders("environ", TOKEN) | holders("environ", theirs["HF_TOKEN"])
         finally:
             await keeper("queen", "stop")
     assert Path(pulled.stdout.decode().strip(), "config.json").exists()

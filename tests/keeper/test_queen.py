@@ -34,6 +34,7 @@ from rbee.keeper.queen import (
 from rbee.keeper.root import first_error
 from rbee.testing.processes import LeakCheck
 from tests.keeper.fake_queen import TOKEN, FakeQueen, note, open_fake
+from tests.trees import holders
 
 ANY_PORT = Config(queen=QueenConfig(port=0))
 
@@ -172,12 +173,15 @@ async def test_a_queen_that_is_just_ending_is_waited_for(home: Home) -> None:
 # a queen of our own ---------------------------------------------------------------------------
 @pytest.mark.slow
 async def test_without_one_a_queen_is_owned_and_ends_with_the_block(
-    home: Home, leaks: LeakCheck
+    home: Home, leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    token = f"hf_{leaks.nonce}_token"
+    monkeypatch.setenv("HF_TOKEN", token)
     with trio.fail_after(30):
         async with open_queen(home, ANY_PORT) as queen:
             assert queen.owned
             assert await queen.client.workers() == []
+            assert holders("environ", token) == set()  # each request takes it along
             record = find_run_file(home)
             assert record is not None
             assert record.owner == queen.owner

@@ -21,7 +21,10 @@ ACCESS = HubAccess("https://mirror.example", TOKEN, offline=False)
 VARIABLES = {"HF_ENDPOINT": "https://mirror.example", "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
 
 
-def test_what_the_environment_says_goes_along_and_sets_the_childs() -> None:
+def test_what_the_environment_says_goes_along_and_sets_the_childs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # where nobody has logged in
     assert read_access(VARIABLES) == ACCESS
     assert variables_of(ACCESS) == VARIABLES
     assert read_access({"HUGGING_FACE_HUB_TOKEN": f" {TOKEN}\n"}) == HubAccess(token=TOKEN)
@@ -29,6 +32,23 @@ def test_what_the_environment_says_goes_along_and_sets_the_childs() -> None:
     assert read_access({"HF_HUB_OFFLINE": "yes"}).offline is True
     assert read_access({"HF_HUB_OFFLINE": "", "HF_TOKEN": ""}) == HubAccess()
     assert variables_of(HubAccess()) == {}
+
+
+def test_a_stored_login_goes_along_to_a_queen_of_ours(tmp_path: Path) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    assert read_access(cache) == HubAccess()
+    file = tmp_path / "huggingface/token"
+    file.parent.mkdir()
+    file.write_text(f"{TOKEN}\n")
+    places = ({"HF_HOME": str(file.parent)}, {"HF_TOKEN_PATH": str(file)})
+    for environ in (cache, *places):
+        assert read_access(environ) == HubAccess(token=TOKEN)
+        assert read_access(environ, is_ours=False) == HubAccess()
+    assert read_access(cache | {"HF_TOKEN": "a"}).token == "a"
+    assert read_access(cache | {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}) == HubAccess()
+    assert read_access(cache | {"HF_HOME": "~nosuchuser/x"}) == HubAccess()
+    file.write_bytes(b"\xff")
+    assert read_access(cache) == HubAccess()
 
 
 def test_our_token_goes_to_no_hub_that_only_a_request_names() -> None:
