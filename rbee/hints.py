@@ -11,3 +11,11 @@ def infer(*flags: object, model: str = MODEL, prompt: str = "Hello") -> str:
     """Write an `infer` with ``flags`` beside the two that it needs."""
     words = ["rbee-keeper", "infer", "--model", model, "--prompt", prompt, *map(str, flags)]
     return shlex.join(words)
+
+
+def logs_of(worker_id: str, node: str) -> str:
+    """Write the `logs` of a worker, which lie on its node."""
+    from rbee.model import LOCALHOST  # which imports us
+
+    where = "" if node == LOCALHOST else f" --node {node}"
+    return f"rbee-keeper logs --worker {worker_id}{where}"

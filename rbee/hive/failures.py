@@ -6,19 +6,21 @@ import json
 from pathlib import Path
 
 from rbee.errors import ChildExitedError, RbeeError, UnavailableError, from_wire
+from rbee.hints import logs_of
+from rbee.model import WorkerSpec
 from rbee.process import child_exited, log_tail
 
 
-def too_slow(worker_id: str, log_file: Path, limit: float) -> RbeeError:
+def too_slow(worker: WorkerSpec, log_file: Path, limit: float) -> RbeeError:
     return UnavailableError(
-        f"worker {worker_id} was not ready within {limit:g} s",
+        f"worker {worker.id} was not ready within {limit:g} s",
         code="load_timeout",
-        hint=f"rbee-keeper logs --worker {worker_id}",
+        hint=logs_of(worker.id, worker.node),
         log=log_tail(log_file),
     )
 
 
-def died(worker_id: str, log_file: Path, status: int) -> RbeeError:
+def died(worker: WorkerSpec, log_file: Path, status: int) -> RbeeError:
     """Make the error of a worker that ended unasked; it may have said why on its log."""
     tail = log_tail(log_file, 8000)
     for line in reversed(tail.splitlines()):
@@ -27,8 +29,8 @@ def died(worker_id: str, log_file: Path, status: int) -> RbeeError:
             told = [line for line in tail.splitlines() if "rbee-error " not in line]
             said.details.setdefault("log", "\n".join(told)[-2000:])
             return said
-    error: ChildExitedError = child_exited(f"worker {worker_id}", status, log_file)
-    error.hint = f"rbee-keeper logs --worker {worker_id}"
+    error: ChildExitedError = child_exited(f"worker {worker.id}", status, log_file)
+    error.hint = logs_of(worker.id, worker.node)
     return error
 
 

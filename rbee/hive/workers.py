@@ -271,9 +271,9 @@ class Workers(TaskOwner):
                     self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)
                     status = await self._until_end(worker, process, loading)
             if loading.cancelled_caught:
-                raise too_slow(worker.id, worker.log_file, LOAD_LIMIT)
+                raise too_slow(spec, worker.log_file, LOAD_LIMIT)
             if not worker.unloading:
-                raise died(worker.id, worker.log_file, status)
+                raise died(spec, worker.log_file, status)
         self._change(worker, state=WorkerState.STOPPED.value)
 
     async def _prepare(self, worker: Worker) -> Local | None:

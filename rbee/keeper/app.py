@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Literal
 
+import attrs
 from cyclopts import App, CycloptsError, Parameter
 
 from rbee import __version__
@@ -243,9 +244,7 @@ def worker_logs(name: WorkerName, /, *, flags: TailFlags | None = None) -> int:
 
 def of_worker(flags: TailFlags, worker: str) -> LogFlags:
     """Return the flags of ``logs --worker`` that mean the same."""
-    return LogFlags(
-        home=flags.home, json=flags.json, lines=flags.lines, follow=flags.follow, worker=worker
-    )
+    return LogFlags(**attrs.asdict(flags), worker=worker)
 
 
 @worker.command(name="list")

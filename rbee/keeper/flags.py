@@ -273,6 +273,7 @@ class TailFlags(DataFlags):
 
     lines: Annotated[int, Parameter(help="Begin with so many last lines of each.")] = 50
     follow: Annotated[bool, Parameter(help="Go on with what comes.", negative=())] = False
+    node: Annotated[str | None, Parameter(help="The logs of this node.")] = None
 
 
 @Parameter(name="*")
@@ -280,7 +281,6 @@ class TailFlags(DataFlags):
 class LogFlags(TailFlags):
     """Flags of ``logs``."""
 
-    node: Annotated[str | None, Parameter(help="The logs of this node.")] = None
     worker: Annotated[str | None, Parameter(help="The log of this worker.")] = None
 
 

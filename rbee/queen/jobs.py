@@ -26,6 +26,7 @@ from rbee.errors import (
     from_wire,
     leaves,
 )
+from rbee.hints import logs_of
 from rbee.model import LOCALHOST, JobId, WorkerId, WorkerState, new_id
 from rbee.models.reference import shown
 from rbee.queen.aliases import Aliases
@@ -331,7 +332,7 @@ class Jobs(TaskOwner):
         error: RbeeError = ChildExitedError(
             f"worker {worker.worker_id} on {worker.node} ended in the middle of the answer",
             code="worker_died",
-            hint=f"rbee-keeper logs --worker {worker.worker_id}",
+            hint=logs_of(worker.worker_id, worker.node),
         )
         with trio.move_on_after(TOLD_WITHIN):
             ended = await self._hives.workers.wait_until(lambda: self._over(worker.worker_id))
@@ -367,5 +368,5 @@ def _failure(worker: WorkerInfo) -> RbeeError:
     lines = str(detail.details.get("log", "")).splitlines()[-LOG_LINES:]
     if lines and detail.code != BadInputError.code:
         message += "\nthe end of its log:\n  " + "\n  ".join(lines)
-    hint = detail.hint or f"rbee-keeper logs --worker {worker.worker_id}"
+    hint = detail.hint or logs_of(worker.worker_id, worker.node)
     return from_wire(detail.code, message, hint=hint, details=detail.details)

@@ -7,7 +7,7 @@ import re
 from rbee.errors import RbeeError
 from rbee.model import LOCALHOST
 
-_OF_A_NODE = re.compile(r"rbee-keeper model (pull|list|show|rm)\b")
+_OF_A_NODE = re.compile(r"rbee-keeper (model (pull|list|show|rm)|logs)\b")
 
 
 def located(error: RbeeError, node: str) -> RbeeError:
@@ -21,6 +21,8 @@ def located(error: RbeeError, node: str) -> RbeeError:
 def _on(node: str, hint: str) -> str:
     """Have a command be about the node: with its flag, or said to be run there."""
     command, mark, remark = hint.partition("   # ")
+    if " --node " in command:
+        return hint
     if _OF_A_NODE.search(command):
         return f"{command} --node {node}{mark}{remark}"
     if not command or "rbee-keeper" in command:

@@ -18,6 +18,7 @@ import setproctitle
 import trio
 
 from rbee.errors import ChildExitedError, PeerError, RbeeError, UnavailableError, leaves
+from rbee.hints import logs_of
 from rbee.log import configure_logging
 from rbee.model import WorkerConfig, WorkerState, new_id
 from rbee.scopes import cancel_on_signal, cancel_when, open_service
@@ -151,7 +152,7 @@ async def open_engine(worker: Worker, kind: EngineKind) -> AsyncGenerator[Engine
 async def _end_with_engine(worker: Worker, engine: Engine) -> None:
     why = await engine.wait_dead()
     spec = worker.config.spec
-    hint = f"rbee-keeper logs --worker {spec.id}"
+    hint = logs_of(spec.id, spec.node)
     doing = f" during: {worker.progress}" if worker.progress else ""
     error = ChildExitedError(f"{spec.model}: {why}{doing}", code="engine_died", hint=hint)
     log.error("worker %s: %s", spec.id, why)

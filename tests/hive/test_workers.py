@@ -291,7 +291,7 @@ async def test_an_end_that_nobody_asked_for_is_failed_with_the_logs_tail(home: H
         assert (last.state, last.error.code) == ("failed", ChildExitedError.code)
         assert last.error.message == f"worker {worker_id} ended unasked with signal SIGKILL"
         assert last.error.details["log"] == "loading\nboom\n"
-        assert last.error.hint == f"rbee-keeper logs --worker {worker_id}"
+        assert last.error.hint == f"rbee-keeper logs --worker {worker_id} --node n1"
 
 
 @pytest.mark.parametrize(

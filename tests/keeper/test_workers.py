@@ -142,8 +142,8 @@ def test_without_a_queen_nothing_is_left_to_stop(home: Home, capfd: Captured) ->
 
 
 def test_a_workers_logs_are_those_of_the_logs_command(home: Home, capfd: Captured) -> None:
-    assert of_worker(TailFlags(lines=3, follow=True, json=True), "w") == LogFlags(
-        lines=3, follow=True, json=True, worker="w"
+    assert of_worker(TailFlags(lines=3, follow=True, json=True, node="mac"), "w") == LogFlags(
+        lines=3, follow=True, json=True, node="mac", worker="w"
     )
     home.log_file("worker-1").write_text("a\nb\nc\n")
     assert run_line(["worker", "logs", "worker-1", "--lines", "2"]) == 0

@@ -16,6 +16,8 @@ from rbee.queen.where import located
             "HF_TOKEN=hf_… rbee-keeper model pull hf:org/x   # after a while",
             "HF_TOKEN=hf_… rbee-keeper model pull hf:org/x --node mac   # after a while",
         ),
+        ("rbee-keeper logs --worker w", "rbee-keeper logs --worker w --node mac"),
+        ("rbee-keeper logs --node other", "rbee-keeper logs --node other"),
         ("rbee-keeper model aliases", "rbee-keeper model aliases"),
         ("rbee-keeper worker stop --all", "rbee-keeper worker stop --all"),
         ("", ""),
