@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# What could end a line, steer a terminal or show text in another order than it is in.
-_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# What could end a line, steer a terminal, show text in another order than it is in, or be no text.
+_UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

@@ -13,6 +13,7 @@ from rbee.keeper.output import Output, note
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
 from rbee.nodes.target import target_of
+from rbee.printable import printable
 from rbee.ssh import RemoteProcess, Wish, open_connection, open_remote
 
 GRACE = 2.0
@@ -33,7 +34,7 @@ async def show_far_logs(flags: LogFlags, name: str) -> None:
     ):
         await _print_all(process, Output(), flags)
         if await process.wait():
-            raise _refused(process, name)
+            raise _refused(process.channel.stderr, name, flags)
         if said := process.channel.stderr.strip():
             note(said)
 
@@ -56,11 +57,19 @@ async def _print_all(process: RemoteProcess, output: Output, flags: LogFlags) ->
 def _shown(line: str, flags: LogFlags) -> str:
     if flags.json:
         return line
-    told = json.loads(line)
-    return str(told["line"]) if flags.worker else f"{told['log']} | {told['line']}"
+    try:
+        told = json.loads(line)
+        text = str(told["line"]) if flags.worker else f"{told['log']} | {told['line']}"
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+    ):  # another program's: a login's greeting, a broken rbee
+        text = line
+    return printable(text)
 
 
-def _refused(process: RemoteProcess, name: str) -> NotFoundError:
-    said = process.channel.stderr.strip() or "it did not say why"
-    first = said.splitlines()[0].removeprefix("error: ")
-    return NotFoundError(f"node {name}: {first}", hint=f"rbee-keeper logs --node {name}")
+def _refused(said: str, name: str, flags: LogFlags) -> NotFoundError:
+    why, _, _ = said.strip().removeprefix("error: ").partition("\n  hint: ")
+    others = f"rbee-keeper logs --node {name}" if flags.worker else f"rbee-keeper node check {name}"
+    return NotFoundError(f"node {name}: {why or 'it did not say why'}", hint=others)

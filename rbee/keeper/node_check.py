@@ -16,6 +16,7 @@ from rbee.model import LOCALHOST
 from rbee.nodes import check
 from rbee.nodes.check import Checkup, Step
 from rbee.nodes.store import NodeStore
+from rbee.printable import printable
 from rbee.wire import codec
 
 WIDTH = max(map(len, check.STEPS))
@@ -78,7 +79,7 @@ class Teller:
         if self._quiet:
             return
         try:
-            print_data(_line(step))
+            print_data(printable(_line(step)))
         except RbeeError as exc:  # the check goes on: its result is noted
             self.error = self.error or exc
 

@@ -282,7 +282,7 @@ def print_error(error: RbeeError) -> None:
         lines += [f"  log: {printable(line)}" for line in told]
     if error.hint:
         lines.append(f"  hint: {printable_lines(error.hint)}")
-    note("\n".join(lines))
+    _print_told("\n".join(lines))
 
 
 def stdout_error(exc: OSError) -> RbeeError:
@@ -294,6 +294,10 @@ def stdout_error(exc: OSError) -> RbeeError:
 
 def note(text: str) -> None:
     """Print a line on stderr."""
+    _print_told(printable_lines(text))
+
+
+def _print_told(text: str) -> None:
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
@@ -315,11 +319,14 @@ def print_json(value: Any) -> None:
 def print_table(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Print aligned columns with their names on top."""
     cells = [[name.upper().replace("_", " ") for name in columns]]
-    cells += [[str(row.get(name) if row.get(name) is not None else "-") or "-" for name in columns]
-              for row in rows]  # fmt: skip
+    cells += [[_cell(row.get(name)) for name in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print_data("  ".join(map(str.ljust, line, widths)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else printable(str(value)) or "-"
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
@@ -337,9 +344,8 @@ def print_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
         return
     width = max(map(len, facts)) + 1
     for name, value in facts.items():
-        print_data(
-            f"{name.replace('_', ' ') + ':':{width}} {'-' if value in ('', None) else value}"
-        )
+        text = "-" if value in ("", None) else printable_lines(str(value))
+        print_data(f"{name.replace('_', ' ') + ':':{width}} {text}")
 
 
 def human_bytes(size: float) -> str:

@@ -5,6 +5,7 @@ import trio
 
 from rbee.errors import BadInputError, NotFoundError
 from rbee.home import Home
+from rbee.keeper.far_logs import _refused, _shown
 from rbee.keeper.flags import LogFlags
 from rbee.keeper.logs import Tail, log_files, show_logs
 
@@ -89,3 +90,28 @@ def test_the_last_lines_of_a_big_file_are_found(logs: Home) -> None:
     assert [line.split()[0] for line in Tail(path).last(100)] == [str(n) for n in range(900, 1000)]
     assert Tail(path).last(0) == []
     assert len(Tail(path).last(5000)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('{"log": "hive", "line": "a\\u001b[2J"}', "hive | a\\x1b[2J"),
+        ("Welcome\x1b[2J", "Welcome\\x1b[2J"),
+        ("[1]", "[1]"),
+        ('{"log": "hive"}', '{"log": "hive"}'),
+    ],
+)
+def test_what_another_machine_prints_is_shown_and_steers_nothing(line: str, shown: str) -> None:
+    assert _shown(line, LogFlags()) == shown
+    assert _shown(line, LogFlags(json=True)) == line
+
+
+def test_a_refusal_there_suggests_another_command_than_the_one_that_failed() -> None:
+    said = "error: no log of a worker 'x';\nthere are: none\n  hint: rbee-keeper worker list\n"
+    error = _refused(said, "mac", LogFlags(worker="x"))
+    assert error.message == "node mac: no log of a worker 'x';\nthere are: none"
+    assert error.hint == "rbee-keeper logs --node mac"
+    error = _refused("", "mac", LogFlags())
+    assert (error.message, error.hint) == (
+        "node mac: it did not say why", "rbee-keeper node check mac",
+    )  # fmt: skip

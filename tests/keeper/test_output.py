@@ -54,9 +54,15 @@ async def test_what_others_say_does_not_steer_the_terminal(
 ) -> None:
     await Output().narrate("hive", "load", "a\x1b[2Jb\nerror: c")
     output.print_error(BadInputError("two\nlines\x1b]0;x\x07", hint="\u202etxt"))
-    assert capfd.readouterr().err == (
+    output.note("note\x1b[2J")
+    output.print_rows(["a"], [{"a": "one\ntwo\x1b[2J"}], as_json=False)
+    output.print_facts({"a": "one\ntwo\x1b[2J\udcff"}, as_json=False)
+    out, err = capfd.readouterr()
+    assert err == (
         "hive: load a\\x1b[2Jb\\nerror: c\nerror: two\nlines\\x1b]0;x\\x07\n  hint: \\u202etxt\n"
+        "note\\x1b[2J\n"
     )
+    assert out == "A\none\\ntwo\\x1b[2J\na: one\ntwo\\x1b[2J\\udcff\n"
 
 
 async def test_quiet_data_stays_off_stdout(capfd: pytest.CaptureFixture[str]) -> None:
