@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 import attrs
 
 from rbee.errors import MachineError
+from rbee.paths import full_path
 
 # Unix socket paths end at 107 bytes; vLLM's are 37 below a worker's directory, which lies in its
 # hive's, in its queen's (10 each), in the home's (14).
@@ -75,13 +77,12 @@ def short_name(name: str) -> str:
 
 
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
-    return Path(environ.get("RBEE_HOME") or "~/.rbee").expanduser()
+    return full_path(environ.get("RBEE_HOME") or "~/.rbee")
 
 
 def find_home(root: Path | str | None = None, environ: Mapping[str, str] = os.environ) -> Home:
     """Name the home without touching the disk."""
-    path = Path(root).expanduser() if root else default_root(environ)
-    path = path.absolute()
+    path = full_path(root) if root else default_root(environ)
     digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
     runtime = environ.get("XDG_RUNTIME_DIR", "")
     fits = 0 < len(runtime) <= MAX_RUNTIME
@@ -125,7 +126,7 @@ def _check_private(run: Path) -> None:
         raise MachineError(
             f"{run} is not a directory of yours (uid {os.getuid()}, found uid {found.st_uid})",
             code="run_dir_not_private",
-            hint=f"ls -ld {run}",
+            hint=f"ls -ld {shlex.quote(str(run))}",
         )
     if found.st_mode & 0o077:
         run.chmod(0o700)
@@ -176,7 +177,7 @@ def choose_token(home: Home, named: Path | None) -> tuple[Path, str]:
     """Return the token file that ``--token-file`` names, else the home's, and the token in it."""
     if named is None:
         return home.token_file, read_token(home)
-    path = named.expanduser().absolute()
+    path = full_path(named)
     return path, read_token_file(path)
 
 
@@ -187,20 +188,21 @@ def read_token_file(path: Path) -> str:
         MachineError: it cannot be read, is open to others (as with ssh's keys, a file that is not
             ours is its owner's to judge), or holds something else than one token.
     """
+    place = shlex.quote(str(path))
     try:
         with path.open("rb") as file:
             _refuse_open(path, os.fstat(file.fileno()))
             token = file.read(MAX_TOKEN_FILE).strip()
     except OSError as exc:
         raise MachineError(
-            f"cannot read the token file {path}: {exc.strerror}", hint=f"ls -l {path}"
+            f"cannot read the token file {path}: {exc.strerror}", hint=f"ls -l {place}"
         ) from exc
     if not token:
         raise MachineError(
             f"the token file {path} is empty",
-            hint=f"rm {path}   # a new token is made at the next start",
+            hint=f"rm {place}   # a new token is made at the next start",
         )
-    return check_token(token.decode("latin-1"), f"the token file {path}", hint=f"wc {path}")
+    return check_token(token.decode("latin-1"), f"the token file {path}", hint=f"wc {place}")
 
 
 def _refuse_open(path: Path, found: os.stat_result) -> None:
@@ -209,7 +211,7 @@ def _refuse_open(path: Path, found: os.stat_result) -> None:
             f"the token file {path} is open to others (mode {found.st_mode & 0o777:04o}); "
             "only you may read it (mode 0600)",
             code="token_file_open",
-            hint=f"chmod 600 {path}",
+            hint=f"chmod 600 {shlex.quote(str(path))}",
         )
 
 

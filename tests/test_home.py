@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee.errors import MachineError
+from rbee.errors import MachineError, UsageError
 from rbee.home import (
     Home,
     default_root,
@@ -38,6 +38,9 @@ def test_the_home_is_the_argument_then_the_environment_then_the_default(tmp_path
     assert find_home(None, {"RBEE_HOME": "/x"}).root == Path("/x")
     assert default_root({"RBEE_HOME": ""}) == Path("~/.rbee").expanduser()
     assert find_home("~/y", {}).root == Path("~/y").expanduser()
+    for root, environ in (("~nosuch/y", {}), (None, {"RBEE_HOME": "~nosuch"})):
+        with pytest.raises(UsageError, match="no home directory of nosuch on this machine"):
+            find_home(root, environ)
 
 
 def test_the_run_directory_is_short_local_and_one_per_home(home: Home) -> None:

@@ -9,12 +9,13 @@ from functools import partial
 from rbee.aio import open_aio
 from rbee.home import open_home
 from rbee.keeper.flags import AddNodeFlags
-from rbee.keeper.nodes import full_path, port_number, print_node, variables
+from rbee.keeper.nodes import port_number, print_node, variables
 from rbee.keeper.output import Output, is_terminal, note, open_output, write
 from rbee.model import node_name
 from rbee.nodes.add import add_node as try_and_save
 from rbee.nodes.node import Node, NodeStatus, new_node, told
 from rbee.nodes.probe import Vouch, probe_node, vouched
+from rbee.paths import full_path
 from rbee.ssh import UnknownHostKeyError
 from rbee.wire.messages import AddNode
 
@@ -26,7 +27,7 @@ def body_of(flags: AddNodeFlags, name: str) -> AddNode:
         host=flags.host or "",
         port=port_number(flags.port or "") or None,
         user=flags.user or "",
-        key=full_path(flags.key or ""),
+        key=str(full_path(flags.key)) if flags.key else "",
         ssh_alias=flags.from_ssh_config or "",
         rbee_path=flags.rbee_path or "",
         environment=variables(flags.env),

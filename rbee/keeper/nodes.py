@@ -14,6 +14,7 @@ from rbee.keeper.output import human_bytes, note, print_facts, print_json, print
 from rbee.model import LOCALHOST
 from rbee.nodes.node import this_machine, told
 from rbee.nodes.store import NodeStore
+from rbee.paths import full_path
 from rbee.wire import codec
 from rbee.wire.messages import NodeInfo, UpdateNode
 
@@ -57,7 +58,7 @@ def node_update(flags: UpdateNodeFlags) -> UpdateNode:
         host=flags.host,
         port=None if flags.port is None else port_number(flags.port),
         user=flags.user,
-        key=flags.key if flags.key is None else full_path(flags.key),
+        key=flags.key and str(full_path(flags.key)),
         ssh_alias=flags.from_ssh_config,
         transport=flags.transport,
         rbee_path=flags.rbee_path,
@@ -75,13 +76,6 @@ def port_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= 65535):
         raise UsageError(f"port {text!r} is not between 1 and 65535", hint="--port 22")
     return int(text)
-
-
-def full_path(text: str) -> str:
-    """Return what a shell's user means by a path: one from the directory he is in."""
-    from pathlib import Path
-
-    return str(Path(text).expanduser().absolute()) if text else ""
 
 
 def variables(given: Sequence[str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from rbee.errors import (
 )
 from rbee.home import Home, read_token_file, short_name, writing
 from rbee.model import Grace, new_id
+from rbee.paths import full_path
 from rbee.wire.messages import DaemonStart, Health, RunFile
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = 
     Without ``token_file`` only a queen on this machine, or the home's own, gets the home's.
     """
     if token_file:
-        return read_token_file(Path(token_file).expanduser())
+        return read_token_file(full_path(token_file))
     ours = record is not None and record.url == url
     if not ours and not is_loopback(url):
         return ""  # the home's token opens the home's queen; it is nobody else's to see

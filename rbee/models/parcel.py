@@ -18,7 +18,16 @@ from rbee.models.info import damage_of
 from rbee.models.inspect import inspect_model, weight_files
 from rbee.models.progress import amount
 from rbee.models.pypi import CHUNK
-from rbee.models.reference import Aliases, LocalPath, meaning_of, parse, shown, slug, typed_path
+from rbee.models.reference import (
+    Aliases,
+    LocalPath,
+    has_config,
+    meaning_of,
+    parse,
+    shown,
+    slug,
+    typed_path,
+)
 from rbee.models.repository import Remote, belongs
 
 
@@ -49,7 +58,7 @@ def find_parcel(home: Home, name: str, *, aliases: Aliases, dtype: str | None = 
     if items := _whole_items(home, name, aliases):
         return _of_item(_chosen(items, name, dtype), next(filter(None, paths), None))
     for path in paths:
-        if path is not None and (path.path / "config.json").is_file():
+        if path is not None and has_config(path.path):
             return _of_directory(path)
     parse(name, aliases)  # a path that is not there, a name that stands for nothing
     raise NotFoundError(

@@ -11,13 +11,14 @@ import difflib
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import attrs
 
-from rbee.errors import BadInputError, NotFoundError
+from rbee.errors import BadInputError, MachineError, NotFoundError
 
 Aliases = Mapping[str, str | Sequence[str]]
 
@@ -218,7 +219,13 @@ def _why_not_there(path: Path) -> str:
 
 
 def _only_gguf(directory: Path) -> Path:
-    names = sorted(entry.name for entry in directory.iterdir())
+    try:
+        names = sorted(entry.name for entry in directory.iterdir())
+    except OSError as exc:
+        raise MachineError(
+            f"cannot look into {directory}: {exc.strerror}",
+            hint=f"ls -ld {shlex.quote(str(directory))}",
+        ) from exc
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return directory / ggufs[0]
@@ -279,8 +286,17 @@ def _is_gguf(path: Path) -> bool:
 
 
 def _is_model(path: Path) -> bool:
+    return has_config(path) or (_is_gguf(path) and _is_file(path))
+
+
+def has_config(directory: Path) -> bool:
+    """Tell whether there is a model directory; what cannot be looked into counts as none."""
+    return _is_file(directory / "config.json")
+
+
+def _is_file(path: Path) -> bool:
     try:
-        return (path / "config.json").is_file() or (_is_gguf(path) and path.is_file())
+        return path.is_file()
     except OSError:  # such as a name too long to be one
         return False
 

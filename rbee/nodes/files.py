@@ -115,7 +115,7 @@ def _blocks(config: Path, depth: int) -> Iterator[list[str]]:
         elif keyword == "match":
             yield from _match_patterns(words)
         elif depth:
-            for path in (path for word in words for path in _included(word)):
+            for path in (path for word in words for path in _included(config, word)):
                 yield from _blocks(path, depth - 1)
 
 
@@ -125,11 +125,19 @@ def _match_patterns(words: list[str]) -> Iterator[list[str]]:
             yield pattern.split(",")
 
 
-def _included(word: str) -> list[Path]:
+def _included(config: Path, word: str) -> list[Path]:
     """Return the files that an ``Include`` names; relative ones lie in ``~/.ssh``."""
-    path = Path("~/.ssh").expanduser() / Path(word).expanduser()
-    below = path.relative_to(path.anchor)
-    return sorted(found for found in Path(path.anchor).glob(str(below)) if found.is_file())
+    try:
+        path = Path("~/.ssh").expanduser() / Path(word).expanduser()
+        below = path.relative_to(path.anchor)
+        return sorted(found for found in Path(path.anchor).glob(str(below)) if found.is_file())
+    # The ~ of nobody, a pattern that is none, and the root; the SSH client falls over them as well.
+    except (RuntimeError, ValueError, IndexError, OSError) as exc:
+        raise BadInputError(
+            f"{config} cannot be used: Include {word}: {exc}",
+            code="bad_ssh_config",
+            hint=f"grep -in include {shlex.quote(str(config))}",
+        ) from exc
 
 
 def _lines(config: Path) -> Iterator[tuple[str, list[str]]]:

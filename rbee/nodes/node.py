@@ -16,6 +16,7 @@ import attrs
 
 from rbee.errors import BadInputError, ConflictError
 from rbee.model import LOCALHOST, NodeName, node_name
+from rbee.paths import full_path
 from rbee.wire.messages import AddNode, NodeInfo, UpdateNode
 
 RBEE_PATH = "~/.rbee/venv/bin"
@@ -113,9 +114,9 @@ def _check_rbee_path(value: str) -> None:
 
 def _check_environment(values: Mapping[str, str]) -> None:
     for name, value in values.items():
-        if not _VARIABLE.fullmatch(name) or "\0" in value:
+        if not _VARIABLE.fullmatch(name) or "\0" in value or not _is_text(value):
             raise BadInputError(
-                f"{name[:80]!r} cannot be an environment variable (needed: NAME=VALUE)",
+                f"{name[:80]!r} cannot be an environment variable (needed: NAME=VALUE, in UTF-8)",
                 hint="--env OMP_NUM_THREADS=8",
             )
         if name in _OURS:
@@ -128,6 +129,14 @@ def _check_environment(values: Mapping[str, str]) -> None:
                 f"environment variable {name} is never stored: each request hands yours over",
                 hint=f"export {name}=…   # where rbee-keeper runs",
             )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        return False
+    return True
 
 
 @attrs.frozen
@@ -272,9 +281,7 @@ def _transport(value: str) -> Transport:
 
 def _expanded(path: str) -> str:
     """Return a path of this machine with its ``~/`` filled in."""
-    from pathlib import Path
-
-    return str(Path(path).expanduser()) if path.startswith("~/") else path
+    return str(full_path(path)) if path.startswith("~/") else path
 
 
 def told(node: Node) -> NodeInfo:

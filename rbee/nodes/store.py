@@ -140,13 +140,14 @@ class NodeStore:
         return [self._node(row) for row in database.execute("SELECT * FROM nodes ORDER BY name")]
 
     def _node(self, row: sqlite3.Row) -> Node:
-        values = {name: row[name] for name in FIELDS}
         try:
+            values = {name: row[name] for name in FIELDS}
             for name in JSON_FIELDS:
                 values[name] = json.loads(values[name])
             return codec.structure(values, Node)
-        except (BadInputError, ConflictError, ValueError, TypeError) as exc:
-            raise damaged(self.file, f"node {row['name']!r}: {exc}") from exc
+        # IndexError: a column is not there
+        except (BadInputError, ConflictError, ValueError, TypeError, IndexError) as exc:
+            raise damaged(self.file, f"node {dict(row).get('name')!r}: {exc}") from exc
 
 
 def _checked(before: Node, after: Node) -> Node:

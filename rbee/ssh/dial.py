@@ -7,6 +7,7 @@ the program, errors are plain ``OSError``, and we hold the socket that an abort 
 
 from __future__ import annotations
 
+import shlex
 import socket
 import stat
 from collections.abc import Callable
@@ -35,6 +36,7 @@ MAX_HOPS = 8
 HUNG_UP = (asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost, ConnectionError)
 KNOWN_HOSTS = "~/.ssh/known_hosts"
 SYSTEM_KNOWN_HOSTS = "/etc/ssh/ssh_known_hosts"
+UNREADABLE = (RuntimeError, IndexError)  # for a path: the ~ of nobody, the root as a pattern
 Reached = Callable[[str, int], None]
 
 
@@ -159,12 +161,15 @@ class Dialler:
 
         try:
             return await self._aio.call(read)
-        except (OSError, ValueError, asyncssh.Error) as exc:
-            raise SshConfigError(
-                f"node {self._target.node}: the SSH configuration cannot be used: {exc}",
-                hint=f"ssh -G {given['host']}",
-                node=self._target.node,
-            ) from exc
+        except (*UNREADABLE, OSError, ValueError, asyncssh.Error) as exc:
+            raise self._unusable(exc, given["host"]) from exc
+
+    def _unusable(self, exc: Exception, host: str) -> SshConfigError:
+        return SshConfigError(
+            f"node {self._target.node}: the SSH configuration cannot be used: {exc}",
+            hint=f"ssh -G {shlex.quote(host)}",
+            node=self._target.node,
+        )
 
     async def _log_in(self, options: Any, given: dict[str, Any], client: _Client) -> None:
         way = self.line.connections
@@ -203,7 +208,10 @@ class Dialler:
             *(options.config.get("UserKnownHostsFile") or [KNOWN_HOSTS]),
             *options.config.get("GlobalKnownHostsFile", [SYSTEM_KNOWN_HOSTS]),
         ]
-        return [Path(name).expanduser() for name in names]
+        try:
+            return [Path(name).expanduser() for name in names]
+        except UNREADABLE as exc:
+            raise self._unusable(exc, options.host) from exc
 
     def _untrusted(self, exc: Exception, client: _Client, options: Any) -> SshError:
         if client.offered is None:

@@ -115,6 +115,8 @@ def test_an_update_is_shown_to_people(mac: NodeStore, capfd: Captured) -> None:
         (["update", "mac", "--transport", "x"], 2, "transport"),
         (["update", "mac", "--env", "A"], 2, "'A' is not NAME=VALUE"),
         (["update", "mac", "--env", "HF_TOKEN=hush"], 1, "never stored"),
+        (["update", "mac", "--env", "A=\udcff"], 1, "cannot be an environment variable"),
+        (["update", "mac", "--key", "~nosuch/id"], 2, "no home directory of nosuch"),
         (["update", "mac", "--host", "a b"], 1, "neither a host name"),
         (["update", "mac", "--key", "/nowhere/id"], 1, "no key file /nowhere/id"),
         (["update", "mac", "--from-ssh-config", "x"], 1, "excludes --host, --user"),

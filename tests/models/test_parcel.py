@@ -77,3 +77,5 @@ def test_what_is_damaged_or_none_is_refused(home: Home, tiny: Path) -> None:
         found(home, str(tiny))
     with pytest.raises(NotFoundError, match="no model is called"):
         found(home, "nobody")
+    with pytest.raises(NotFoundError, match="file name too long"):
+        found(home, "/" + "a" * 5000)

@@ -103,6 +103,15 @@ def test_included_files_are_looked_through(config: Path, tmp_path: Path) -> None
         check_alias("zzz", config)
 
 
+@pytest.mark.parametrize("word", ["~nosuch/x", "**x", "/"])
+def test_an_include_that_nobody_can_follow_is_told(config: Path, word: str) -> None:
+    config.write_text(f"Include {word}\n")
+    with pytest.raises(BadInputError) as caught:
+        check_alias("gpu-1", config)
+    assert caught.value.message.startswith(f"{config} cannot be used: Include {word}: ")
+    assert caught.value.hint == f"grep -in include {config}"
+
+
 def test_without_a_configuration_there_are_no_hosts(config: Path) -> None:
     config.unlink()
     with pytest.raises(NotFoundError, match="it names none"):

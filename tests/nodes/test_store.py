@@ -163,6 +163,15 @@ async def test_an_entry_that_rbee_did_not_write_is_told(
     assert caught.value.hint.startswith("mv ")
 
 
+async def test_a_table_without_a_column_is_told(store: NodeStore) -> None:
+    await store.add(MAC)
+    connection = sqlite3.connect(store.file)
+    connection.execute("ALTER TABLE nodes RENAME COLUMN created TO made")
+    connection.close()
+    with pytest.raises(MachineError, match="is damaged: node 'mac': "):
+        await store.get("mac")
+
+
 async def test_the_event_loop_runs_on_while_the_database_is_waited_for(store: NodeStore) -> None:
     await store.add(MAC)
     holder = sqlite3.connect(store.file, isolation_level=None)

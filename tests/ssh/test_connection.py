@@ -214,6 +214,10 @@ async def test_a_bad_ssh_config_is_named(sshd: Sshd, aio: Aio, tmp_path: Path) -
     assert "many" in error.message
     (tmp_path / "loop").write_text("Host a b\n  ProxyJump b\n")
     await refused(SshTarget("mac", "a", config=tmp_path / "loop"), aio, SshConfigError)
+    for line in ("Include ~nosuch/x", "Include /", "Include **x", "UserKnownHostsFile ~nosuch/x"):
+        (tmp_path / "config").write_text(f"{line}\n")
+        error = await refused(SshTarget("mac", "a", config=target.config), aio, SshConfigError)
+        assert error.message.startswith("node mac: the SSH configuration cannot be used")
 
 
 # files and forwards ----------------------------------------------------------------------------
