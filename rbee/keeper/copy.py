@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 
 import trio
@@ -12,6 +13,7 @@ from rbee.errors import UsageError
 from rbee.home import find_home
 from rbee.keeper.flags import PullFlags
 from rbee.keeper.output import Output
+from rbee.keeper.start import is_ours
 from rbee.model import LOCALHOST, node_name
 from rbee.models.child import Narrate
 from rbee.models.parcel import Parcel, find_parcel, seal
@@ -25,12 +27,18 @@ from rbee.ssh import ConnectionLostError, TransferError, open_connection
 from rbee.wire.messages import Pulled, PullModel
 
 
-def check_copy(flags: PullFlags) -> None:
-    """Refuse a copy to nowhere; raise `UsageError`."""
+def check_copy(flags: PullFlags, model: str) -> None:
+    """Refuse a copy to nowhere, or to another machine's node; raise `UsageError`."""
+    if not is_ours(flags):
+        raise UsageError(
+            f"--copy sends to a node of this machine's registry; of the queen at {flags.queen_url} "
+            "nothing is asked",
+            hint=f"env -u RBEE_QUEEN_URL {again(model, flags.node)}",
+        )
     if flags.node in (None, LOCALHOST):
         raise UsageError(
             "--copy sends a model of this machine to another one: it needs --node NAME",
-            hint="rbee-keeper node list   # then rbee-keeper model pull MODEL --node NAME --copy",
+            hint=f"rbee-keeper node list   # then: {again(model, 'its-name')}",
         )
 
 
@@ -49,14 +57,17 @@ async def copy_model(flags: PullFlags, request: PullModel, output: Output) -> Pu
     try:
         delivered = await _send(parcel, node, narrate)
     except (ConnectionLostError, TransferError) as exc:
-        model = shown(request.model)
-        exc.hint = (
-            f"rbee-keeper model pull {model} --node {node.name} --copy   # goes on from there"
-        )
+        exc.hint = f"{again(request.model, node.name)}   # goes on from there"
         raise
     if delivered.sent:
         narrate("fetched", f"{parcel.entry.reference} on {node.name}, {human(delivered.sent)} sent")
     return Pulled(parcel.entry.reference, delivered.directory)
+
+
+def again(model: str, node: str | None) -> str:
+    """Write the command that copies a model to a node."""
+    words = ["rbee-keeper", "model", "pull", shown(model)]
+    return shlex.join([*words, *(["--node", node] if node else []), "--copy"])
 
 
 async def _send(parcel: Parcel, node: Node, narrate: Narrate) -> Delivered:

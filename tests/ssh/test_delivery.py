@@ -267,6 +267,8 @@ def test_the_command_needs_no_queen(
     ("line", "code", "says"),
     [
         (["tinyllama"], 2, "it needs --node NAME"),
+        (["tinyllama", "--node", "mac", "--dtype", "banana"], 1, "'banana' is not a dtype"),
+        (["x", "--node", "mac", "--queen-url", "http://192.0.2.1:1"], 2, "registry"),
         (["tinyllama", "--node", "localhost"], 2, "it needs --node NAME"),
         (["tinyllama", "--node", "pc"], 1, "no node 'pc'; known: localhost, mac"),
         (["tinyllama", "--node", "mac"], 1, "tinyllama is not on this machine"),
