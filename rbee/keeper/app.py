@@ -157,7 +157,7 @@ def node_update(name: NodeName, /, *, flags: UpdateNodeFlags | None = None) -> i
     from rbee.keeper.root import run_command
 
     flags = flags or UpdateNodeFlags()
-    update = nodes.node_update(flags)
+    update = nodes.node_update(flags, name)
     return run_command(partial(nodes.update_node, flags, name, update))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from functools import partial
+
+import attrs
 
 from rbee.aio import open_aio
 from rbee.home import open_home
@@ -13,6 +14,7 @@ from rbee.keeper.nodes import port_number, print_node, variables
 from rbee.keeper.output import Output, is_terminal, note, open_output, write
 from rbee.model import node_name
 from rbee.nodes.add import add_node as try_and_save
+from rbee.nodes.commands import add_command, completing
 from rbee.nodes.node import Node, NodeStatus, new_node, told
 from rbee.nodes.probe import Vouch, probe_node, vouched
 from rbee.paths import full_path
@@ -22,18 +24,19 @@ from rbee.wire.messages import AddNode
 
 def body_of(flags: AddNodeFlags, name: str) -> AddNode:
     """Return what the command line gives; raise `UsageError` if that is no sense."""
-    return AddNode(
+    body = AddNode(
         node_name(name),
         host=flags.host or "",
-        port=port_number(flags.port or "") or None,
         user=flags.user or "",
         key=str(full_path(flags.key)) if flags.key else "",
         ssh_alias=flags.from_ssh_config or "",
         rbee_path=flags.rbee_path or "",
-        environment=variables(flags.env),
         transport=flags.transport or "",
         accept_new_host_key=flags.accept_new_host_key,
     )
+    with completing(partial(add_command, body)):
+        port = port_number(flags.port or "") or None
+        return attrs.evolve(body, port=port, environment=variables(flags.env))
 
 
 async def add_node(flags: AddNodeFlags, body: AddNode) -> None:
@@ -62,7 +65,8 @@ def _voucher(body: AddNode, output: Output) -> Vouch:
         if body.accept_new_host_key:
             await output.tell(f"accepted {key}, now in {unknown.file}")
             return True
-        unknown.hint = f"{_again(body)}   # if that is its fingerprint"
+        again = add_command(body, "--accept-new-host-key")
+        unknown.hint = f"{again}   # if that is its fingerprint"
         if not is_terminal(sys.stdin):
             return False
         await output.tell(f"nobody has vouched yet for {key}")
@@ -78,16 +82,3 @@ async def _confirmed(question: str) -> bool:
     await write(2, question.encode())
     answer = await Lines(0).next()
     return (answer or "").strip().lower() in ("y", "yes")
-
-
-def _again(body: AddNode) -> str:
-    """Return the command that accepts the key; what may be a secret is left out."""
-    words = ["rbee-keeper", "node", "add", body.name]
-    for flag, value in (
-        ("host", body.host), ("port", body.port), ("user", body.user), ("key", body.key),
-        ("from-ssh-config", body.ssh_alias), ("transport", body.transport),
-        ("rbee-path", body.rbee_path),
-    ):  # fmt: skip
-        words += [f"--{flag}", str(value)] if value else []
-    more = "".join(f" --env {name}=…" for name in body.environment)
-    return f"{shlex.join(words)}{more} --accept-new-host-key"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from rbee.errors import UsageError
@@ -12,6 +13,7 @@ from rbee.keeper.flags import DataFlags, UpdateNodeFlags
 from rbee.keeper.models import ago
 from rbee.keeper.output import human_bytes, note, print_facts, print_json, print_rows
 from rbee.model import LOCALHOST
+from rbee.nodes.commands import completing, update_command
 from rbee.nodes.node import this_machine, told
 from rbee.nodes.store import NodeStore
 from rbee.paths import full_path
@@ -52,17 +54,20 @@ async def remove_node(flags: DataFlags, name: str) -> None:
         note(f"removed {name}")
 
 
-def node_update(flags: UpdateNodeFlags) -> UpdateNode:
+def node_update(flags: UpdateNodeFlags, name: str) -> UpdateNode:
     """Return what the command line gives; raise `UsageError` if that is nothing, or no sense."""
+    with completing(partial(update_command, name)):
+        port = None if flags.port is None else port_number(flags.port)
+        environment = variables(flags.env) or None
     update = UpdateNode(
         host=flags.host,
-        port=None if flags.port is None else port_number(flags.port),
+        port=port,
         user=flags.user,
         key=flags.key and str(full_path(flags.key)),
         ssh_alias=flags.from_ssh_config,
         transport=flags.transport,
         rbee_path=flags.rbee_path,
-        environment=variables(flags.env) or None,
+        environment=environment,
     )
     if update == UpdateNode():
         raise UsageError("there is nothing to change", hint="rbee-keeper node update --help")

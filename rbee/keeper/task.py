@@ -22,7 +22,7 @@ def infer_task(flags: InferFlags) -> TaskRequest:
     Raises:
         BadInputError: a value that no queen would take.
     """
-    prompt = _read_stdin() if flags.prompt == "-" else flags.prompt
+    prompt = _read_stdin(flags.model) if flags.prompt == "-" else flags.prompt
     if not prompt.strip():
         raise BadInputError(
             "the prompt is empty; a text with something in it is needed",
@@ -126,11 +126,12 @@ def _out_of_range(
     )
 
 
-def _read_stdin() -> str:
+def _read_stdin(model: str) -> str:
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as exc:
         raise BadInputError(
-            f"the prompt on stdin is not UTF-8: {exc}", hint="iconv -t UTF-8 FILE"
+            f"the prompt on stdin is not UTF-8: {exc}",
+            hint=f"iconv -f latin1 -t UTF-8 | {infer(model=model, prompt='-')}",
         ) from exc
     return text.removesuffix("\n")

@@ -9,13 +9,16 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
+import shlex
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import attrs
 
 from rbee.errors import BadInputError, ConflictError
 from rbee.model import LOCALHOST, NodeName, node_name
+from rbee.nodes.commands import add_command, completing, is_secret, update_command
 from rbee.paths import full_path
 from rbee.wire.messages import AddNode, NodeInfo, UpdateNode
 
@@ -26,7 +29,6 @@ _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 _ALIAS = re.compile(r"[^\s\"'*?!,#=-][^\s\"'*?!,#]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$", re.IGNORECASE)
 _OURS = ("RBEE_NONCE", "SPT_NOENV")
 
 
@@ -51,11 +53,11 @@ def _field(check: Any, default: Any = attrs.NOTHING) -> Any:
     return attrs.field(default=default, validator=validate)
 
 
-def _check_text(value: str, flag: str, what: str, most: int = 1024) -> None:
+def _check_text(value: str, example: str, what: str, most: int = 1024) -> None:
     if not value.isprintable() or len(value) > most:
         raise BadInputError(
             f"{what} {value[:80]!r} is not valid: at most {most} characters, all printable",
-            hint=f"{flag} …",
+            hint=example,
         )
 
 
@@ -64,7 +66,7 @@ def _check_host(value: str) -> None:
         user, at, host = value.rpartition("@")
         raise BadInputError(
             f"host {value[:80]!r} is neither a host name nor an IP address",
-            hint=f"--user {user} --host {host}" if at else "--host 192.0.2.7",
+            hint=shlex.join(["--user", user, "--host", host]) if at else "--host 192.0.2.7",
         )
 
 
@@ -82,11 +84,11 @@ def _check_port(value: int | None) -> None:
 
 
 def _check_user(value: str) -> None:
-    _check_text(value, "--user", "user", 256)
+    _check_text(value, '--user "$USER"', "user", 256)
 
 
 def _check_key(value: str) -> None:
-    _check_text(value, "--key", "key file", 4096)
+    _check_text(value, "--key ~/.ssh/id_ed25519", "key file", 4096)
     if value and not value.startswith("/"):
         raise BadInputError(
             f"key file {value!r} is a relative path: a full one is needed, or one from ~/",
@@ -103,12 +105,13 @@ def _check_alias(value: str) -> None:
 
 
 def _check_rbee_path(value: str) -> None:
-    _check_text(value, "--rbee-path", "rbee path", 4096)
+    example = f"--rbee-path '{RBEE_PATH}'"  # the ~ is the node's
+    _check_text(value, example, "rbee path", 4096)
     if not value.startswith(("/", "~/")):
         raise BadInputError(
             f"rbee path {value!r} is relative: the directory of rbee-hive on the node is needed, "
             "from / or ~/",
-            hint=f"--rbee-path {RBEE_PATH}",
+            hint=example,
         )
 
 
@@ -127,7 +130,7 @@ def _check_environment(values: Mapping[str, str]) -> None:
         if name.startswith("HF_") or name == "HUGGING_FACE_HUB_TOKEN":
             raise BadInputError(
                 f"environment variable {name} is never stored: each request hands yours over",
-                hint=f"export {name}=…   # where rbee-keeper runs",
+                hint=f"export {name}   # where rbee-keeper runs, set to its value",
             )
 
 
@@ -182,11 +185,11 @@ class Node:
         said = [name for name in ("host", "port", "user", "key") if getattr(self, name)]
         if self.ssh_alias and said:
             cleared = " ".join(f'--{name} ""' for name in said)
+            alias = shlex.quote(self.ssh_alias)
             raise BadInputError(
                 f"node {self.name}: alias {self.ssh_alias!r} of ~/.ssh/config says host, port, "
                 f"user and key; it excludes --{', --'.join(said)}",
-                hint=f"rbee-keeper node update {self.name} --from-ssh-config {self.ssh_alias} "
-                f"{cleared}",
+                hint=f"--from-ssh-config {alias} {cleared}",
             )
 
     @property
@@ -219,17 +222,18 @@ def new_node(body: AddNode) -> Node:
         BadInputError: a field is wrong.
         ConflictError: it is called ``localhost``.
     """
-    return Node(
-        name=node_name(body.name),
-        host=body.host,
-        port=body.port,
-        user=body.user,
-        key=_expanded(body.key),
-        ssh_alias=body.ssh_alias,
-        rbee_path=body.rbee_path or RBEE_PATH,
-        environment={name: value for name, value in body.environment.items() if value},
-        transport=_transport(body.transport),
-    )
+    with completing(partial(add_command, body)):
+        return Node(
+            name=node_name(body.name),
+            host=body.host,
+            port=body.port,
+            user=body.user,
+            key=_expanded(body.key),
+            ssh_alias=body.ssh_alias,
+            rbee_path=body.rbee_path or RBEE_PATH,
+            environment={name: value for name, value in body.environment.items() if value},
+            transport=_transport(body.transport),
+        )
 
 
 def changed(node: Node, update: UpdateNode) -> Node:
@@ -242,8 +246,9 @@ def changed(node: Node, update: UpdateNode) -> Node:
         for field in attrs.fields(UpdateNode)
         if getattr(update, field.name) is not None
     }
-    changes = {name: _meant(node, name, value) for name, value in given.items()}
-    after = attrs.evolve(node, **changes)
+    with completing(partial(update_command, node.name)):
+        changes = {name: _meant(node, name, value) for name, value in given.items()}
+        after = attrs.evolve(node, **changes)
     if after == node:
         return node
     if any(getattr(after, name) != getattr(node, name) for name in _REACHED_BY):
@@ -287,7 +292,7 @@ def _expanded(path: str) -> str:
 def told(node: Node) -> NodeInfo:
     """Say what others may know of a node: no value of a variable that is named like a secret."""
     environment = {
-        name: HIDDEN if _SECRET.search(name) else value for name, value in node.environment.items()
+        name: HIDDEN if is_secret(name) else value for name, value in node.environment.items()
     }
     return NodeInfo(
         **{

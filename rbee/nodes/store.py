@@ -169,7 +169,7 @@ def taken(name: str) -> ConflictError:
     return ConflictError(
         f"there is a node {name!r} already",
         code="node_exists",
-        hint=f"rbee-keeper node update {name} …   # or: rbee-keeper node show {name}",
+        hint=f"rbee-keeper node show {name}   # to change it: rbee-keeper node update --help",
     )
 
 

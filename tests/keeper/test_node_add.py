@@ -95,8 +95,8 @@ def test_an_unknown_host_key_is_shown_and_refused_where_nobody_can_be_asked(
     err = capfd.readouterr().err
     shown = subprocess.check_output(["ssh-keygen", "-lf", str(mac.place.host_key)], text=True)
     assert f"it offers {shown.split()[1]}" in err
-    again = "rbee-keeper node add mac --from-ssh-config mac --env API_TOKEN=… --accept-new-host-key"
-    assert f"hint: {again}" in err
+    again = 'rbee-keeper node add mac --from-ssh-config mac --env "API_TOKEN=$API_TOKEN"'
+    assert f"hint: {again} --accept-new-host-key" in err
     assert "hush" not in err
     assert not stranger.known_hosts.exists()
     assert saved(home) == []
@@ -179,7 +179,7 @@ def test_a_changed_host_key_is_refused_whatever_is_accepted(
         ([*ALIAS, "--user", "me"], 1, "excludes --user", "--user"),
         ([*ALIAS, "--rbee-path", "bin"], 1, "is relative", "--rbee-path"),
         ([*ALIAS, "--env", "HF_TOKEN=hush"], 1, "never stored", "export"),
-        (["--port", "x"], 2, "port 'x'", "--port 22"),
+        (["--port", "x"], 2, "port 'x'", "rbee-keeper node add mac --port 22"),
         (["--transport", "tcp"], 2, "transport", "--help"),
     ],
 )

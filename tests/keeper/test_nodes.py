@@ -128,6 +128,7 @@ def test_what_is_wrong_is_one_error_and_changes_nothing(
     assert run_line(["node", *line]) == code
     out, err = capfd.readouterr()
     assert why in err
+    assert "hint: --" not in err
     assert "hint: " in err
     assert "hush" not in err
     assert out == ""

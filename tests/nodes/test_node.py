@@ -12,6 +12,7 @@ from rbee.errors import BadInputError, ConflictError
 from rbee.nodes.node import HIDDEN, RBEE_PATH, Node, NodeStatus, Transport, changed, new_node, told
 from rbee.wire.messages import AddNode, UpdateNode
 
+ADD, UPDATE = "rbee-keeper node add mac", "rbee-keeper node update mac"
 MAC = Node("mac", host="mac.local", user="me", status=NodeStatus.READY, capabilities={"rbee": "1"})
 
 
@@ -66,8 +67,22 @@ def test_what_is_right_is_kept_as_it_is(field: str, value: Any) -> None:
 def test_what_is_wrong_is_refused_by_name_with_a_hint(field: str, value: Any, why: str) -> None:
     with pytest.raises(BadInputError, match=why) as caught:
         new_node(AddNode(**{"name": "mac", field: value}))
-    assert caught.value.hint
-    assert "secret" not in str(caught.value)
+    assert caught.value.hint.startswith((f"{ADD} --", "grep ", "export ", "rbee-keeper infer "))
+    assert "secret" not in str(caught.value) + caught.value.hint
+    if (field, value) != ("port", 0) and field != "name":  # the default there; not there
+        with pytest.raises(BadInputError, match=why) as caught:
+            changed(new_node(AddNode("mac")), UpdateNode(**{field: value}))
+        assert caught.value.hint.startswith((f"{UPDATE} --", "grep ", "export "))
+
+
+def test_a_command_that_is_suggested_is_the_one_that_was_meant() -> None:
+    environment = {"A": "a b", "API_TOKEN": "secret", "A_TOKEN$(x)": "secret"}
+    with pytest.raises(BadInputError) as caught:
+        new_node(AddNode("mac", "a b", user="me", rbee_path="~/bin", environment=environment))
+    assert caught.value.hint == (
+        f"{ADD} --user me --rbee-path '~/bin' --env 'A=a b' "
+        '--env "API_TOKEN=$API_TOKEN" --host 192.0.2.7'
+    )
 
 
 def test_localhost_is_reserved() -> None:
@@ -79,7 +94,7 @@ def test_localhost_is_reserved() -> None:
 def test_a_user_in_the_host_is_told_where_it_belongs() -> None:
     with pytest.raises(BadInputError) as caught:
         new_node(AddNode("mac", host="me@mac.local"))
-    assert caught.value.hint == "--user me --host mac.local"
+    assert caught.value.hint == f"{ADD} --user me --host mac.local"
 
 
 @pytest.mark.parametrize("more", [{"host": "h"}, {"port": 22}, {"user": "me"}, {"key": "/k"}])
