@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -344,7 +345,7 @@ def child_exited(what: str, status: int, log_file: Path) -> ChildExitedError:
     """Describe an end that nobody asked for, with the log's tail."""
     return ChildExitedError(
         f"{what} ended unasked with {how_ended(status)}",
-        hint=f"tail -n 50 {log_file}",
+        hint=f"tail -n 50 {shlex.quote(str(log_file))}",
         log=log_tail(log_file),
     )
 

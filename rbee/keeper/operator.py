@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 from contextlib import suppress
@@ -115,10 +116,12 @@ def _did_not_start(log_file: Path, begin: int) -> UnavailableError:
         if error:
             why, hint = error.removeprefix("error: "), hint.removeprefix("  hint: ")
             return UnavailableError(f"queen-rbee did not start: {why}", hint=hint)
-        return UnavailableError(
-            "queen-rbee did not start", hint=f"tail -n 50 {log_file}", log=text[-2000:]
-        )
-    return UnavailableError("queen-rbee did not start", hint=f"tail -n 50 {log_file}")
+        return UnavailableError("queen-rbee did not start", hint=_see(log_file), log=text[-2000:])
+    return UnavailableError("queen-rbee did not start", hint=_see(log_file))
+
+
+def _see(log_file: Path) -> str:
+    return f"tail -n 50 {shlex.quote(str(log_file))}"
 
 
 async def stop_queen(home: Home) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shlex
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -173,7 +174,9 @@ async def ended(record: RunFile, limit: float) -> bool:
 def _no_answer(url: str, record: RunFile | None, why: str) -> UnavailableError:
     if record is None:
         return UnavailableError(
-            f"no queen answers at {url}: {why}", code="unreachable", hint=f"curl {url}/health"
+            f"no queen answers at {url}: {why}",
+            code="unreachable",
+            hint=f"curl {shlex.quote(url)}/health",
         )
     return UnavailableError(
         f"the queen of this home (pid {record.pid}, {url}) does not answer: {why}",
@@ -194,7 +197,7 @@ def _check(health: Health, home: Home | None, url: str) -> None:
         raise ConflictError(
             f"the queen at {url} serves {health.home}, not {home.root}",
             code="other_home",
-            hint=f"rbee-keeper queen status --home {health.home}",
+            hint=f"rbee-keeper queen status --home {shlex.quote(health.home)}",
         )
 
 
