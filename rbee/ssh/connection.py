@@ -215,6 +215,8 @@ class Connection:
     async def _listening(
         self, forward: Callable[..., Awaitable[Any]], *args: Any
     ) -> AsyncGenerator[int, None]:
+        if self._line.last.is_closed():  # asyncssh would listen all the same
+            raise failures.lost(None, self.node)
         listeners: list[Any] = []
 
         async def listen() -> None:
