@@ -127,3 +127,11 @@ async def test_a_pull_tells_what_it_does_and_ends_with_its_reader(
                 assert not ended.is_set()
             await ended.wait()
     assert [path.name for path in home.models.rglob("*") if path.name[0] != "."] == []
+
+
+async def test_a_download_has_the_token_that_the_hive_was_started_with(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    argv = ["/bin/sh", "-c", 'test "$HF_TOKEN" = mine']
+    assert await module._run(argv, log=home.log_file("download")) == 0
