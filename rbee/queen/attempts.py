@@ -108,13 +108,20 @@ class Attempts(TaskOwner):
             self.tasks.start_soon(self._keep, node, self._running[node])
         return self._running[node]
 
-    async def get(self, node: str, narrate: Narrate) -> Hive:
+    async def get(self, node: str, narrate: Narrate, *, since: float = float("inf")) -> Hive:
         """Return a node's hive, found or started.
+
+        Args:
+            since: an attempt that failed after this is not made again: many that wait for one
+                dead node in turn would wait ever longer.
 
         Raises:
             NotFoundError: there is no such node.
             RbeeError: it is not reached, or its hive cannot be started.
         """
+        failure = self._failures.get(node)
+        if failure is not None and failure.at >= since:
+            raise failure.error
         attempt = self.begin(node)
         with attempt.heard_by(narrate):
             await attempt.over.wait()

@@ -26,7 +26,7 @@ from rbee.queen.machine import FoundHive, Machine, OwnedHive, QueenSetup
 from rbee.queen.machines import Machines, Narrate
 from rbee.registry import Registry
 from rbee.scopes import TaskOwner
-from rbee.web.client import call, open_client, open_events
+from rbee.web.client import answering_within, call, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
     DaemonStart,
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 RENEW = 2.0
 FOLLOW_AGAIN = 0.2
 REACH = 5.0  # seconds for a port that must be open
+HEARD = 15.0  # seconds for a hive to tell what workers it has
 ENDS = 0.5  # seconds for the word that a hive has ended, not a firewall closed its port
 KEPT_FAILURES = 100
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
@@ -59,6 +60,7 @@ class Hives(TaskOwner):
         self.machines = machines
         self._hives: dict[str, Hive] = {}
         self._locks: dict[str, trio.Lock] = {}
+        self._starts: dict[str, _Started] = {}
         self.queen_id = setup.id
         self.url = ""
         self.workers: Registry[WorkerId, WorkerInfo] = Registry()
@@ -96,6 +98,8 @@ class Hives(TaskOwner):
         """
         if node not in self._hives:
             await self.machines.check(node)
+            if (start := self._starts.get(node)) is not None:
+                start.scope.cancel(reason="asked to stop")
         async with self._lock(node):
             hive = self._hives.get(node)
             pid = hive.info.pid if hive else self._operators_pid(node)
@@ -127,7 +131,7 @@ class Hives(TaskOwner):
         self, node: str, narrate: Narrate, *, task_status: trio.TaskStatus[Hive]
     ) -> None:
         """Survive a hive's end: it is told to whoever waits for its workers."""
-        status = _Started(task_status)
+        status = self._starts[node] = _Started(task_status)
         error: BaseException = PeerError("it ended")
         try:
             with status.scope:  # `stop` cancels it
@@ -136,12 +140,15 @@ class Hives(TaskOwner):
                 error = UnavailableError("it was stopped")
         except* RbeeError as group:
             error = next(leaves(group))
+        finally:
+            del self._starts[node]
+        if status.done:  # before the registry, which may wait for a lock
+            log.warning("hive on %s is gone: %s", node, error)
+            self._lose(node, error)
         if not status.scope.cancelled_caught:
             await self.machines.note(node, error)
         if not status.done:
             raise error  # bare: whoever asked for the hive handles it as any refusal
-        log.warning("hive on %s is gone: %s", node, error)
-        self._lose(node, error)
 
     async def _run(self, node: str, narrate: Narrate, status: _Started) -> None:
         async with self.machines.connect(node, narrate) as machine:
@@ -163,19 +170,28 @@ class Hives(TaskOwner):
                 health.version,
             )  # fmt: skip
             hive = Hive(info, False, found.token, client, status.scope, machine.via)
-            await self._use_leased(hive, await machine.queen_url(self.url), status)
+            await self._use_leased(hive, machine, await machine.queen_url(self.url), status)
 
-    async def _use_leased(self, hive: Hive, queen_url: str, status: _Started) -> None:
+    async def _use_leased(
+        self, hive: Hive, machine: Machine, queen_url: str, status: _Started
+    ) -> None:
         lease = OwnerLease(queen_url, self._setup.token, self._setup.lease)
         await self._renew(hive, lease)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_lease, hive, lease)
-            nursery.start_soon(hive.keep_watching)
-            try:
-                await self._follow(hive, status)
-            finally:
-                nursery.cancel_scope.cancel(reason="hive is not used any more")
-                with trio.move_on_after(1, shield=True):  # else the lease ends it
+        is_lost = False
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_lease, hive, lease)
+                nursery.start_soon(self._keep_following, hive, status, lease)
+                nursery.start_soon(_wait_heard, hive, status)
+                nursery.start_soon(hive.keep_watching)
+                # What it was told of us leads elsewhere now: nobody there is to get the token.
+                raise await machine.wait_lost()
+        except* RbeeError:
+            is_lost = True
+            raise
+        finally:
+            if not is_lost:  # else it may be used again before the lease ends its workers
+                with trio.move_on_after(1, shield=True):
                     await self._say_goodbye(hive)
 
     async def _own(self, node: str, machine: Machine, narrate: Narrate, status: _Started) -> None:
@@ -203,16 +219,24 @@ class Hives(TaskOwner):
     async def _use_owned(self, hive: Hive, daemon: OwnedHive, status: _Started) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_following, hive, status)
+            nursery.start_soon(_wait_heard, hive, status)
             nursery.start_soon(hive.keep_watching)
             raise await daemon.ended(await daemon.wait())
 
-    async def _keep_following(self, hive: Hive, status: _Started) -> None:
-        """Take the news of a hive that lives; a stream that broke begins with a new snapshot."""
+    async def _keep_following(
+        self, hive: Hive, status: _Started, lease: OwnerLease | None = None
+    ) -> None:
+        """Take the news of a hive that lives; a stream that broke begins with a new snapshot.
+
+        That an operator's hive has ended is told by its ``lease``, which is not taken any more.
+        """
         while True:
             try:
                 await self._follow(hive, status)
             except (PeerError, UnavailableError) as exc:
                 log.info("%s: %s", hive.name, exc)  # if it has ended, its end tells more
+            if lease is not None:
+                await self._renew_unless_frozen(hive, lease)
             await trio.sleep(FOLLOW_AGAIN)
 
     async def _follow(self, hive: Hive, status: _Started) -> None:
@@ -298,7 +322,15 @@ class Hives(TaskOwner):
     async def _keep_lease(self, hive: Hive, lease: OwnerLease) -> None:
         while True:
             await trio.sleep(RENEW)
+            await self._renew_unless_frozen(hive, lease)
+
+    async def _renew_unless_frozen(self, hive: Hive, lease: OwnerLease) -> None:
+        """Renew the lease; a hive that is frozen ends none meanwhile, and is not lost."""
+        try:
             await self._renew(hive, lease)
+        except UnavailableError as exc:
+            if exc.code != "unresponsive":
+                raise
 
     async def _renew(self, hive: Hive, lease: OwnerLease) -> None:
         path = f"{messages.HIVE_OWNERS}/{self._setup.id}"
@@ -324,18 +356,26 @@ def _check_version(node: str, version: str) -> None:
         )
 
 
+async def _wait_heard(hive: Hive, status: _Started) -> None:
+    with answering_within(HEARD, hive.name):
+        await status.used.wait()
+
+
 async def _check_reached(hive: Hive, daemon: OwnedHive) -> None:
     """See that its port is open to us: it has said hello over SSH, which shows nothing of that."""
     try:
         await call(hive.client, "GET", messages.HEALTH, Health, what=hive.name, limit=REACH)
-    except UnavailableError as exc:
+    except (UnavailableError, PeerError) as exc:
         with trio.move_on_after(ENDS):
             raise await daemon.ended(await daemon.wait()) from exc
-        node, url = hive.info.node, hive.client.base_url
+        node, url = hive.info.node, hive.info.url
+        hint = f"rbee-keeper node update {node} --transport ssh"
+        if hive.client.base_url.host == "127.0.0.1":  # it is a forward
+            hint = f"rbee-keeper node check {node}"
         raise UnavailableError(
             f"the {hive.name} runs, but {url} is not reached from here (a firewall?): {exc}",
             code="not_reachable",
-            hint=f"rbee-keeper node update {node} --transport ssh",
+            hint=hint,
         ) from exc
 
 
@@ -353,8 +393,10 @@ class _Started:
 
     _status: trio.TaskStatus[Hive]
     done: bool = False
+    used: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 
     def started(self, hive: Hive) -> None:
         self.done = True
+        self.used.set()
         self._status.started(hive)

@@ -188,14 +188,20 @@ class Jobs(TaskOwner):
         """Relay the answer; False if the worker went before it could say so: place once more."""
         try:
             await self._relay(job, worker)
-        except (UnavailableError, ConflictError, UnauthorizedError) as exc:
-            # Another may have its port by now, and refuse our token or the job.
-            if is_last or job.watch.seen or job.streaming:
+        except (UnavailableError, ConflictError, UnauthorizedError, PeerError) as exc:
+            # Another may have its port by now, and refuse our token or the job. A forward over SSH
+            # takes the connection and hangs up; of a worker itself that is its death, by this job.
+            is_death = isinstance(exc, PeerError) and not self._is_forwarded(worker)
+            if is_last or job.watch.seen or job.streaming or is_death:
                 raise
             log.info("job %s: worker %s is not there: %s", job.id, worker.worker_id, exc)
             self._hives.workers.remove(WorkerId(worker.worker_id))
             return False
         return True
+
+    def _is_forwarded(self, worker: WorkerInfo) -> bool:
+        hive = self._hives.running(worker.node)
+        return hive is not None and hive.way_to(worker.url) != worker.url
 
     # placing ---------------------------------------------------------------------------------
     async def _place(self, job: Job) -> WorkerInfo:
@@ -235,14 +241,15 @@ class Jobs(TaskOwner):
     async def _have_worker(self, job: Job, start: StartWorker) -> WorkerInfo:
         """Return a worker that is on its way at least."""
         names = {(start.node, name) for name in self._aliases.meanings(start.model)}
+        asked = trio.current_time()
         async with self._turns.take(names):  # two jobs for one model are one start
-            return self._choose(job.request) or await self._start(job, start)
+            return self._choose(job.request) or await self._start(job, start, asked)
 
     def _choose(self, request: TaskRequest) -> WorkerInfo | None:
         running = Counter(job.worker_id for job in self._jobs.values())
         return choose(self._hives.workers, request, self._aliases.meanings, running)
 
-    async def _start(self, job: Job, start: StartWorker) -> WorkerInfo:
+    async def _start(self, job: Job, start: StartWorker, asked: float) -> WorkerInfo:
         self._backoff.check(start)
 
         async def begin(hive: Hive) -> WorkerInfo:
@@ -250,7 +257,7 @@ class Jobs(TaskOwner):
                 there = attrs.evolve(job.request, node=hive.info.node)
                 return self._choose(there) or await self._start_on(hive, start, job.narrate)
 
-        return await self._places.start(start, job.narrate, begin)
+        return await self._places.start(start, job.narrate, begin, since=asked)
 
     async def _start_on(self, hive: Hive, start: StartWorker, narrate: Narrate) -> WorkerInfo:
         where = "" if hive.info.node == LOCALHOST else f" on {hive.info.node}"

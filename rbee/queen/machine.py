@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import attrs
+import trio
 
 from rbee.daemon import read_run_file
 from rbee.errors import RbeeError
@@ -87,6 +88,10 @@ class Machine(Protocol):
         """Return this node's address for our own ``url``; "" if there is none."""
         ...
 
+    async def wait_lost(self) -> RbeeError:
+        """Wait until the node is not connected any more and return why."""
+        ...
+
 
 @attrs.frozen
 class _LocalHive:
@@ -134,3 +139,6 @@ class LocalMachine:
 
     async def queen_url(self, url: str) -> str:
         return url
+
+    async def wait_lost(self) -> RbeeError:
+        return await trio.sleep_forever()

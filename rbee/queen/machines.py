@@ -35,6 +35,7 @@ class Machines(TaskOwner):
         self.store = NodeStore.of(setup.home)
         self._remote: Remote | None = None
         self._loading = trio.Lock()
+        self._noting = trio.Lock()  # in the order in which it happened
         self._lasting = trio.CancelScope(shield=True)
 
     async def check(self, name: str) -> None:
@@ -70,10 +71,11 @@ class Machines(TaskOwner):
         if name == LOCALHOST:
             return
         try:
-            if error is None:
-                await self.store.note_ready(name)
-            else:
-                await self.store.note_failure(name, str(error), _status_of(error))
+            async with self._noting:
+                if error is None:
+                    await self.store.note_ready(name)
+                else:
+                    await self.store.note_failure(name, str(error), _status_of(error))
         except RbeeError as exc:  # it was removed meanwhile, or the disk is full: no hive's fault
             log.warning("node %s: %s", name, exc)
 
@@ -81,11 +83,18 @@ class Machines(TaskOwner):
         """Return the SSH side, loaded if it is not yet."""
         async with self._loading:
             if self._remote is None:
-                # In a thread: importing takes half a second, in which no stream should stand.
-                load = importlib.import_module
-                module = await trio.to_thread.run_sync(load, "rbee.queen.remote")
-                self._remote = await self.tasks.start(self._keep_ssh, module.Remote)
+                self._remote = await self._load()
             return self._remote
+
+    async def _load(self) -> Remote:
+        # In a thread: importing takes half a second, in which no stream should stand.
+        load = importlib.import_module
+        module = await trio.to_thread.run_sync(load, "rbee.queen.remote")
+        remote: Remote
+        # Bounded by `open_aio`. Cancelled here, what is started would never learn of it.
+        with trio.CancelScope(shield=True):
+            remote = await self.tasks.start(self._keep_ssh, module.Remote)
+        return remote
 
     async def _keep_ssh(self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]) -> None:
         # Shielded till `open` ends: hives need it for their own end. It has no work of its own.

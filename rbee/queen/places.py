@@ -32,8 +32,18 @@ class Places:
         self._needed = needed
         self._meanings = meanings
 
-    async def start(self, request: StartWorker, narrate: Narrate, begin: Begin) -> WorkerInfo:
+    async def start(
+        self,
+        request: StartWorker,
+        narrate: Narrate,
+        begin: Begin,
+        *,
+        since: float = float("inf"),
+    ) -> WorkerInfo:
         """Begin a worker on the node that is asked for, else on the best one that is reached.
+
+        Args:
+            since: when it was asked for; an attempt that failed after that counts for it as well.
 
         Raises:
             NotFoundError: there is no such node.
@@ -41,10 +51,11 @@ class Places:
             RbeeError: why the one node in question cannot, or what ``begin`` raises.
         """
         if request.node is not None:
-            return await begin(await self._attempts.get(request.node, narrate))
+            return await begin(await self._attempts.get(request.node, narrate, since=since))
         views = await self._look()
         if len(views) == 1:  # nothing to choose: its hive says best what is wrong
-            return await begin(await self._attempts.get(views[0].name, narrate))
+            name = views[0].name
+            return await begin(await self._attempts.get(name, narrate, since=since))
         needed = await self._needed(request)
         ranking = self._rank(request, views, needed)
         self._try_doubted(self._rank(request, _undoubted(views), needed), ranking)

@@ -19,7 +19,7 @@ import trio
 
 from rbee import __version__
 from rbee.aio import Aio
-from rbee.errors import ConflictError
+from rbee.errors import ConflictError, RbeeError
 from rbee.nodes.node import Node, Transport
 from rbee.nodes.probe import probe_node
 from rbee.nodes.target import target_of
@@ -52,7 +52,9 @@ class Remote:
     def fenced_for(self, name: str) -> float:
         """Return the seconds in which something of a lost hive may still run on a node."""
         fence = self._fences.get(name)
-        return max(0.0, fence.lifted_at - trio.current_time()) if fence else 0.0
+        if fence is None or not fence.closed:  # none was lost: it runs, or just starts
+            return 0.0
+        return max(0.0, fence.lifted_at - trio.current_time())
 
     async def probe(self, node: Node) -> dict[str, Any]:
         """Log in to a node and return what it has; raise as `rbee.nodes.probe.probe_node`."""
@@ -168,6 +170,9 @@ class RemoteMachine:
             log.warning("node %s cannot call the queen back: %s", self._node.name, exc)
             return ""
         return f"http://127.0.0.1:{there}"
+
+    async def wait_lost(self) -> RbeeError:
+        return await self._connection.wait_lost()
 
     async def _enter(self, forward: AbstractAsyncContextManager[int]) -> int:
         return await self._forwards.enter_async_context(forward)

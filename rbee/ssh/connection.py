@@ -61,9 +61,7 @@ class Connection:
     def address(self) -> str:
         """Where the node is reached over IP; "" if only its jump host knows."""
         line = self._line
-        if line.sock is None or len(line.connections) > 1:
-            return ""
-        return str(line.sock.getpeername()[0])
+        return "" if len(line.connections) > 1 else line.address
 
     @property
     def user(self) -> str:
@@ -217,13 +215,22 @@ class Connection:
     async def _listening(
         self, forward: Callable[..., Awaitable[Any]], *args: Any
     ) -> AsyncGenerator[int, None]:
+        if self._line.last.is_closed():  # asyncssh would listen all the same
+            raise failures.lost(None, self.node)
         listeners: list[Any] = []
 
         async def listen() -> None:
             listeners.append(await forward(*args))
 
         try:
-            await self._call(listen)
+            try:
+                await self._call(listen)
+            except OSError as exc:  # of ours: no more descriptors, no more ports
+                raise SshError(
+                    f"no port can be forwarded to node {self.node}: {exc.strerror or exc}",
+                    hint="ulimit -n 65536",
+                    node=self.node,
+                ) from exc
             yield listeners[0].get_port()
         finally:
             for listener in listeners:

@@ -41,10 +41,14 @@ Reached = Callable[[str, int], None]
 
 @attrs.define(eq=False)
 class Line:
-    """The connections to a node, the outermost hop first, and the socket below them all."""
+    """The connections to a node, the outermost hop first, and the socket below them all.
+
+    ``address``: of the first machine, as long as the socket may be closed already.
+    """
 
     connections: list[Any] = attrs.field(factory=list)
     sock: socket.socket | None = None
+    address: str = ""
 
     @property
     def last(self) -> Any:
@@ -188,6 +192,7 @@ class Dialler:
     async def _connect(self, host: str, port: int) -> socket.socket:
         stream = await trio.open_tcp_stream(host, port)
         inner = stream.socket
+        self.line.address = str(inner.getpeername()[0])
         sock = socket.socket(inner.family, inner.type, inner.proto, inner.detach())
         sock.setblocking(False)
         with suppress(OSError, AttributeError):  # where there is no such option

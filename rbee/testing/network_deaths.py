@@ -228,10 +228,7 @@ async def run_cell(cell: Cell, hosts: Hosts, name: str) -> Result:
         if rest is not None:
             raise
         assert matched is not None
-        problem = "\n".join(
-            "\n".join([repr(e), *getattr(e, "__notes__", ())]) for e in leaves(matched)
-        )
-        return Result(cell, trio.current_time() - began, problem)
+        return Result(cell, trio.current_time() - began, _in_words(matched))
     finally:
         if host.can_partition:
             host.heal()
@@ -424,8 +421,9 @@ def main() -> int:
         for _ in range(options.rounds):
             results = trio.run(partial(run_cells, cells, hosts, report=_report))
             sys.stdout.write(table(results) + "\n")
-            failed += sum(bool(result.problem) for result in results)
-            sys.stdout.write(f"{len(results) - failed} of {len(results)} cells held\n")
+            lost = sum(bool(result.problem) for result in results)
+            sys.stdout.write(f"{len(results) - lost} of {len(results)} cells held\n")
+            failed += lost
     return 1 if failed else 0
 
 

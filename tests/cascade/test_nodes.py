@@ -79,6 +79,23 @@ def standing_queen(me: User) -> Iterator[subprocess.Popen[bytes]]:
         popen.wait()
 
 
+@contextmanager
+def taken_port(host: Host, port: int) -> Iterator[None]:
+    """Have somebody listen where a hive of the host would."""
+    code = (
+        f"import socket; s = socket.create_server(({host.address!r}, {port})); "
+        "print(flush=True); s.accept()"
+    )
+    popen = subprocess.Popen(host.argv("python3", "-c", code), stdout=subprocess.PIPE)
+    try:
+        assert popen.stdout is not None
+        assert popen.stdout.readline()
+        yield
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
 # one's own hive on the node ---------------------------------------------------------------------
 @pytest.mark.parametrize("transport", list(Transport), ids=lambda one: one.value)
 def test_a_model_answers_on_a_node_and_leaves_nothing(
@@ -101,10 +118,14 @@ def test_a_model_answers_on_a_node_and_leaves_nothing(
 
 def test_the_logs_of_a_node_are_told_after_its_end(me: User, mac: Host) -> None:
     register(me.home, "mac")
-    assert infer(MODEL, "--node", "mac", "--max-tokens", "2", env=me.environ).code == 0
+    with taken_port(mac, 9200):
+        assert infer(MODEL, "--node", "mac", "--max-tokens", "2", env=me.environ).code == 0
     told = run("logs", "--node", "mac", "--json", env=me.environ).out.splitlines()
     logs = {json.loads(line)["log"] for line in told}
     assert "hive-mac" in logs
+    hive = "".join(json.loads(line)["line"] for line in told if '"hive-mac"' in line)
+    assert "port 9200 is taken, using" in hive
+    assert "ready callback" not in hive  # it went through: only a failure is logged
     worker = next(name for name in logs if name.startswith("worker-"))
     alone = run("logs", "--node", "mac", "--worker", worker, env=me.environ).out
     assert "llm-worker-rbee" in alone.splitlines()[0]

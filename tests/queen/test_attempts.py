@@ -182,3 +182,17 @@ async def test_when_all_fail_there_is_none(autojump_clock: trio.abc.Clock) -> No
         assert (await first(attempts, "mac", "linux"))[0] is None
         assert trio.current_time() - nodes.began == 9
         assert None not in (attempts.failure("mac"), attempts.failure("linux"))
+
+
+async def test_who_waited_for_a_node_that_failed_meanwhile_does_not_try_it_again(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_attempts(seconds={"mac": 30.0}, errors={"mac": DOWN}) as (attempts, fake):
+        asked = trio.current_time()
+        for _ in range(3):  # as in turn
+            with pytest.raises(UnavailableError):
+                await attempts.get("mac", lambda narration: None, since=asked)
+        assert fake.tried == [(0.0, "mac")]
+        with pytest.raises(UnavailableError):
+            await attempts.get("mac", lambda narration: None, since=trio.current_time() + 1)
+        assert len(fake.tried) == 2

@@ -72,8 +72,13 @@ async def test_a_heartbeat_tells_how_a_hive_and_its_workers_stand(home: Home) ->
 
 # an operator's hive -------------------------------------------------------------------------------
 @asynccontextmanager
-async def open_operators_hive(home: Home) -> AsyncGenerator[set[str]]:
-    """Serve a small hive that an operator has started; yields the queens with a lease."""
+async def open_operators_hive(
+    home: Home, frozen: trio.Event | None = None
+) -> AsyncGenerator[set[str]]:
+    """Serve a small hive that an operator has started; yields the queens with a lease.
+
+    Once ``frozen`` is set it takes calls and answers none.
+    """
     owners: set[str] = set()
 
     async def health(_: Request) -> Response:
@@ -82,6 +87,8 @@ async def open_operators_hive(home: Home) -> AsyncGenerator[set[str]]:
         )
 
     async def renew(request: Request) -> Response:
+        if frozen is not None and frozen.is_set():
+            await trio.sleep_forever()
         owners.add(request.params["queen"])
         return Response(status=204)
 
@@ -127,6 +134,23 @@ async def test_an_operators_hive_is_used_and_not_ended(home: Home) -> None:
         assert [info.hive_id for info in hives.infos()] == ["hive-1"]
     assert caught.value.hint.startswith(f"kill {os.getpid()} ")
     assert caught.value.code == "not_owned"
+
+
+async def test_an_operators_hive_that_is_frozen_is_not_lost(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.queen.hives.RENEW", 0.05)
+    setup = QueenSetup("queen-1", home, home.run / "q1", "secret", "nonce", lease=0.3)
+    hives, frozen = Hives(setup, Machines(setup)), trio.Event()
+    async with open_operators_hive(home, frozen) as owners:
+        async with hives.open():
+            hive = await hives.get("localhost", lambda narration: None)
+            frozen.set()
+            await trio.sleep(0.8)  # more than one renewal without an answer
+            assert not hive.gone.is_set()
+            assert hives.running("localhost") is hive
+            assert owners == {"queen-1"}  # no goodbye, which would end its workers when it thaws
+        assert owners == set()
 
 
 # stopping -----------------------------------------------------------------------------------------

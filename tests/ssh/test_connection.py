@@ -15,6 +15,7 @@ from rbee.ssh import (
     ChangedHostKeyError,
     SshAuthError,
     SshConfigError,
+    SshError,
     SshKeyError,
     SshTarget,
     TransferError,
@@ -282,3 +283,16 @@ async def test_cancelling_anywhere_leaves_nothing(sshd: Sshd) -> None:
             assert tasks == [2]  # its main, and this one
         assert set(os.listdir("/proc/self/fd")) == before
     await gone(*children(sshd.process.pid), within=5)
+
+
+async def test_a_lost_connection_still_tells_where_it_led_and_forwards_nothing(
+    sshd: Sshd, aio: Aio
+) -> None:
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        sshd.kill_sessions()
+        with trio.fail_after(10):
+            await connection.wait_lost()
+        assert connection.address == "127.0.0.1"
+        with pytest.raises(SshError):
+            async with connection.open_forward("127.0.0.1", 9):
+                pytest.fail("it is lost")
