@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ _HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 _ALIAS = re.compile(r"[^\s\"'*?!,#=-][^\s\"'*?!,#]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(^|_)KEY$", re.IGNORECASE)
+_ADD, _UPDATE = "rbee-keeper node add", "rbee-keeper node update"
 _OURS = ("RBEE_NONCE", "SPT_NOENV")
 
 
@@ -43,18 +45,31 @@ class NodeStatus(enum.Enum):
     UNUSABLE = "unusable"  # reached, but it cannot run a hive: rbee is missing, say
 
 
-def _field(check: Any, default: Any = attrs.NOTHING) -> Any:
-    def validate(node: Any, field: Any, value: Any) -> None:
-        check(value)
+def _field(check: Any, default: Any) -> Any:
+    return attrs.field(default=default, validator=_validator(check))
 
-    return attrs.field(default=default, validator=validate)
+
+def _validator(check: Any) -> Any:
+    def validate(node: Any, field: Any, value: Any) -> None:
+        try:
+            check(value)
+        except BadInputError as exc:
+            exc.hint = _command(node.name, exc.hint)
+            raise
+
+    return validate
+
+
+def _command(name: str, flags: str) -> str:
+    """Make a hint of flags one that runs; what is no flag runs as it is."""
+    return f"{_ADD} {shlex.quote(name)} {flags}" if flags.startswith("--") else flags
 
 
 def _check_text(value: str, flag: str, what: str, most: int = 1024) -> None:
     if not value.isprintable() or len(value) > most:
         raise BadInputError(
             f"{what} {value[:80]!r} is not valid: at most {most} characters, all printable",
-            hint=f"{flag} …",
+            hint=f"{flag} ''",
         )
 
 
@@ -63,7 +78,7 @@ def _check_host(value: str) -> None:
         user, at, host = value.rpartition("@")
         raise BadInputError(
             f"host {value[:80]!r} is neither a host name nor an IP address",
-            hint=f"--user {user} --host {host}" if at else "--host 192.0.2.7",
+            hint=shlex.join(["--user", user, "--host", host]) if at else "--host 192.0.2.7",
         )
 
 
@@ -126,7 +141,7 @@ def _check_environment(values: Mapping[str, str]) -> None:
         if name.startswith("HF_") or name == "HUGGING_FACE_HUB_TOKEN":
             raise BadInputError(
                 f"environment variable {name} is never stored: each request hands yours over",
-                hint=f"export {name}=…   # where rbee-keeper runs",
+                hint=f"export {name}   # where rbee-keeper runs",
             )
 
 
@@ -158,7 +173,7 @@ class Node:
     ssh_alias: str = _field(_check_alias, "")
     rbee_path: str = _field(_check_rbee_path, RBEE_PATH)
     environment: dict[str, str] = attrs.field(
-        factory=dict, validator=lambda node, field, value: _check_environment(value)
+        factory=dict, validator=_validator(_check_environment)
     )
     transport: Transport = Transport.DIRECT
     status: NodeStatus = NodeStatus.UNKNOWN
@@ -176,7 +191,7 @@ class Node:
             raise BadInputError(
                 f"node {self.name}: alias {self.ssh_alias!r} of ~/.ssh/config says host, port, "
                 f"user and key; it excludes --{', --'.join(said)}",
-                hint=f"rbee-keeper node update {self.name} --from-ssh-config {self.ssh_alias} "
+                hint=f"{_ADD} {self.name} --from-ssh-config {shlex.quote(self.ssh_alias)} "
                 f"{cleared}",
             )
 
@@ -219,7 +234,7 @@ def new_node(body: AddNode) -> Node:
         ssh_alias=body.ssh_alias,
         rbee_path=body.rbee_path or RBEE_PATH,
         environment={name: value for name, value in body.environment.items() if value},
-        transport=_transport(body.transport),
+        transport=_transport(body.name, body.transport),
     )
 
 
@@ -233,8 +248,12 @@ def changed(node: Node, update: UpdateNode) -> Node:
         for field in attrs.fields(UpdateNode)
         if getattr(update, field.name) is not None
     }
-    changes = {name: _meant(node, name, value) for name, value in given.items()}
-    after = attrs.evolve(node, **changes)
+    try:
+        changes = {name: _meant(node, name, value) for name, value in given.items()}
+        after = attrs.evolve(node, **changes)
+    except BadInputError as exc:
+        exc.hint = exc.hint.replace(_ADD, _UPDATE)
+        raise
     if after == node:
         return node
     if any(getattr(after, name) != getattr(node, name) for name in _REACHED_BY):
@@ -254,19 +273,19 @@ def _meant(node: Node, name: str, value: Any) -> Any:
         case "rbee_path":
             return value or RBEE_PATH
         case "transport":
-            return _transport(value)
+            return _transport(node.name, value)
         case "environment":
             return {name: text for name, text in (node.environment | value).items() if text}
     return value
 
 
-def _transport(value: str) -> Transport:
+def _transport(name: str, value: str) -> Transport:
     try:
         return Transport(value or Transport.DIRECT.value)
     except ValueError:
         raise BadInputError(
             f"transport {value!r} is unknown; there are direct and ssh",
-            hint="--transport direct",
+            hint=_command(name, "--transport direct"),
         ) from None
 
 

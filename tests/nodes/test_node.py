@@ -66,7 +66,8 @@ def test_what_is_right_is_kept_as_it_is(field: str, value: Any) -> None:
 def test_what_is_wrong_is_refused_by_name_with_a_hint(field: str, value: Any, why: str) -> None:
     with pytest.raises(BadInputError, match=why) as caught:
         new_node(AddNode(**{"name": "mac", field: value}))
-    assert caught.value.hint
+    assert caught.value.hint.startswith(("rbee-keeper ", "grep ", "export "))
+    assert "…" not in caught.value.hint
     assert "secret" not in str(caught.value)
 
 
@@ -79,14 +80,18 @@ def test_localhost_is_reserved() -> None:
 def test_a_user_in_the_host_is_told_where_it_belongs() -> None:
     with pytest.raises(BadInputError) as caught:
         new_node(AddNode("mac", host="me@mac.local"))
-    assert caught.value.hint == "--user me --host mac.local"
+    assert caught.value.hint == "rbee-keeper node add mac --user me --host mac.local"
 
 
 @pytest.mark.parametrize("more", [{"host": "h"}, {"port": 22}, {"user": "me"}, {"key": "/k"}])
 def test_an_alias_excludes_what_it_says_itself(more: dict[str, Any]) -> None:
     with pytest.raises(BadInputError, match=f"excludes --{next(iter(more))}") as caught:
         new_node(AddNode("mac", ssh_alias="gpu", **more))
+    assert caught.value.hint.startswith("rbee-keeper node add mac --from-ssh-config gpu")
     assert f'--{next(iter(more))} ""' in caught.value.hint
+    with pytest.raises(BadInputError) as caught:  # this one is registered
+        changed(Node("mac", **more), UpdateNode(ssh_alias="gpu"))
+    assert caught.value.hint.startswith("rbee-keeper node update mac --from-ssh-config gpu")
 
 
 def test_a_keys_path_from_the_home_is_filled_in_here(
