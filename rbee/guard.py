@@ -660,11 +660,17 @@ def _become_command(plan: Plan, stdin: int, guard: int, failed: int) -> None:
         os._exit(127)
 
 
+def _give_up(number: int, frame: object) -> None:
+    raise TimeoutError("no start line")
+
+
 def main() -> int:
     set_title("rbee-guard")
+    signal.signal(signal.SIGALRM, _give_up)  # whoever started us may have bounded the wait
+    claimed = os.environ.pop("RBEE_CLAIMED", "")
     try:
         given, rest = read_start(0, 30)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # whoever started us may have bounded the wait
+        signal.setitimer(signal.ITIMER_REAL, 0)
         plan = Plan(given)
         if plan.log:
             append_log(plan.log)
@@ -672,6 +678,8 @@ def main() -> int:
             raise ValueError("no command")
     except (OSError, ValueError, TypeError, AttributeError) as exc:
         os.write(2, f"rbee-guard: {exc}\n".encode())
+        if claimed:
+            remove_tree(claimed)
         return 2
     guard = Guard(plan, 0)
 

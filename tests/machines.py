@@ -82,5 +82,11 @@ def plant(host: Host, script: str, name: str = "bin") -> str:
 
 
 def plant_detect(host: Host, **changed: Any) -> str:
-    """Have it print what a good node has, but for what is ``changed``."""
-    return plant(host, f"#!/bin/sh\ncat <<'END'\n{json.dumps(DETECTED | changed)}\nEND\n")
+    """Have it print what a good node has, but for what is ``changed``.
+
+    ``import`` is what it says when an engine is to be imported, and fails.
+    """
+    said = changed.pop("import", "")
+    fails = f"[ $1 = import ] && {{ echo '{said}' >&2; exit 1; }}\n" if said else ""
+    found = json.dumps(DETECTED | changed)
+    return plant(host, f"#!/bin/sh\n{fails}cat <<'END'\n{found}\nEND\n")

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import shlex
+import sys
+from pathlib import Path
 
+import pytest
+
+from rbee import hints
 from rbee.hints import infer, logs_of
 from rbee.model import LOCALHOST
 from tests.programs import KEEPER
@@ -21,3 +26,27 @@ def test_a_workers_log_is_looked_for_on_its_node() -> None:
         "--worker": "w", "--node": "mac",
     }  # fmt: skip
     assert logs_of("w", LOCALHOST) == "rbee-keeper logs --worker w"
+
+
+@pytest.mark.parametrize("tree", [Path("/my src/rbee"), None])
+def test_rbee_is_never_asked_of_an_index(
+    monkeypatch: pytest.MonkeyPatch, tree: Path | None
+) -> None:
+    monkeypatch.setattr(hints, "source_tree", lambda: tree)
+    directory = Path("/my wheels")
+    commands = [hints.install("cpu"), hints.download_rbee(directory, "cpu", then="true")]
+    for words in (shlex.split(command, comments=True) for command in commands):
+        assert ("/my src/rbee[cpu]" if tree else ".[cpu]") in words
+        assert hints.TORCH_CPU_INDEX in words
+        assert not any(word.startswith("rbee") for word in words)
+    assert shlex.split(hints.install(), comments=True)[:4] == [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+    ]
+
+
+def test_paths_are_quoted() -> None:
+    assert hints.ls(Path("/my dir"), "-l") == "ls -l '/my dir'"
+    assert hints.pull("/my dir") == "rbee-keeper model pull '/my dir'"

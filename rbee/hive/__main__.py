@@ -97,6 +97,14 @@ def detect(*, home: Path | None = None) -> None:
     sys.stdout.write(json.dumps(look(find_home(home).root), indent=2) + "\n")
 
 
+@app.command(name="import", show=False)
+def import_engine(engine: str) -> None:
+    """Import an engine as its workers do: what is installed may still be broken."""
+    from rbee.hive.detect import import_engine as try_import
+
+    try_import(engine)
+
+
 def main() -> None:
     from rbee.daemon import run_cli
 

@@ -13,7 +13,7 @@ from typing import Any
 from rbee import __version__
 from rbee.devices import devices
 from rbee.models.names import CatalogNames
-from rbee.worker.engine import GROUP
+from rbee.worker.engine import GROUP, engine_kind
 
 
 def detect(home: Path) -> dict[str, Any]:
@@ -53,6 +53,20 @@ def engine_version(name: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
+
+
+def import_engine(name: str) -> None:
+    """Import an engine as its workers do.
+
+    Raises:
+        NotFoundError: there is none of that name.
+        MachineError: it is installed and cannot be imported.
+    """
+    engine_kind(name)
+    if name == "vllm":
+        from rbee.worker.vllm_engine import import_vllm
+
+        import_vllm()
 
 
 def guarantee() -> dict[str, bool]:

@@ -25,7 +25,7 @@ async def install_node(flags: InstallFlags, name: str) -> None:
     store = NodeStore.of(find_home(flags.home))
     node = await store.get(name)
     wanted = wanted_by(flags)
-    find_wheels(wanted.wheelhouse)  # before anybody waits for a network
+    find_wheels(wanted)  # before anybody waits for a network
     async with open_output() as output:
         installed = await _install(node, wanted, output)
     await store.note_ready(name, installed.capabilities)

@@ -58,7 +58,7 @@ async def _check_here(home: Home, checkup: Checkup) -> None:
     checkup.begin("rbee")
     found = await trio.to_thread.run_sync(detect, home.root)  # a driver may take its time
     checkup.succeed(f"{found['rbee']}, Python {found['python']}")
-    check.check_found(LOCALHOST, found, checkup)
+    await check.check_here(found, checkup)
 
 
 # what is told -------------------------------------------------------------------------------------

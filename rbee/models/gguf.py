@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rbee.errors import BadInputError, MachineError, RbeeError
+from rbee.hints import install, ls
 from rbee.models.child import error_line
 from rbee.models.inspect import inspect_model
 from rbee.models.preflight import ITEM_SIZES, OVERHEAD, check_disk, check_memory
@@ -45,7 +47,7 @@ def dequantise(source: Path, target: Path, dtype: str) -> None:
         raise BadInputError(
             f"{source.name} is one part of a split GGUF (needed: a single file)",
             code="split_gguf",
-            hint="llama-gguf-split --merge FIRST-PART WHOLE.gguf",
+            hint=f"{_merge(source)}   # if it is the first part",
         )
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
     _check_room(source, target, parameters, dtype)
@@ -97,6 +99,10 @@ def _forget_quantisation(model: Any) -> None:
         del model.config.quantization_config
 
 
+def _merge(part: Path) -> str:
+    return shlex.join(["llama-gguf-split", "--merge", str(part), str(part.with_name("whole.gguf"))])
+
+
 def _prepare_imports() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -113,7 +119,7 @@ def _prepare_imports() -> None:
             f"cannot dequantise: {exc} (needed: the packages torch, transformers, gguf, "
             "accelerate)",
             code="missing_package",
-            hint="pip install 'rbee[cpu]'",
+            hint=install("cpu"),
         ) from exc
     # transformers parses the file anew for config, tokenizer and weights, and makes the table of
     # tensor names once per submodule: together half of the time
@@ -128,13 +134,13 @@ def open_reader(source: Path) -> Any:
         return gguf.GGUFReader(str(source))
     except OSError as exc:
         raise BadInputError(
-            f"cannot read {source}: {exc.strerror}", code="unreadable", hint=f"ls -l {source}"
+            f"cannot read {source}: {exc.strerror}", code="unreadable", hint=ls(source, "-l")
         ) from exc
     except Exception as exc:  # whatever a parser raises on bytes that are no GGUF
         raise BadInputError(
             f"{source} is corrupt or no GGUF file: {exc}",
             code="corrupt_model",
-            hint=f"ls -l {source}",
+            hint=ls(source, "-l"),
             file=str(source),
         ) from exc
 

@@ -24,6 +24,7 @@ from typing import Any
 import attrs
 
 from rbee.errors import BadInputError, RbeeError
+from rbee.hints import pull
 from rbee.models.child import error_line
 from rbee.models.preflight import check_disk, human
 from rbee.models.progress import Printer
@@ -54,7 +55,7 @@ class Hub:
             raise BadInputError(
                 f"HF_ENDPOINT is {endpoint!r} (needed: an address such as https://mirror.example)",
                 code="bad_endpoint",
-                hint=f"HF_ENDPOINT=https://MIRROR rbee-keeper model pull hf:{repo}",
+                hint=f"unset HF_ENDPOINT; {pull(f'hf:{repo}')}",
             )
         headers = build_hf_headers(library_name="rbee")
         asked = Asked(repo, revision, endpoint, "authorization" in headers)

@@ -16,6 +16,7 @@ from typing import Any
 import attrs
 
 from rbee.errors import BadInputError
+from rbee.hints import ls
 
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -99,7 +100,7 @@ def weight_files(directory: Path) -> list[Path]:
         raise BadInputError(
             f"{directory} holds no weights (needed: *.safetensors; found: {had})",
             code="missing_weights",
-            hint=f"ls {directory}",
+            hint=ls(directory),
         )
     return found
 
@@ -203,11 +204,11 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.parent} has no {path.name} (needed: a model directory as transformers saves "
             "it, with config.json and *.safetensors)",
             code="not_a_model",
-            hint=f"ls {path.parent}",
+            hint=ls(path.parent),
         ) from None
     except OSError as exc:
         raise BadInputError(
-            f"cannot read {path}: {exc.strerror}", code="unreadable", hint=f"ls -l {path}"
+            f"cannot read {path}: {exc.strerror}", code="unreadable", hint=ls(path, "-l")
         ) from exc
     except (ValueError, RecursionError):
         raise _corrupt(path, "it is not JSON") from None
@@ -218,5 +219,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _corrupt(path: Path, why: str, code: str = "corrupt_model") -> BadInputError:
     return BadInputError(
-        f"{path} is corrupt: {why}", code=code, hint=f"ls -l {path.parent}", file=str(path)
+        f"{path} is corrupt: {why}", code=code, hint=ls(path.parent, "-l"), file=str(path)
     )

@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from rbee.errors import BadInputError, NotFoundError
+from rbee.hints import pull
 from rbee.home import Home
 from rbee.models.catalog import Entry, File, Item, show_model
 from rbee.models.child import Narrate
@@ -65,7 +66,7 @@ def find_parcel(home: Home, name: str, *, aliases: Aliases, dtype: str | None = 
         f"{shown(name)} is not on this machine (needed: a model in its catalog, or a directory "
         "with config.json)",
         code="model_not_here",
-        hint=f"rbee-keeper model pull {shown(name)}",
+        hint=pull(shown(name)),
     )
 
 
@@ -84,7 +85,7 @@ def _damaged(name: str, why: str) -> BadInputError:
     return BadInputError(
         f"{shown(name)} is damaged on this machine: {why}",
         code="corrupt_model",
-        hint=f"rbee-keeper model pull {shown(name)}",
+        hint=pull(shown(name)),
     )
 
 
@@ -100,7 +101,7 @@ def _chosen(items: Sequence[Item], name: str, dtype: str | None) -> Item:
     raise NotFoundError(
         f"{shown(name)} is not on this machine in {dtype}; it is in {', '.join(sorted(made))}",
         code="model_not_here",
-        hint=f"rbee-keeper model pull {shown(name)} --dtype {dtype}",
+        hint=pull(shown(name), "--dtype", dtype),
     )
 
 
@@ -150,21 +151,21 @@ async def seal(parcel: Parcel, narrate: Narrate) -> Parcel:
 
     files = []
     for file in parcel.entry.files:
-        hashed = partial(_hashed, parcel.directory / file.name, file, count)
+        hashed = partial(_hashed, parcel, file, count)
         files.append(await trio.to_thread.run_sync(hashed))
     return attrs.evolve(parcel, entry=attrs.evolve(parcel.entry, files=tuple(files)))
 
 
-def _hashed(path: Path, file: File, count: Callable[[int], None]) -> File:
-    digest, size = hashlib.sha256(), 0
+def _hashed(parcel: Parcel, file: File, count: Callable[[int], None]) -> File:
+    digest, size, model = hashlib.sha256(), 0, parcel.entry.reference
     try:
-        with path.open("rb") as data:
+        with (parcel.directory / file.name).open("rb") as data:
             while chunk := data.read(8 * CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
                 trio.from_thread.run_sync(count, len(chunk))  # raises where we are cancelled
     except OSError as exc:
-        raise _damaged(str(path), exc.strerror or str(exc)) from exc
+        raise _damaged(model, f"{file.name}: {exc.strerror or exc}") from exc
     if size != file.size or file.sha256 not in ("", digest.hexdigest()):
-        raise _damaged(str(path), "it is not what was fetched: its size or hash is another")
+        raise _damaged(model, f"{file.name} is not what was fetched: its size or hash is another")
     return attrs.evolve(file, sha256=digest.hexdigest())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from rbee.errors import (
     RbeeError,
     UnavailableError,
 )
+from rbee.hints import ls
 from rbee.home import Home, writing
 from rbee.log_files import prune_logs
 from rbee.models.access import offline_by, variables_of
@@ -428,7 +430,7 @@ def _fingerprint(source: LocalPath) -> Origin:
         raise BadInputError(
             f"cannot read {source.path}: {exc.strerror}",
             code="unreadable",
-            hint=f"ls -l {source.path}",
+            hint=ls(source.path, "-l"),
         ) from exc
     return Origin(str(source), found.st_size, found.st_mtime_ns, digest.hexdigest())
 
@@ -454,7 +456,7 @@ def _child_error(what: str, error_code: str, code: int, log_file: Path) -> RbeeE
     return MachineError(
         f"{what} ended with {code}{killed}; its last lines:\n{tail}",
         code=error_code,
-        hint=f"tail {log_file}",
+        hint=shlex.join(["tail", str(log_file)]),
         exit_code=code,
         log=tail,
     )

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -19,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 import attrs
 
 from rbee.errors import BadInputError, MachineError, NotFoundError
+from rbee.hints import ls, pull
 
 Aliases = Mapping[str, str | Sequence[str]]
 
@@ -194,7 +194,7 @@ def local_path(path: Path) -> LocalPath:
             f"there is no model at {path}: {why} "
             "(needed: a directory with config.json, or a GGUF file)",
             code="model_not_found",
-            hint=f"ls {_nearest(path)}",
+            hint=ls(_nearest(path)),
         )
     if _is_model(path):
         return LocalPath(path.resolve())
@@ -204,7 +204,7 @@ def local_path(path: Path) -> LocalPath:
         f"{path} is not a model (needed: a directory with config.json, or a file *.gguf; "
         "found: another kind of file)",
         code="not_a_model",
-        hint=f"rbee-keeper model pull {path.parent}",
+        hint=pull(path.parent),
     )
 
 
@@ -224,7 +224,7 @@ def _only_gguf(directory: Path) -> Path:
     except OSError as exc:
         raise MachineError(
             f"cannot look into {directory}: {exc.strerror}",
-            hint=f"ls -ld {shlex.quote(str(directory))}",
+            hint=ls(directory, "-ld"),
         ) from exc
     ggufs = [name for name in names if name.endswith(".gguf")]
     if len(ggufs) == 1:
@@ -233,13 +233,13 @@ def _only_gguf(directory: Path) -> Path:
         raise BadInputError(
             f"{directory} holds {len(ggufs)} GGUF files (needed: one): {', '.join(ggufs[:8])}",
             code="ambiguous_model",
-            hint=f"rbee-keeper model pull {directory / ggufs[0]}",
+            hint=pull(directory / ggufs[0]),
         )
     there = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "nothing"
     raise BadInputError(
         f"{directory} holds no model (needed: config.json, or one *.gguf file; found: {there})",
         code="not_a_model",
-        hint=f"ls {directory}",
+        hint=ls(directory),
     )
 
 
@@ -408,7 +408,7 @@ def _alias_of_hub_id(name: str, known: Aliases) -> str:
 def _unknown(name: str, known: Aliases) -> NotFoundError:
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     near = f"; did you mean {' or '.join(close)}?" if close else ""
-    hint = f"rbee-keeper model pull {close[0]}" if close else _LOOK
+    hint = pull(close[0]) if close else _LOOK
     shown = name if len(name) <= 100 else f"{name[:100]}…"
     return NotFoundError(
         f"no model is called {shown!r}{near} (needed: a directory with config.json, a GGUF file, "

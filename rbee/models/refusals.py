@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
@@ -118,7 +119,7 @@ class Asked:
         return UnavailableError(
             f"cannot fetch {self.name}: {self.hub} cannot be reached: {why}",
             code="hub_unreachable",
-            hint=f"HF_ENDPOINT=https://MIRROR rbee-keeper model pull {self.name}",
+            hint=f"curl -I {shlex.quote(self.hub)}   # HF_ENDPOINT can name another hub or mirror",
             endpoint=self.hub,
         )
 
@@ -126,5 +127,5 @@ class Asked:
         return PeerError(
             f"cannot fetch {self.name}: {self.hub} does not answer as a hub does: {why}",
             code="hub_failed",
-            hint=f"curl -i {self.hub}/api/models/{self.repo}",
+            hint=shlex.join(["curl", "-i", f"{self.hub}/api/models/{self.repo}"]),
         )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import attrs
 
 from rbee.errors import BadInputError
+from rbee.hints import pull
 from rbee.home import write_atomic
 from rbee.models.catalog import File
 from rbee.models.pypi import MODEL_FILES
@@ -125,10 +127,15 @@ def _no_safetensors(repo: str, names: set[str]) -> BadInputError:
     had = f"weights as {', '.join(formats)}" if formats else "no weights at all"
     hint = "rbee-keeper model list"
     if "*.gguf" in formats:
-        hint = "rbee-keeper model pull ./FILE.gguf   # once you have downloaded one of them"
+        hint = _one_gguf(repo, min(name for name in names if name.endswith(".gguf")))
     return BadInputError(
         f"hf:{repo} holds no *.safetensors (needed: those, with config.json; found: {had})",
         code="no_safetensors",
         hint=hint,
         formats=formats,
     )
+
+
+def _one_gguf(repo: str, name: str) -> str:
+    fetch = shlex.join(["hf", "download", repo, name, "--local-dir", "."])
+    return f"{fetch} && {pull(f'./{name}')}   # this one or another"

@@ -12,11 +12,13 @@ import trio
 
 from rbee.aio import Aio
 from rbee.errors import RbeeError
-from rbee.model import DEFAULT_ENGINE
+from rbee.model import DEFAULT_ENGINE, LOCALHOST
 from rbee.models.preflight import human
 from rbee.nodes.add import NoRbeeError
+from rbee.nodes.engines import import_engine, import_here, install_on
 from rbee.nodes.node import Node, NodeStatus, Transport
 from rbee.nodes.probe import check_disk, detect
+from rbee.nodes.store import lacks_engine
 from rbee.nodes.target import target_of
 from rbee.nodes.way import open_way
 from rbee.ssh import (
@@ -27,6 +29,9 @@ from rbee.ssh import (
     look,
     open_connection,
 )
+
+TryImport = Callable[[], Awaitable[str]]
+"""Import the engine where it is to run; return why that fails, "" if it does not."""
 
 LOGIN = ("reachable", "auth")
 STEPS = (
@@ -169,25 +174,35 @@ async def _check_programs(node: Node, connection: Connection, checkup: Checkup) 
     checkup.begin("rbee")
     found = await detect(node, connection)
     checkup.succeed(f"{found['rbee']}, {node.rbee_path}")
-    check_found(node.name, found, checkup, connection.target.command)
+    try_import = partial(import_engine, node, connection, DEFAULT_ENGINE)
+    await check_found(node.name, found, checkup, try_import, connection.target.command)
 
 
-def check_found(name: str, found: dict[str, Any], checkup: Checkup, way: str = "") -> None:
-    """Make the steps that only look at what `rbee-hive detect` said."""
+async def check_here(found: dict[str, Any], checkup: Checkup) -> None:
+    """Make for this machine the steps that come after `rbee-hive detect`."""
+    await check_found(LOCALHOST, found, checkup, partial(import_here, DEFAULT_ENGINE))
+
+
+async def check_found(
+    name: str, found: dict[str, Any], checkup: Checkup, try_import: TryImport, way: str = ""
+) -> None:
+    """Make the steps that look at what `rbee-hive detect` said, and whether the engine works."""
     checkup.found = found
-    checkup.judge("engine", partial(_engines, name, found))
+    await checkup.attempt("engine", partial(_engines, name, found, try_import))
     checkup.judge("disk", partial(check_disk, name, found, way))
     checkup.judge("memory", partial(_memory, found))
     checkup.judge("gpu", partial(_gpus, found))
 
 
-def _engines(name: str, found: Mapping[str, Any]) -> str:
+async def _engines(name: str, found: Mapping[str, Any], try_import: TryImport) -> str:
+    if lacks := lacks_engine(name, found):
+        raise NoRbeeError(lacks, hint=install_on(name), code="no_engine", node=name)
     there = {engine: version for engine, version in found["engines"].items() if version}
-    if DEFAULT_ENGINE not in there:
+    if DEFAULT_ENGINE in there and (why := await try_import()):
         raise NoRbeeError(
-            f"{DEFAULT_ENGINE} is not installed beside the rbee of node {name}",
-            hint=f"rbee-keeper node install {name}",
-            code="no_engine",
+            f"{DEFAULT_ENGINE} of node {name} does not work: {why}",
+            hint=install_on(name, "--force"),
+            code="broken_engine",
             node=name,
         )
     return ", ".join(f"{engine} {version}" for engine, version in there.items())

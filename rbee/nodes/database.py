@@ -126,7 +126,7 @@ def _version(connection: sqlite3.Connection, path: Path, known: int) -> int:
         raise MachineError(
             f"{path} has version {version}; this rbee ({__version__}) knows up to {known}",
             code="database_newer",
-            hint="pip install --upgrade rbee   # or another home: RBEE_HOME=…",
+            hint=f"RBEE_HOME=~/.rbee-{__version__} rbee-keeper node list   # or use the newer rbee",
         )
     return int(version)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import secrets
 import shlex
 from collections.abc import Callable
 from functools import cache, partial
@@ -19,8 +20,8 @@ from typing import Any, Protocol
 import attrs
 import trio
 
-from rbee import __version__
 from rbee.errors import BadInputError, InsufficientError, NotFoundError, RbeeError
+from rbee.hints import TORCH_CPU_INDEX, download, download_rbee
 from rbee.models.preflight import human
 from rbee.nodes import installer
 from rbee.nodes.node import Node
@@ -37,9 +38,7 @@ from rbee.ssh import (
     open_remote,
 )
 
-# As in the Makefile: the extra cpu pins the CPU build of torch, which PyPI itself does not have.
-TORCH = "torch==2.13.0+cpu"
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH = "torch==2.13.0+cpu"  # as in the Makefile, and what the extra cpu pins
 # Bytes that an installation takes at its fullest: a wheel, unpacked, beside what is there already.
 NEEDED = {"none": 200 << 20, "cpu": 5 << 30, "cuda": 16 << 30}
 GRACE = 2.0
@@ -101,19 +100,20 @@ async def install_rbee(
         InsufficientError: its disk is too full.
         RbeeError: the wheelhouse or our own installation is no good.
     """
-    wheels = find_wheels(wanted.wheelhouse)
+    wheels = find_wheels(wanted)
     with TemporaryDirectory(prefix="rbee-wheel-") as directory:
         wheel = await trio.to_thread.run_sync(pack_running, Path(directory))
         return await _Installation(connection, node, wanted, narrate, wheel, wheels).run()
 
 
-def find_wheels(wheelhouse: Path | None) -> dict[str, Path] | None:
-    """Return the wheels of a directory by name; rbee's own is not taken from there.
+def find_wheels(wanted: Wanted) -> dict[str, Path] | None:
+    """Return the wheels of the wheelhouse by name; rbee's own is not taken from there.
 
     Raises:
         NotFoundError: there is no such directory.
         BadInputError: there is no wheel in it.
     """
+    wheelhouse = wanted.wheelhouse
     if wheelhouse is None:
         return None
     try:
@@ -129,9 +129,14 @@ def find_wheels(wheelhouse: Path | None) -> dict[str, Path] | None:
     if not found:
         raise BadInputError(
             f"the wheelhouse {wheelhouse} has no *.whl (needed: all that rbee depends on)",
-            hint=download_hint(wheelhouse, f"rbee[cpu]=={__version__}"),
+            hint=download_rbee(wheelhouse, _extra_of(wanted)),
         )
     return found
+
+
+def _extra_of(wanted: Wanted) -> str:
+    """Return the extra for pip; until the node is asked, cpu is as good a guess as any."""
+    return {"none": "", "": "cpu"}.get(wanted.extra, wanted.extra)
 
 
 @attrs.frozen
@@ -150,7 +155,7 @@ class _Installation:
         if there := seen["there"]:
             return self._installed(there, changed=False)
         self._check_room(seen)
-        wheel = f"{seen['venvs']}/.rbee-{self.wheel.digest[:16]}.whl"
+        wheel = f"{seen['venvs']}/.rbee-{secrets.token_hex(8)}.whl"  # moved by whoever copied it
         await self._copy_all(seen, wheel)
         cpu = seen["extra"] == "cpu"
         torch = {"requirement": TORCH, "index": TORCH_CPU_INDEX} if cpu else None
@@ -216,8 +221,9 @@ class _Installation:
     async def _copy(self, local: Path, remote: str, tell: Callable[[int, int], None]) -> None:
         """Copy a file so that it is there whole or not at all under its name."""
         tell(0, 0)
-        await self.connection.put(local, f"{remote}.part", progress=tell)
-        await self.connection.rename(f"{remote}.part", remote)
+        part = f"{remote}.{secrets.token_hex(4)}.part"  # somebody else may copy the same
+        await self.connection.put(local, part, progress=tell)
+        await self.connection.rename(part, remote)
 
     # what runs there --------------------------------------------------------------------------
     async def _ask(self, verb: str, order: dict[str, Any]) -> dict[str, Any]:
@@ -280,23 +286,24 @@ def failure(
     """Say in our words why the installer has failed."""
     name, ssh = target.node, target.command
     by_hand = f"{ssh} {shlex.quote(shlex.join(['mv', path, f'{path}.before']))}"
+    as_root = f"{target.interactive} sudo apt-get install python3-venv"
     told: dict[str, tuple[type[SshError], str, str]] = {
         "foreign": (
             RemoteMachineError,
             f"{message}; rbee is installed only where nothing is, or an rbee from node install",
             by_hand if path else f'rbee-keeper node update {name} --rbee-path ""',
         ),
-        "no_pip": (RemotePythonError, message, f"{ssh} sudo apt-get install python3-venv"),
+        "no_pip": (RemotePythonError, message, as_root),
         "venv": (
             RemotePythonError,
             f"no virtual environment can be made: {last_line(log) or message}",
-            f"{ssh} sudo apt-get install python3-venv",
+            as_root,
         ),
         "full": (RemoteMachineError, f"the disk is full: {message}", f"{ssh} df -h"),
         "broken": (
             RemoteProgramError,
             f"the new rbee does not run, so it was not put in use: {message}",
-            f"rbee-keeper node install {name} --python python3.12",
+            f"rbee-keeper node check {name}",
         ),
         "pip": _pip_failed(target, wanted, message, log),
     }
@@ -310,12 +317,8 @@ def _pip_failed(
     why = why_failed(log)
     hint = f"{target.command} python3 -m pip config list"
     if why in (PipFailure.OFFLINE, PipFailure.MISSING):
-        hint = f"rbee-keeper node install {target.node} --wheelhouse DIR"
+        again = f"rbee-keeper node install {target.node} --wheelhouse wheelhouse"
+        hint = download_rbee(Path("wheelhouse"), _extra_of(wanted), then=again)
     if wanted.wheelhouse and (missing := _MISSING.search(log)):
-        hint = download_hint(wanted.wheelhouse, missing[1])
+        hint = download(wanted.wheelhouse, missing[1])
     return RemoteMachineError, f"{why.value}: {last_line(log) or message}", hint
-
-
-def download_hint(wheelhouse: Path, requirement: str) -> str:
-    words = ["pip", "download", "--only-binary=:all:", "--dest", str(wheelhouse), requirement]
-    return shlex.join(words)

@@ -6,6 +6,8 @@ the last one is ``{"done": …}`` or ``{"failed": …}``.
 An environment cannot be moved, so each is made in ``venvs/`` beside the symbolic link that names
 the one in use, and the link is replaced at the very end. Whatever ends us before that leaves the
 link as it was; what was half made is removed by the next installation. A lock keeps two apart.
+The environment that was in use before stays until the installation after: where machines share a
+home, another one may still run from it, which nothing here can tell.
 """
 
 from __future__ import annotations
@@ -23,15 +25,16 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 MARKER = "rbee-install.json"
+USUAL = "~/.rbee/venv"
 GONE = ".gone-"
-OLD = 3600.0  # seconds after which nobody comes back for the wheel that he has copied
+OLD = 3600.0  # seconds after which nobody comes back for a wheel that he has copied
 EVERY = 0.5  # seconds between two looks at a download
 TAIL = 12
 AGAIN = "WARNING: Retrying"
@@ -82,13 +85,14 @@ def find_place(order: Order) -> Place:
     if programs.name != "bin":
         raise FailedError("foreign", f"{programs} is not the bin of a virtual environment")
     place = Place(programs.parent)
-    path = str(place.link)
+    # only what nobody else would have put there may be moved away: /usr is at such a place, too
+    path = str(place.link) if place.link == Path(USUAL).expanduser() else ""
     if place.link.is_symlink():
         if place.current.parent != place.venvs.resolve():
-            why = f"{path} leads to {place.current}, which is not of our making"
+            why = f"{place.link} leads to {place.current}, which is not of our making"
             raise FailedError("foreign", why, path=path)
     elif place.link.exists():
-        raise FailedError("foreign", f"{path} is not of our making", path=path)
+        raise FailedError("foreign", f"{place.link} is not of our making", path=path)
     return place
 
 
@@ -117,6 +121,7 @@ def look(order: Order) -> dict[str, Any]:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
     with locked(place):
         clean(place)  # before its room is counted
+    touch(place.wheelhouse, order["wheels"] or ())
     return {
         "there": None,
         "extra": extra,
@@ -186,14 +191,14 @@ def install(order: Order) -> dict[str, Any]:
         if not order["force"] and (there := find_there(place, order, order["extra"])):
             return there  # whoever had the lock before us has made it
         if order["wheels"] is not None:
-            keep_only(place.wheelhouse, set(order["wheels"]))
-        venv = begin(place, order)
+            remove_old(place.wheelhouse, set(order["wheels"]))
+        previous, venv = place.current, begin(place, order)
         try:
             made = make(venv, place, order)
         except Exception:
             shutil.rmtree(venv, ignore_errors=True)  # it may be all that fills the disk
             raise
-        return {**made, "kept": clean(place)}
+        return {**made, "kept": clean(place, previous)}
 
 
 @contextmanager
@@ -235,8 +240,11 @@ def point(link: Path, venv: Path) -> None:
 
 
 # what is not needed any more ----------------------------------------------------------------------
-def clean(place: Place) -> list[str]:
-    """Remove our environments but the one in use; return those that something still runs from."""
+def clean(place: Place, previous: Path | None = None) -> list[str]:
+    """Remove our environments but the one in use and the one before, if that is given.
+
+    Returns those that something still runs from.
+    """
     kept = []
     for path in place.venvs.resolve().iterdir():
         if path.name.startswith(".rbee-") and time.time() - path.stat().st_mtime > OLD:
@@ -245,7 +253,7 @@ def clean(place: Place) -> list[str]:
             continue
         elif is_used(path):
             kept.append(str(path))
-        else:
+        elif path != previous:
             remove(path)
     return kept
 
@@ -287,10 +295,18 @@ def remove(venv: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def keep_only(wheelhouse: Path, wheels: set[str]) -> None:
-    """Remove what our owner's wheelhouse has not any more: pip would choose among all."""
+def touch(wheelhouse: Path, wheels: Iterable[str]) -> None:
+    """Have the wheels that are wanted and there count as new: they are not copied again."""
+    for name in wheels:
+        with suppress(OSError):  # it is not there, or not ours to touch
+            os.utime(wheelhouse / name)
+
+
+def remove_old(wheelhouse: Path, wheels: set[str]) -> None:
+    """Remove what nobody wants any more; another installation may just have copied the rest."""
     for path in wheelhouse.iterdir():
-        if path.is_file() and path.name not in wheels:
+        is_old = time.time() - path.stat().st_mtime > OLD
+        if is_old and path.is_file() and path.name not in wheels:
             path.unlink()
 
 
@@ -302,7 +318,7 @@ def fill(venv: Path, place: Place, order: Order) -> None:
     os.environ["TMPDIR"] = str(temporary)  # a pip that is killed leaves gigabytes there
     source = []
     if order["wheels"] is not None:
-        source = ["--no-index", "--find-links", str(place.wheelhouse)]
+        source = ["--no-index", "--find-links", str(chosen(place, order["wheels"], temporary))]
     say(step="venv", text=f"with Python {sys.version.partition(' ')[0]}")
     make_venv(venv, source)
     wheel = temporary / order["name"]
@@ -315,6 +331,15 @@ def fill(venv: Path, place: Place, order: Order) -> None:
     pip_install(pip, source, f"{wheel}{extra}")
     del os.environ["TMPDIR"]
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def chosen(place: Place, wheels: list[str], temporary: Path) -> Path:
+    """Make a directory of our owner's wheels alone: pip chooses among all that it finds."""
+    directory = temporary / "wheels"
+    directory.mkdir()
+    for name in wheels:
+        (directory / name).symlink_to(place.wheelhouse.resolve() / name)
+    return directory
 
 
 def make_venv(venv: Path, source: list[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -180,9 +179,7 @@ def _no_rbee(node: Node, message: str, code: str = "broken_rbee") -> NoRbeeError
 
 
 def _by_hand(node: Node, connection: Connection) -> str:
-    tilde = "~/" if node.rbee_path.startswith("~/") else ""  # quoted it would be a name
-    program = tilde + shlex.quote(f"{node.rbee_path.removeprefix(tilde)}/rbee-hive")
-    return f"{connection.target.command} {shlex.quote(f'{program} detect')}"
+    return connection.target.running(f"{node.rbee_path}/rbee-hive", "detect")
 
 
 def check_disk(name: str, found: Mapping[str, Any], way: str = "") -> str:

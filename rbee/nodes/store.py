@@ -20,7 +20,7 @@ import trio
 
 from rbee.errors import BadInputError, ConflictError, NotFoundError
 from rbee.home import Home
-from rbee.model import LOCALHOST
+from rbee.model import DEFAULT_ENGINE, LOCALHOST
 from rbee.nodes.database import damaged, open_to_read, open_to_write
 from rbee.nodes.files import check_files
 from rbee.nodes.node import Node, NodeStatus, changed, refuse_localhost
@@ -28,6 +28,7 @@ from rbee.wire import codec
 from rbee.wire.messages import UpdateNode
 
 T = TypeVar("T")
+TESTS = "echo"  # the engine that needs no model, and is wherever rbee is
 FIELDS = tuple(field.name for field in attrs.fields(Node))
 JSON_FIELDS = ("environment", "capabilities")
 _INSERT = f"INSERT INTO nodes ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))})"
@@ -158,18 +159,28 @@ def _checked(before: Node, after: Node) -> Node:
 
 
 def ready(node: Node, capabilities: Mapping[str, Any] | None = None) -> Node:
-    """Return a node that has just answered."""
+    """Return a node that has just answered; it is no good without an engine to run models."""
     found = node.capabilities if capabilities is None else dict(capabilities)
+    lacks = lacks_engine(node.name, found)
+    status = NodeStatus.UNUSABLE if lacks else NodeStatus.READY
     return attrs.evolve(
-        node, status=NodeStatus.READY, last_error="", last_seen=time.time(), capabilities=found
+        node, status=status, last_error=lacks, last_seen=time.time(), capabilities=found
     )
+
+
+def lacks_engine(name: str, capabilities: Mapping[str, Any]) -> str:
+    """Say that a node has no engine but the one for tests; "" if it has one, or has not said."""
+    engines = capabilities.get("engines")
+    if not isinstance(engines, Mapping) or any(engines[one] for one in engines if one != TESTS):
+        return ""
+    return f"{DEFAULT_ENGINE} is not installed beside the rbee of node {name}"
 
 
 def taken(name: str) -> ConflictError:
     return ConflictError(
         f"there is a node {name!r} already",
         code="node_exists",
-        hint=f"rbee-keeper node show {name}   # to change it: rbee-keeper node update --help",
+        hint=f"rbee-keeper node show {name}   # node update changes it",
     )
 
 

@@ -126,7 +126,7 @@ def _blocked(node: Node, port: int, why: str) -> RbeeError:
 def _not_forwarded(connection: Connection, why: str) -> RbeeError:
     return SshError(
         f"the sshd of node {connection.node} forwards no port to where a hive would listen: {why}",
-        hint=f"{connection.target.command} sshd -T   # AllowTcpForwarding must be yes",
+        hint=connection.target.sees_forwarding,
         node=connection.node,
     )
 

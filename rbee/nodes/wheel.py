@@ -21,6 +21,7 @@ import attrs
 
 import rbee
 from rbee.errors import MachineError
+from rbee.hints import install
 from rbee.home import writing
 
 # What the installer has noted, and what the new wheel says anew.
@@ -58,20 +59,19 @@ def pack_running(directory: Path) -> Wheel:
         MachineError: it was never installed, or its source tree is newer than its installation.
     """
     package = Path(rbee.__file__).parent
-    again = f"{sys.executable} -m pip install -e {package.parent}"
     try:
         found = distribution(rbee.__name__)
     except PackageNotFoundError:
         raise MachineError(
             f"rbee runs from {package} and was never installed, so it has no metadata for a wheel",
             code="not_installed",
-            hint=again,
+            hint=install(),
         ) from None
     if found.version != rbee.__version__:
         raise MachineError(
             f"rbee in {package} is {rbee.__version__}, its installation says {found.version}",
             code="stale_installation",
-            hint=again,
+            hint=install(),
         )
     return pack(found, directory, None if _is_recorded(found, package) else package)
 
@@ -110,7 +110,7 @@ def _not_whole(found: Distribution, why: str) -> MachineError:
     return MachineError(
         f"no wheel can be made of the installed {name}: {why}",
         code="not_installed",
-        hint=f"{sys.executable} -m pip install --force-reinstall --no-deps {name}",
+        hint=install(),
     )
 
 

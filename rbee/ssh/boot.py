@@ -230,6 +230,7 @@ def main() -> None:
     answer(request, "ready", facts)
     if request["look"]:
         return
+    os.environ["RBEE_CLAIMED"] = facts["run_dir"]  # the guard's to remove if it gets no plan
     if request["bare"]:
         os.dup2(2, 3, inheritable=True)  # for the command: the guard's own goes to its log
     python = facts["python"]

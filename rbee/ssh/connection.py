@@ -252,7 +252,7 @@ class Connection:
         except asyncssh.ChannelListenError as exc:
             raise SshError(
                 f"the sshd of node {self.node} refuses to forward a port: {exc}",
-                hint=f"{self.target.command} sshd -T   # AllowTcpForwarding must be yes",
+                hint=self.target.sees_forwarding,
                 node=self.node,
             ) from exc
 

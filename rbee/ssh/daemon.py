@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
@@ -165,8 +164,7 @@ async def _ended(process: RemoteProcess, what: str, status: int) -> RbeeError:
 
 
 def _tail_command(process: RemoteProcess) -> str:
-    command = shlex.join(["tail", "-n", "50", process.facts.log])
-    return f"{process.connection.target.command} {shlex.quote(command)}"
+    return process.connection.target.running("tail", "-n", "50", process.facts.log)
 
 
 async def fetch_tail(connection: Connection, path: str, size: int = LOG_TAIL) -> str:

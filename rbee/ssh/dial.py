@@ -302,13 +302,13 @@ def _check_keys(target: SshTarget) -> None:
         except OSError as exc:
             raise SshKeyError(
                 f"node {target.node}: the key file {key} cannot be read: {exc.strerror}",
-                hint=f"ls -l {key.parent}",
+                hint=f"ls -l {shlex.quote(str(key.parent))}",
                 node=target.node,
             ) from exc
         if stat.S_IMODE(found.st_mode) & 0o077:
             raise SshKeyError(
                 f"node {target.node}: the key file {key} may be read by others (mode "
                 f"{stat.S_IMODE(found.st_mode):04o}, needed 0600), SSH does not use such a key",
-                hint=f"chmod 600 {key}",
+                hint=f"chmod 600 {shlex.quote(str(key))}",
                 node=target.node,
             )

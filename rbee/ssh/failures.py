@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def _not_let_in(target: SshTarget, host: str) -> SshError:
             return SshKeyError(
                 f"node {target.node}: {host} did not let {user} in; the key {key} is encrypted "
                 "and no SSH agent holds it",
-                hint=f"ssh-add {key}",
+                hint=f"ssh-add {shlex.quote(str(key))}",
                 node=target.node,
             )
     keys = ", ".join(map(str, target.keys)) or "the agent's keys and those in ~/.ssh"

@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import secrets
-import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
@@ -190,7 +189,7 @@ async def run(
         if process.channel.overflowed:
             raise OutputTooLongError(
                 f"{argv[0]} on node {connection.node} says more than {limit} bytes",
-                hint=f"{connection.target.command} {shlex.quote(shlex.quote(argv[0]))} --help",
+                hint=connection.target.running(argv[0] or "python3", "--help"),
                 node=connection.node,
             )
         return Completed(status, said, process.channel.stderr)

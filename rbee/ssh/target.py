@@ -51,12 +51,31 @@ class SshTarget:
     @property
     def command(self) -> str:
         """The ssh command that goes the same way, for hints."""
-        words = ["ssh"]
+        return shlex.join(self._words("ssh"))
+
+    @property
+    def interactive(self) -> str:
+        """The same with a terminal there, for what asks for a password."""
+        return shlex.join(self._words("ssh", "-t"))
+
+    @property
+    def sees_forwarding(self) -> str:
+        """The command that shows whether its sshd forwards ports."""
+        return f"{self.command} grep -rsi forwarding /etc/ssh   # AllowTcpForwarding must be yes"
+
+    def running(self, program: str, *args: str) -> str:
+        """The ssh command that runs a program there; ``~/`` is of that machine."""
+        tilde = "~/" if program.startswith("~/") else ""  # quoted it would be a name
+        words = [tilde + shlex.quote(program.removeprefix(tilde)), *map(shlex.quote, args)]
+        return f"{self.command} {shlex.quote(' '.join(words))}"
+
+    def _words(self, *program: str) -> list[str]:
+        words = [*program]
         words += ["-F", str(self.config)] if self.config else []
         words += ["-p", str(self.port)] if self.port else []
         words += [word for key in self.keys for word in ("-i", str(key))]
         words.append(f"{self.user}@{self.host}" if self.user else self.host)
-        return shlex.join(words)
+        return words
 
 
 def _check(node: str, what: str, value: str, forbidden: frozenset[str]) -> None:
@@ -69,5 +88,5 @@ def _check(node: str, what: str, value: str, forbidden: frozenset[str]) -> None:
         )
         raise BadInputError(
             f"node {node}: the SSH {what} {value!r} {why}",
-            hint=f"rbee-keeper node update {shlex.quote(node)} --{what} NAME",
+            hint=f"rbee-keeper node update {shlex.quote(node)} --{what} ''",
         )

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl
 import attrs
 import trio
 
-from rbee.errors import BadInputError, MachineError, PeerError
+from rbee.errors import BadInputError, ChildExitedError, MachineError, PeerError
 from rbee.guard import close_all_but, die_with_parent
 from rbee.hints import infer
 from rbee.model import WorkerSpec
@@ -227,10 +227,16 @@ def _words(request: ExecuteRequest) -> list[str]:
     return (request.prompt or "").split()
 
 
-async def _load(seconds: float, progress: Progress) -> None:
-    """Take the time of loading, and tell how far it is, as an engine with weights would."""
+async def _load(process: EngineProcess, seconds: float, progress: Progress) -> None:
+    """Take the time of loading, and tell how far it is, as an engine with weights would.
+
+    Raises:
+        ChildExitedError: the engine process has died meanwhile.
+    """
     began = trio.current_time()
     while (left := began + seconds - trio.current_time()) > 0:
+        if process.is_dead():
+            raise ChildExitedError(f"{await process.wait()} while loading", code="engine_died")
         progress("weights", 1 - left / seconds)
         await trio.sleep(min(left, TELL))
 
@@ -263,7 +269,7 @@ class EchoEngineKind:
         progress("weights", 0.0)
         process = EngineProcess()
         try:
-            await _load(options.load, progress)
+            await _load(process, options.load, progress)
             if options.fail == "load":
                 raise MachineError("the echo engine was told to fail while loading")
             yield EchoEngine(options, process)

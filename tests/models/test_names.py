@@ -41,6 +41,7 @@ def test_the_disk_is_read_again_only_when_it_has_changed(
     looks: list[Path] = []
     read = module._names
     monkeypatch.setattr(module, "_names", lambda models: looks.append(models) or read(models))
+    monkeypatch.setattr(module, "SETTLED", 600.0)  # the machine may be slow
     names = CatalogNames(tmp_path)
     save(tmp_path, "a", "pypi:a")
     names.read()

@@ -109,13 +109,14 @@ def test_the_running_rbee_is_installed_once(
     monkeypatch.setenv("HOME", str(tmp_path))
     mac = hosts["mac"]
     NodeStore.of(home)._insert(with_dependencies(MAC, mac))
-    plant(mac)
+    old, _ = plant(mac)
     there = mac.home / ".rbee/wheelhouse"
     whole, cut, *_ = sorted(wheelhouse.iterdir())
     (there / whole.name).write_bytes(whole.read_bytes())
-    os.utime(there / whole.name, (1e9, 1e9))
+    inode = (there / whole.name).stat().st_ino
     (there / cut.name).write_bytes(cut.read_bytes()[:100])
     (there / "stale-1-py3-none-any.whl").touch()
+    os.utime(there / "stale-1-py3-none-any.whl", (1e9, 1e9))
 
     line = ["node", "install", "mac", "--extra", "none", "--python", PYTHON, "--json",
             "--wheelhouse", str(wheelhouse)]  # fmt: skip
@@ -125,9 +126,9 @@ def test_the_running_rbee_is_installed_once(
     assert (first["node"], first["extra"], first["changed"]) == ("mac", "none", True)
     assert "mac: ready rbee" in err
     assert (mac.home / ".rbee/venv").resolve() == Path(first["venv"])
-    assert entries(mac) == {Path(first["venv"]).name}
+    assert entries(mac) == {Path(first["venv"]).name, old.name}
     assert {path.name for path in there.iterdir()} == {path.name for path in wheelhouse.iterdir()}
-    assert (there / whole.name).stat().st_mtime == 1e9  # was not copied again
+    assert (there / whole.name).stat().st_ino == inode  # was not copied again
     assert (there / cut.name).read_bytes() == cut.read_bytes()
     (node,) = NodeStore.of(home)._read_all()
     assert (node.status, node.capabilities["rbee"]) == (NodeStatus.READY, __version__)
@@ -183,8 +184,13 @@ async def test_a_full_disk_is_told_before_and_meanwhile(
     ("rbee_path", "script", "why", "hint"),
     [
         ("/usr/local/nowhere", "true", "is not the bin of a virtual environment", "--rbee-path"),
-        ("~/it's/bin", 'mkdir -p "$HOME/it\'s"', "it's is not of our making", "mv "),
-        ("~/link/bin", "ln -sfn /usr $HOME/link", "leads to /usr, which is not of our", "mv "),
+        ("~/it's/bin", 'mkdir -p "$HOME/it\'s"', "it's is not of our making", '--rbee-path ""'),
+        (
+            "~/link/bin",
+            "ln -sfn /usr $HOME/link",
+            "leads to /usr, which is not of our",
+            "--rbee-path",
+        ),
         ("/proc/x/bin", "true", "No such file or directory", "df -h"),
     ],
 )

@@ -68,6 +68,7 @@ def test_what_is_wrong_is_refused_by_name_with_a_hint(field: str, value: Any, wh
     with pytest.raises(BadInputError, match=why) as caught:
         new_node(AddNode(**{"name": "mac", field: value}))
     assert caught.value.hint.startswith((f"{ADD} --", "grep ", "export ", "rbee-keeper infer "))
+    assert "…" not in caught.value.hint
     assert "secret" not in str(caught.value) + caught.value.hint
     if (field, value) != ("port", 0) and field != "name":  # the default there; not there
         with pytest.raises(BadInputError, match=why) as caught:
@@ -101,7 +102,11 @@ def test_a_user_in_the_host_is_told_where_it_belongs() -> None:
 def test_an_alias_excludes_what_it_says_itself(more: dict[str, Any]) -> None:
     with pytest.raises(BadInputError, match=f"excludes --{next(iter(more))}") as caught:
         new_node(AddNode("mac", ssh_alias="gpu", **more))
+    assert caught.value.hint.startswith("rbee-keeper node add mac --from-ssh-config gpu")
     assert f'--{next(iter(more))} ""' in caught.value.hint
+    with pytest.raises(BadInputError) as caught:  # this one is registered
+        changed(Node("mac", **more), UpdateNode(ssh_alias="gpu"))
+    assert caught.value.hint.startswith("rbee-keeper node update mac --from-ssh-config gpu")
 
 
 def test_a_keys_path_from_the_home_is_filled_in_here(

@@ -131,6 +131,14 @@ async def test_what_happens_to_a_node_is_noted(store: NodeStore) -> None:
     assert await store.get("mac") == back
 
 
+@pytest.mark.parametrize("vllm", [None, "1.0"])
+async def test_a_node_without_an_engine_is_not_ready(store: NodeStore, vllm: str | None) -> None:
+    await store.add(MAC)
+    node = await store.note_ready("mac", {"engines": {"vllm": vllm, "echo": "1"}})
+    assert node.status is (NodeStatus.READY if vllm else NodeStatus.UNUSABLE)
+    assert ("vllm is not installed" in node.last_error) is (vllm is None)
+
+
 async def test_changes_made_at_once_are_all_kept(store: NodeStore) -> None:
     await store.add(MAC)
     async with trio.open_nursery() as nursery:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ def test_a_host_that_is_none_is_refused(host: str) -> None:
 def test_the_hint_is_a_command_that_can_be_pasted() -> None:
     target = SshTarget("mac", "fe80::1%eth0", port=2222, user="ann b", keys=(Path("/a key"),))
     assert target.command == "ssh -p 2222 -i '/a key' 'ann b@fe80::1%eth0'"
+    assert target.interactive == target.command.replace("ssh", "ssh -t", 1)
+    mac = SshTarget("mac", "mac")
+    assert mac.running("~/bin/rbee-hive", "detect") == "ssh mac '~/bin/rbee-hive detect'"
+    assert mac.running("~/my bin/x") == "ssh mac " + shlex.quote("~/'my bin/x'")
 
 
 def test_a_fence_stands_from_the_last_word_until_the_guards_are_done() -> None:

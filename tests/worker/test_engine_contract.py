@@ -30,7 +30,7 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
             marks=[
                 pytest.mark.vllm,
                 pytest.mark.skipif(
-                    not HAS_VLLM, reason="vllm is not installed: pip install 'rbee[cpu]'"
+                    not HAS_VLLM, reason="vllm is not installed: pip install '.[cpu]'"
                 ),
             ],
         ),

@@ -259,7 +259,7 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 127)
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: pip install 'rbee[cpu]'")
+@pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: pip install '.[cpu]'")
 def test_vllm_forked_from_a_preloaded_process_serves_everything_and_dies_whole(start, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.mkdir()

@@ -158,4 +158,4 @@ def test_a_missing_vllm_is_told_with_the_extra_to_install(monkeypatch):
     monkeypatch.setattr(vllm_plan.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MachineError) as info:
         check_backend(spec())
-    assert "rbee[cpu]" in info.value.hint
+    assert "[cpu]" in info.value.hint
