@@ -167,5 +167,5 @@ def _hashed(parcel: Parcel, file: File, count: Callable[[int], None]) -> File:
     except OSError as exc:
         raise _damaged(model, f"{file.name}: {exc.strerror or exc}") from exc
     if size != file.size or file.sha256 not in ("", digest.hexdigest()):
-        raise _damaged(model, f"{file.name} is not what was fetched: its size or hash is another")
+        raise _damaged(model, f"{file.name} is not what was fetched: size or hash differ")
     return attrs.evolve(file, sha256=digest.hexdigest())
