@@ -226,7 +226,7 @@ async def test_a_node_that_cannot_take_it_says_why(
 async def test_what_has_changed_on_the_disk_here_is_not_sent(home: Home, tiny: Path) -> None:
     parcel = await seal(put(home, tiny), Narration())
     (parcel.directory / "tokenizer.json").write_text("{}")
-    with pytest.raises(BadInputError, match="tokenizer.json is not what was fetched"):
+    with pytest.raises(BadInputError, match=r"tokenizer\.json is not what was fetched"):
         await seal(parcel, Narration())
 
 
