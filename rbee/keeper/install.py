@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -16,6 +15,7 @@ from rbee.nodes.install import Installed, Wanted, find_wheels, install_rbee
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
 from rbee.nodes.target import target_of
+from rbee.paths import full_path
 from rbee.ssh import open_connection
 
 
@@ -36,7 +36,7 @@ async def install_node(flags: InstallFlags, name: str) -> None:
 
 
 def wanted_by(flags: InstallFlags) -> Wanted:
-    wheelhouse = Path(flags.wheelhouse).expanduser() if flags.wheelhouse else None
+    wheelhouse = full_path(flags.wheelhouse) if flags.wheelhouse else None
     return Wanted(flags.extra or "", wheelhouse, flags.python or "", flags.force)
 
 

@@ -210,13 +210,13 @@ async def _engines(name: str, found: Mapping[str, Any], try_import: TryImport) -
 
 def _memory(found: Mapping[str, Any]) -> str:
     cpu: dict[str, Any] = next((one for one in found["devices"] if one.get("backend") == "cpu"), {})
-    free, total = cpu.get("memory_free", 0), cpu.get("memory_total", 0)
+    free, total = cpu.get("memory_free") or 0, cpu.get("memory_total") or 0
     return f"{human(free)} of {human(total)} free, {found.get('cpus')} CPUs"
 
 
 def _gpus(found: Mapping[str, Any]) -> str:
     cards = [one for one in found["devices"] if one.get("backend") == "cuda"]
-    told = [f"{one.get('name')}, {human(one.get('memory_free', 0))} free" for one in cards]
+    told = [f"{one.get('name')}, {human(one.get('memory_free') or 0)} free" for one in cards]
     return "; ".join(told) or "none, the CPU computes"
 
 

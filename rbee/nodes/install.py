@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import secrets
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +24,7 @@ import trio
 
 from rbee.errors import BadInputError, InsufficientError, NotFoundError, RbeeError
 from rbee.hints import TORCH_CPU_INDEX, download, download_rbee
+from rbee.home import writing
 from rbee.models.preflight import human
 from rbee.nodes import installer
 from rbee.nodes.node import Node
@@ -101,7 +104,9 @@ async def install_rbee(
         RbeeError: the wheelhouse or our own installation is no good.
     """
     wheels = find_wheels(wanted)
-    with TemporaryDirectory(prefix="rbee-wheel-") as directory:
+    with ExitStack() as stack:
+        with writing(Path(os.environ.get("TMPDIR") or "/tmp")):
+            directory = stack.enter_context(TemporaryDirectory(prefix="rbee-wheel-"))
         wheel = await trio.to_thread.run_sync(pack_running, Path(directory))
         return await _Installation(connection, node, wanted, narrate, wheel, wheels).run()
 

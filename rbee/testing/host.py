@@ -226,8 +226,9 @@ class Host:
         self._change(frozenset(directions or BOTH), self.link.shape)
 
     def heal(self) -> None:
-        """End a partition, at once."""
-        self._change(frozenset(), self.link.shape)
+        """End a partition, at once; where there can be none, there is none to end."""
+        if self.can_partition:
+            self._change(frozenset(), self.link.shape)
 
     def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
         """Delay all it sends and receives by ``delay`` seconds, lose a share ``loss`` of it.
