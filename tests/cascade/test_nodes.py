@@ -229,7 +229,7 @@ def test_models_are_copied_and_fetched_as_the_user_means_them(me: User, mac: Hos
     there = Path(copied.out.strip())
     assert there.parent == mac.home / ".rbee/models", copied.err
     with standing_queen(me):
-        if not os.access(tiny, os.R_OK) or os.geteuid() == 0:  # on the node nobody can read it
+        if os.geteuid() == 0:  # else the node, which is this machine, has it where it is
             assert model("pull", "mini").out == copied.out
         (info,) = json.loads(model("list", "--json").out)
         assert (info["node"], info["model"], info["damage"]) == ("mac", tiny.as_uri(), "")
