@@ -101,7 +101,7 @@ REFUSED = [
     (["nosuch", "--engine", "vllm"], ["no model is called 'nosuch'", "tinyllama", "model list"]),
     (["./empty", "--engine", "vllm"], ["/empty holds no model", "config.json", "found: nothing"]),
     (["./absent", "--engine", "vllm"], ["/absent", "no such file", "config.json"]),
-    (["hf:org/repo", "--engine", "vllm"], ["hf:org/repo", "cannot be reached", "HF_ENDPOINT=http"]),
+    (["hf:org/repo", "--engine", "vllm"], ["hf:org/repo", "cannot be reached", "HF_ENDPOINT"]),
     (["pypi:", "--engine", "vllm"], ["does not name a package", "pypi:package"]),
     ([""], ["the model's name is empty"]),
     (["echo", "--prompt", ""], ["the prompt is empty"]),
