@@ -98,7 +98,7 @@ def detect(*, home: Path | None = None) -> None:
 
 
 @app.command(name="import", show=False)
-def import_engine(engine: str) -> None:
+def import_engine(engine: str, /) -> None:
     """Import an engine as its workers do: what is installed may still be broken."""
     from rbee.hive.detect import import_engine as try_import
 

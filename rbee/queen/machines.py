@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from rbee.aio import open_aio
 from rbee.errors import RbeeError
 from rbee.model import LOCALHOST
 from rbee.nodes.node import Node, NodeStatus
@@ -93,14 +92,14 @@ class Machines(TaskOwner):
         remote: Remote
         # Bounded by `open_aio`. Cancelled here, what is started would never learn of it.
         with trio.CancelScope(shield=True):
-            remote = await self.tasks.start(self._keep_ssh, module.Remote)
+            remote = await self.tasks.start(self._keep_ssh, module)
         return remote
 
-    async def _keep_ssh(self, make: type[Remote], *, task_status: trio.TaskStatus[Remote]) -> None:
+    async def _keep_ssh(self, module: Any, *, task_status: trio.TaskStatus[Remote]) -> None:
         # Shielded till `open` ends: hives need it for their own end. It has no work of its own.
         with self._lasting:
-            async with open_aio(name="ssh", uvloop=False) as aio:
-                task_status.started(make(self._setup, aio))
+            async with module.open_aio(name="ssh", uvloop=False) as aio:
+                task_status.started(module.Remote(self._setup, aio))
                 await trio.sleep_forever()
 
     @asynccontextmanager

@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from rbee import __version__
-from rbee.aio import Aio
+from rbee.aio import Aio, open_aio
 from rbee.errors import ConflictError, RbeeError
 from rbee.nodes.node import Node, Transport
 from rbee.nodes.probe import probe_node
@@ -35,6 +35,8 @@ from rbee.ssh import (
     open_remote_daemon,
 )
 from rbee.wire.messages import DaemonStart, Narration
+
+__all__ = ["Remote", "RemoteMachine", "open_aio"]
 
 log = logging.getLogger(__name__)
 

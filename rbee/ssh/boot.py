@@ -213,7 +213,7 @@ def look(request: Any) -> Any:
 
 
 def main() -> None:
-    signal.setitimer(signal.ITIMER_REAL, 30)
+    signal.setitimer(signal.ITIMER_REAL, 8)  # what we read has been sent together with this
     request = read_request()
     signal.setitimer(signal.ITIMER_REAL, request["patience"])
     umask = os.umask(0o077)

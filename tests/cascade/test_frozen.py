@@ -74,28 +74,26 @@ def all_below(pid: int) -> list[Identity]:
         return list(tree.noted)
 
 
-async def test_a_frozen_hive_is_unresponsive_until_it_goes_on(queen: AsyncClient) -> None:
-    async def state() -> str:
-        (hive,) = await queen.hives()
-        return hive.state
-
-    (hive,) = await queen.hives()
-    before = all_below(hive.pid)
-    with frozen(hive.pid, "rbee-hive"):
-        await until_state("unresponsive", state)
-        assert all(is_running(one) for one in before)
-    await until_state("ready", state)
-    assert all(is_running(one) for one in before)
-
-
-async def test_a_frozen_worker_is_unresponsive_until_it_goes_on(queen: AsyncClient) -> None:
-    async def state() -> str:
+async def test_a_frozen_worker_and_a_frozen_hive_are_unresponsive_until_they_go_on(
+    queen: AsyncClient,
+) -> None:
+    async def state_of_worker() -> str:
         (worker,) = await queen.workers()
         return worker.state
 
-    (worker,) = await queen.workers()
-    before = all_below(worker.pid)
-    with frozen(worker.pid, "llm-worker-rbee"):
+    async def state_of_hive() -> str:
+        (hive,) = await queen.hives()
+        return hive.state
+
+    (worker,), (hive,) = await queen.workers(), await queen.hives()
+    await check_frozen(worker.pid, "llm-worker-rbee", state_of_worker)
+    await check_frozen(hive.pid, "rbee-hive", state_of_hive)
+
+
+async def check_frozen(pid: int, title: str, state: Callable[[], Awaitable[str]]) -> None:
+    """Freeze a process until that is told, and let it go on; nothing below it may end."""
+    before = all_below(pid)
+    with frozen(pid, title):
         await until_state("unresponsive", state)
         assert all(is_running(one) for one in before)
     await until_state("ready", state)

@@ -180,4 +180,6 @@ async def test_a_partition_while_it_starts_leaves_nothing(
                             await trio.sleep_forever()
         finally:
             host.heal()
-        await clean(host, 15 + KILLED)  # the loader's alarm, if it came no further
+        await clean(
+            host, 8 + 8 + KILLED
+        )  # the loader's alarm and the boot's, if it came no further
