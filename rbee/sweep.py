@@ -166,7 +166,8 @@ class Journal:
             self._shm.update(record.shm)
             if record.run_file:
                 self._run_files.add((record.run_file, record.child.pid))
-        alive = {one for one in self._members if one.alive()}
+        us = os.getpid()  # to sweep oneself ends half-way
+        alive = {one for one in self._members if one.pid != us and one.alive()}
         if alive:
             with suppress(OSError):  # no descriptors left: the records will do
                 below = guard.descendants(*(one.pid for one in alive))
@@ -196,10 +197,16 @@ def claim(directory: Path) -> None:
     temporary.rename(directory)  # nobody sees it without its owner
 
 
-async def sweep_abandoned(run: Path) -> int:
-    """Sweep every run directory below ``run`` whose guards are all dead: a power loss's."""
+async def sweep_abandoned(run: Path, own: Path | None = None) -> int:
+    """Sweep every run directory below ``run`` whose guards are all dead: a power loss's.
+
+    ``own``: where the caller lives. When his own guards have just died he is the one to end, by his
+    lifeline; sweeping himself he would be stopped, and not live to go on to the kill.
+    """
     total = 0
     for directory in sorted(path for path in run.iterdir() if path.is_dir()):
+        if own is not None and own.is_relative_to(directory):
+            continue
         if not _is_new(directory) and abandoned(directory) and not _in_use(directory):
             try:
                 total += await sweep(directory)

@@ -67,6 +67,15 @@ async def test_what_an_abandoned_directory_names_is_ended_and_the_directory_remo
     assert list(home.run.iterdir()) == []
 
 
+async def test_nobody_sweeps_himself_when_his_guards_have_died(home: Home, run_dir: Path) -> None:
+    write(run_dir, child=process(os.getpid()))
+    assert abandoned(run_dir)
+    assert await sweep_abandoned(home.run, run_dir) == 0
+    assert run_dir.exists()  # the next daemon's to remove
+    assert await sweep_abandoned(home.run) == 0  # nor by mistake: we would be stopped for ever
+    assert not run_dir.exists()
+
+
 @slow
 async def test_what_was_forked_after_the_last_record_is_ended_too(run_dir: Path) -> None:
     tree = f"""

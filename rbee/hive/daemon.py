@@ -46,7 +46,7 @@ async def serve(
     """
     nonce = daemon.ensure_nonce()
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
-    await sweep_abandoned(setup.home.run)
+    await sweep_abandoned(setup.home.run, setup.run_dir)
     zygotes = Zygotes(setup.home.log_file, own_environment(setup.home.root, nonce))
     workers = Workers(
         setup,

@@ -52,7 +52,7 @@ async def serve(
         ConflictError: its port is taken and must not be another one.
     """
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
-    await sweep_abandoned(setup.home.run)
+    await sweep_abandoned(setup.home.run, setup.run_dir)
     daemon.remove_stale(setup.home.hive_file, "hive")
     machines = Machines(setup)
     hives = Hives(setup, machines)
