@@ -44,8 +44,10 @@ async def test_the_queens_end_waits_for_ssh_to_be_loaded_and_no_longer(machines:
             await machines.ssh()
             await trio.sleep_forever()
 
-    with trio.fail_after(30):
+    with trio.fail_after(30) as limit:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(use)
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
+    assert not limit.cancelled_caught
+    assert not machines.takes_tasks
