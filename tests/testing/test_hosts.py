@@ -233,7 +233,8 @@ class TestHosts:
     # processes ----------------------------------------------------------------------------------
     def test_a_process_is_listed_on_its_host_only(self, hosts):
         with session(hosts, "mac", "exec sleep 60"):
-            assert [p.title for p in hosts["mac"].processes()] == ["sleep 60"]
+            # What says that it is ready is the shell, which becomes the program after that.
+            wait_for(lambda: [p.title for p in hosts["mac"].processes()] == ["sleep 60"])
             assert hosts["linux"].processes() == []
 
     def test_what_left_its_session_and_environment_is_listed(self, hosts):
