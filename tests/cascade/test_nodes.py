@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 MODEL = "echo?rate=20"
 LONG = ("--max-tokens", "400")
+PROC = ("cmdline", "environ", "comm")
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,23 @@ def taken_port(host: Host, port: int) -> Iterator[None]:
         popen.communicate()
 
 
+def token_of(me: User) -> str:
+    """Return what the user's running queen was given."""
+    return Path(json.loads(me.home.queen_file.read_text())["token_file"]).read_text().strip()
+
+
+def check_unseen(token: str, host: Host) -> None:
+    """See that nothing on the host shows the token: no command line, environment, file or log."""
+    places = [Path(f"/proc/{one.pid}/{name}") for one in host.processes() for name in PROC]
+    files = [path for path in (host.home / ".rbee").rglob("*") if path.is_file()]
+    runs = [path for path in Path("/tmp").glob(f"rbee-{host.uid}-*/**/*") if path.is_file()]
+    assert len(places) >= 12
+    assert files
+    assert runs
+    seen = [path for path in (*places, *files, *runs) if token.encode() in path.read_bytes()]
+    assert seen == []
+
+
 # one's own hive on the node ---------------------------------------------------------------------
 @pytest.mark.parametrize("transport", list(Transport), ids=lambda one: one.value)
 def test_a_model_answers_on_a_node_and_leaves_nothing(
@@ -105,6 +123,7 @@ def test_a_model_answers_on_a_node_and_leaves_nothing(
     with running_infer(MODEL, "--node", "mac", *LONG, env=me.environ) as running:
         running.read_some(20)
         there = titles(mac)
+        check_unseen(token_of(me), mac)
         running.signal(signal.SIGINT)
         done = running.end()
     assert [one for one in there if one != "echo-engine"] == [
@@ -186,6 +205,23 @@ def test_an_operators_hive_on_a_node_survives_keeper_and_queen(
         refused = run("hive", "stop", "--node", "mac", env=me.environ)
         refused.check_refusal("not this queen's to end")
     assert [one.pid for one in mac.processes() if one.title == "rbee-hive"] == hive
+
+
+def test_a_queen_that_is_cut_off_costs_an_operators_hive_only_her_workers(
+    me: User, mac: Host, hosts: Hosts
+) -> None:
+    if not mac.can_partition:
+        pytest.skip(mac.why_no_partition)
+    register(me.home, "mac")
+    subprocess.run(hosts.ssh("mac", f"{BIN}/rbee-hive daemon >/dev/null 2>&1 &"), check=True)
+    wait_for(lambda: (mac.home / ".rbee/run/hive.json").exists(), 30)
+    with running_infer(MODEL, "--node", "mac", *LONG, env=me.environ) as running:
+        running.read_some(10)
+        mac.partition()
+        wait_for(lambda: "llm-worker-rbee" not in titles(mac), LEASE + KILLING)
+        assert "rbee-hive" in titles(mac)
+        mac.heal()
+        assert running.end().code == 1
 
 
 def test_a_killed_queen_costs_an_operators_hive_only_her_own_workers(
