@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 # No quote, dollar, backslash or exclamation mark within the quotes: any login shell reads it so.
 LOADER = (
-    "exec python3 -I -S -c 'import json, os, signal; signal.alarm(8); "
+    "exec python3 -I -S -c 'import json, os, signal; signal.alarm(5); "
     'exec(json.loads(os.fdopen(0, "rb", 0, closefd=False).readline().decode()))\''
 )
 # The command's own errors go to us, not to the log of the guard; its input is not the lifeline.
