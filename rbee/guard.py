@@ -249,12 +249,17 @@ def remove_run_file(path: str, pid: int) -> None:
 
 
 def cap_log(path: str) -> None:
-    """Keep the log that stderr appends to under its cap: its content moves to ``.1``."""
+    """Keep the log that stderr appends to under its cap: its newest content moves to ``.1``.
+
+    No more than that is copied: whoever floods the log is quicker, and must not keep a guard from
+    its watch.
+    """
     try:
-        if os.fstat(2).st_size > LOG_CAP:
+        size = os.fstat(2).st_size
+        if size > LOG_CAP:
             with open(path, "rb") as old, open(path + ".1", "wb") as new:
-                while data := old.read(1 << 20):
-                    new.write(data)
+                old.seek(size - LOG_CAP)
+                new.write(old.read(LOG_CAP))
             os.ftruncate(2, 0)
     except OSError:
         pass

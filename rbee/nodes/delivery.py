@@ -66,7 +66,8 @@ async def deliver(
             if told["state"] == "there":
                 narrate("skip", f"{parcel.entry.reference}: node {connection.node} has it already")
                 return Delivered(told["directory"], sent)
-            sent += await _send(parcel, connection, told, narrate)
+            async with _explaining(parcel, connection, home):
+                sent += await _send(parcel, connection, told, narrate)
             narrate("check", f"{human(parcel.entry.size)} on {connection.node}")
             argv = _argv("finish", parcel, home)
             ended = _answer(connection, await run(connection, argv, grace=GRACE))
@@ -95,6 +96,22 @@ async def _open_receiver(
         told = _answer(connection, done)
         _check(told, parcel, connection)
         yield told
+
+
+@asynccontextmanager
+async def _explaining(
+    parcel: Parcel, connection: Connection, home: str
+) -> AsyncGenerator[None, None]:
+    """Say of a transfer that failed that the disk there has no room for the rest, if it is so.
+
+    SFTP tells no more than "failure" of a full disk.
+    """
+    try:
+        yield
+    except TransferError:
+        left = await run(connection, _argv("room", parcel, home), grace=GRACE)
+        _check(_answer(connection, left), parcel, connection)
+        raise
 
 
 async def _send(

@@ -1,8 +1,9 @@
 """Runs on a node while a model is copied there: standard library only, sent through SSH.
 
-``prepare`` says what of the model is there and holds its lock until it is ended; ``finish`` checks
-what has come and puts it in its place. What lies where is as in `rbee.models.catalog`, `staging`
-and `locks`: an unfinished copy is an unfinished download to the rbee of the node.
+``prepare`` says what of the model is there and holds its lock until it is ended, ``room`` whether
+there is room for the rest; ``finish`` checks what has come and puts it in its place. What lies
+where is as in `rbee.models.catalog`, `staging` and `locks`: an unfinished copy is an unfinished
+download to the rbee of the node.
 """
 
 import fcntl
@@ -104,10 +105,7 @@ def is_used(place: Place) -> bool:
 
 def expect(place: Place) -> None:
     have = place.have()
-    needed = sum(file["size"] for file in place.parts.values()) - sum(have.values())
-    free = free_bytes(place.models)
-    if needed > free:
-        say(state="full", needed=needed, free=free, models=str(place.models))
+    if not has_room(place):
         return
     place.partial.mkdir(mode=0o700, parents=True, exist_ok=True)
     place.note.write_text(place.entry["reference"])
@@ -116,6 +114,21 @@ def expect(place: Place) -> None:
             path.unlink()
     say(state="ready", have=have, partial=str(place.partial))
     signal.pause()
+
+
+def has_room(place: Place) -> bool:
+    """Tell whether the disk has room for what has not come yet; if not, say so."""
+    came = sum(place.have().values())
+    needed: int = sum(file["size"] for file in place.parts.values()) - came
+    free = free_bytes(place.models)
+    if needed > free:
+        say(state="full", needed=needed, free=free, models=str(place.models))
+    return needed <= free
+
+
+def room(place: Place) -> None:
+    if has_room(place):
+        say(state="room")
 
 
 def free_bytes(path: Path) -> int:
@@ -216,7 +229,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     verb, home, name, record = sys.argv[1:]
     try:
-        {"prepare": prepare, "finish": finish}[verb](Place(home, name, record))
+        {"prepare": prepare, "room": room, "finish": finish}[verb](Place(home, name, record))
     except OSError as exc:
         say(state="failed", why=f"{exc.filename or home}: {exc.strerror}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +31,8 @@ from rbee.wire.messages import (
     TaskRequest,
     WorkerReady,
 )
+
+log = logging.getLogger(__name__)
 
 
 def make_app(
@@ -115,6 +118,7 @@ def make_app(
     async def worker_ready(request: Request) -> Response:
         message = await request.read(WorkerReady)
         info = _worker(hives, message.worker_id)
+        log.info("worker %s on %s called back: it is ready", info.worker_id, info.node)
         state = WorkerState.READY.value
         ready = attrs.evolve(info, state=state, url=message.url, model=message.model_ref)
         if hive := hives.running(info.node):

@@ -105,6 +105,7 @@ class HubServer:
         failures: statuses for the next requests of descriptions.
         garbage: what comes in place of every description.
         sent: bytes of bodies, by file name.
+        pace: seconds that each `BLOCK` of a file takes.
     """
 
     repos: dict[str, Repo] = attrs.field(factory=dict)
@@ -113,16 +114,17 @@ class HubServer:
     garbage: bytes = b""
     requests: list[Request] = attrs.field(factory=list)
     sent: Counter[str] = attrs.field(factory=Counter)
+    pace: float = 0.0
     url: str = ""
     closing: threading.Event = attrs.field(factory=threading.Event)
     etags: dict[tuple[str, str], str] = attrs.field(factory=dict)
 
     @contextmanager
-    def serve(self, port: int = 0) -> Iterator[HubServer]:
-        """Answer on loopback while the body runs."""
-        server = _Server(("127.0.0.1", port), _Handler)
+    def serve(self, port: int = 0, host: str = "127.0.0.1") -> Iterator[HubServer]:
+        """Answer while the body runs, on loopback or where throw-away hosts see this machine."""
+        server = _Server((host, port), _Handler)
         server.hub = self
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        self.url = f"http://{host}:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:
@@ -266,6 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.kind == "wrong":
                 piece = bytes(len(piece))
             self.wfile.write(piece)
+            hub.closing.wait(hub.pace)
             hub.sent[file] += len(piece)
             limit -= len(piece)
             if not limit:

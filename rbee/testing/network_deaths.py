@@ -3,7 +3,8 @@
 A cell is one strike × one moment. Each starts a conversation whose model runs on a throw-away host
 behind real sshd (`rbee.testing.hosts`), as an ordinary user with a lease of 3 s, strikes, and
 measures how long it takes until no process of rbee is left on the host. Strikes that end a part
-only are held to that part; whoever must live is looked at as well.
+only are held to that part; whoever must live is looked at as well: where the queen does, the answer
+that was cut ends with an error and, after a kill, the next one comes.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from rbee.process import log_tail
 from rbee.testing.cluster import MARKS, Cluster, Workload, open_cluster
 from rbee.testing.hosts import Host, HostProcess, Hosts, open_hosts_sync
 from rbee.testing.processes import Identity, LeakError, is_running
-from rbee.testing.verdict import TRACEBACK, Fault, problems
+from rbee.testing.verdict import ERROR, TRACEBACK, Fault, problems
 from rbee.web.client import call, open_client
 from rbee.wire import messages
 
 LEASE = 3.0
 KILLING = 8.0  # seconds until nothing is left once the node knows
+FENCE = LEASE + 8 + 20  # seconds for a new start: what was lost may be fenced first
 STATES = ("starting", "idle", "streaming")
 BELOW = ("guard A", "guard B", "hive", "zygote", "worker guard", "worker")
 PARTS = ("zygote", "worker guard", "worker")  # the hive lives on
@@ -55,6 +57,7 @@ class Strike:
         cut: the network is cut, ``sessions``: the node's sshd sessions are killed.
         silent: the node hears nothing: it has to wait for its lease.
         workload: what runs meanwhile.
+        babbles: the hive fills its output from then on, whoever reads it.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Strike:
     sessions: bool = False
     shutdown: bool = False
     silent: bool = False
+    babbles: bool = False
     workload: Workload = attrs.field(factory=Workload.echo)
     transport: Transport = Transport.DIRECT
     states: tuple[str, ...] = STATES
@@ -72,6 +76,11 @@ class Strike:
     def within(self) -> float:
         """Seconds in which nothing may be left on the node."""
         return KILLING + (LEASE if self.silent else 0.0)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the queen lives, and the node is there to answer again."""
+        return bool(self.victims) and self.victims[0] in BELOW
 
     @property
     def is_part(self) -> bool:
@@ -90,6 +99,20 @@ class Strike:
         return ("keeper" if "keeper" in self.victims else "hive"), signal.SIGKILL
 
 
+# Imported by every Python of the node: the real hive, and a thread that nothing stops.
+BABBLE = """
+import os, sys, threading, time
+
+def babble(flag):
+    while not os.path.exists(flag):
+        time.sleep(0.01)
+    while True:
+        os.write(1, b"bla " * 16384)
+
+if "daemon" in sys.orig_argv:
+    flag = os.path.join(os.path.dirname(__file__), "now")
+    threading.Thread(target=babble, args=[flag], daemon=True).start()
+"""
 FLOOD = Workload("echo", "echo?rate=20000", 60)
 STRIKES = (
     Strike("shutdown of the queen", shutdown=True),
@@ -102,6 +125,7 @@ STRIKES = (
         "partition in a flood", cut=True, silent=True, workload=FLOOD, transport=Transport.SSH,
         states=("streaming",),
     ),
+    Strike("partition, a flood of output", cut=True, silent=True, babbles=True),
     Strike("SIGKILL sshd's sessions", sessions=True),
     Strike("SIGKILL hive", ("hive",)),
     Strike("SIGKILL guard A", ("guard A",)),
@@ -183,14 +207,16 @@ async def open_far(
     state: str,
     *,
     transport: Transport = Transport.DIRECT,
+    babbles: bool = False,
 ) -> AsyncGenerator[Far, None]:
     """Start a conversation whose model is to run on a host; its home is removed afterwards."""
 
     async def prepare(home: Home) -> None:
         home.config_file.write_text(f"[queen]\nlease = {LEASE:g}\n")
         node = Node(
-            node_name(name), ssh_alias=name, rbee_path=f"{sys.prefix}/bin", transport=transport
-        )
+            node_name(name), ssh_alias=name, rbee_path=f"{sys.prefix}/bin", transport=transport,
+            environment=_babbling(hosts[name]) if babbles else {},
+        )  # fmt: skip
         await NodeStore.of(home).add(node)
 
     variables = {"HOME": str(client_home(hosts))}
@@ -199,6 +225,19 @@ async def open_far(
     )
     async with opened as cluster:
         yield Far(cluster, hosts[name])
+
+
+def _babbling(host: Host) -> dict[str, str]:
+    """Return the environment in which a host's hive floods its output once it is told to."""
+    directory = _babble_of(host)
+    directory.mkdir(exist_ok=True)
+    (directory / "now").unlink(missing_ok=True)
+    (directory / "sitecustomize.py").write_text(BABBLE)
+    return {"PYTHONPATH": str(directory)}
+
+
+def _babble_of(host: Host) -> Path:
+    return host.home / "babble"
 
 
 def client_home(hosts: Hosts) -> Path:
@@ -216,7 +255,10 @@ async def run_cell(cell: Cell, hosts: Hosts, name: str) -> Result:
     began = trio.current_time()
     strike, host = cell.strike, hosts[name]
     try:
-        opened = open_far(hosts, name, strike.workload, cell.state, transport=strike.transport)
+        opened = open_far(
+            hosts, name, strike.workload, cell.state,
+            transport=strike.transport, babbles=strike.babbles,
+        )  # fmt: skip
         async with opened as far:
             try:
                 return Result(cell, await _run(cell, far))
@@ -249,6 +291,8 @@ async def _run(cell: Cell, far: Far) -> float:
         await strike_at(strike, far)
         await gone()
     took = trio.current_time() - began
+    if strike.goes_on and cell.state == "streaming":
+        await _check_goes_on(far)
     await _end(cell, far)
     return took
 
@@ -274,6 +318,8 @@ async def strike_at(strike: Strike, far: Far) -> None:
     local, there = far.local(), far.places()
     if strike.cut:
         far.host.partition()
+    if strike.babbles:
+        (_babble_of(far.host) / "now").touch()
     if strike.sessions:
         far.host.kill_sessions()
     if strike.shutdown:
@@ -316,6 +362,27 @@ def _what_must_go(cell: Cell, far: Far) -> Iterator[Callable[[], Awaitable[None]
 
 async def _until_empty(host: Host, within: float) -> None:
     await host.wait_empty(within)
+
+
+async def _check_goes_on(far: Far) -> None:
+    """See that the answer that was cut says so, and that the next one comes from the node."""
+    cluster = far.cluster
+    with _failing_after(KILLING, "the answer that was cut did not end with an error"):
+        while not ERROR.search(cluster.keeper_log.read_text(errors="replace")):
+            await trio.sleep(0.02)
+    cluster.say("again")
+    with _failing_after(FENCE, "no answer came after it"):
+        await cluster.until_output(len(cluster.output) + 12)
+    if "worker" not in far.places():
+        raise NetworkError("the next answer came from somewhere else")
+
+
+@contextmanager
+def _failing_after(seconds: float, what: str) -> Iterator[None]:
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise NetworkError(f"{what} within {seconds:g} s")
 
 
 async def _end(cell: Cell, far: Far) -> None:

@@ -22,6 +22,6 @@ async def test_whatever_is_lost_nothing_is_left_on_the_node() -> None:
         can_cut = all(host.can_partition for host in hosts.values())
         cells = [cell for cell in all_cells() if can_cut or not cell.strike.cut]
         results = await run_cells(cells, hosts)
-    assert len(results) == (46 if can_cut else 42)
+    assert len(results) == (49 if can_cut else 42)
     problems = [f"{result.cell}: {result.problem}" for result in results if result.problem]
     assert not problems, "\n".join(problems)

@@ -16,7 +16,7 @@ import pytest
 from rbee.nodes.node import Transport
 from rbee.testing.hosts import Host, Hosts
 from rbee.testing.network_deaths import KILLING, LEASE
-from rbee.testing.processes import LeakCheck, Tree
+from rbee.testing.processes import LeakCheck, Tree, carriers
 from rbee.testing.tiny_model import write_tiny_model
 from tests.cascade.far import BIN, User, end_all, open_far_hosts, register, titles, user
 from tests.cascade.keeper import Done, infer, run, running_infer
@@ -97,12 +97,16 @@ def taken_port(host: Host, port: int) -> Iterator[None]:
         popen.communicate()
 
 
+def log_of_queen(me: User) -> list[str]:
+    return (me.home.logs / "queen.log").read_text().splitlines()
+
+
 def token_of(me: User) -> str:
     """Return what the user's running queen was given."""
     return Path(json.loads(me.home.queen_file.read_text())["token_file"]).read_text().strip()
 
 
-def check_unseen(token: str, host: Host) -> None:
+def check_unseen(token: str, host: Host, *, but: Path | None = None) -> None:
     """See that nothing on the host shows the token: no command line, environment, file or log."""
     places = [Path(f"/proc/{one.pid}/{name}") for one in host.processes() for name in PROC]
     files = [path for path in (host.home / ".rbee").rglob("*") if path.is_file()]
@@ -110,8 +114,12 @@ def check_unseen(token: str, host: Host) -> None:
     assert len(places) >= 12
     assert files
     assert runs
-    seen = [path for path in (*places, *files, *runs) if token.encode() in path.read_bytes()]
-    assert seen == []
+    check_none_holds(token, *places, *{*files, *runs} - {but})
+
+
+def check_none_holds(token: str, *paths: Path) -> None:
+    assert paths
+    assert [path for path in paths if token.encode() in path.read_bytes()] == []
 
 
 # one's own hive on the node ---------------------------------------------------------------------
@@ -132,6 +140,8 @@ def test_a_model_answers_on_a_node_and_leaves_nothing(
     assert done.code == 130
     steps = ["connect to mac", "preflight mac has rbee", "start a hive on mac", "ready after"]
     assert [step for step in steps if step in done.err] == steps
+    called = [line for line in log_of_queen(me) if "on mac called back: it is ready" in line]
+    assert len(called) == 1  # through a forward of SSH: our queen listens on loopback
     assert mac.processes() == []  # before the command had ended
 
 
@@ -144,7 +154,6 @@ def test_the_logs_of_a_node_are_told_after_its_end(me: User, mac: Host) -> None:
     assert "hive-mac" in logs
     hive = "".join(json.loads(line)["line"] for line in told if '"hive-mac"' in line)
     assert "port 9200 is taken, using" in hive
-    assert "ready callback" not in hive  # it went through: only a failure is logged
     worker = next(name for name in logs if name.startswith("worker-"))
     alone = run("logs", "--node", "mac", "--worker", worker, env=me.environ).out
     assert "llm-worker-rbee" in alone.splitlines()[0]
@@ -205,6 +214,38 @@ def test_an_operators_hive_on_a_node_survives_keeper_and_queen(
         refused = run("hive", "stop", "--node", "mac", env=me.environ)
         refused.check_refusal("not this queen's to end")
     assert [one.pid for one in mac.processes() if one.title == "rbee-hive"] == hive
+
+
+def test_an_operators_token_is_read_over_ssh_and_shown_nowhere(
+    me: User, mac: Host, hosts: Hosts
+) -> None:
+    register(me.home, "mac")
+    subprocess.run(hosts.ssh("mac", f"{BIN}/rbee-hive daemon >/dev/null 2>&1 &"), check=True)
+    wait_for(lambda: (mac.home / ".rbee/run/hive.json").exists(), 30)
+    token_file = mac.home / ".rbee/token"
+    token = token_file.read_text().strip()
+    environ = me.environ | {"RBEE_LOG_LEVEL": "DEBUG"}
+    with running_infer(MODEL, "--node", "mac", *LONG, env=environ) as running:
+        running.read_some(20)
+        assert token != token_of(me)
+        check_unseen(token, mac, but=token_file)
+        check_none_holds(token, *of_processes(me), *of_files(me))
+        running.signal(signal.SIGINT)
+        done = running.end()
+    assert token not in done.out + done.err
+    check_none_holds(token, *of_files(me))
+
+
+def of_processes(me: User) -> list[Path]:
+    """Return what the user's processes show."""
+    pids = carriers(me.environ["RBEE_NONCE"])
+    assert len(pids) >= 3
+    return [Path(f"/proc/{pid}/{name}") for pid in pids for name in PROC]
+
+
+def of_files(me: User) -> list[Path]:
+    roots = (me.home.root, me.home.run)
+    return [path for root in roots for path in root.rglob("*") if path.is_file()]
 
 
 def test_a_queen_that_is_cut_off_costs_an_operators_hive_only_her_workers(

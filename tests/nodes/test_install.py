@@ -1,8 +1,4 @@
-"""``node install`` through real sshd, from a wheelhouse made of what is installed here.
-
-What rbee depends on is on the node already, as links to ours, and pip is told so in the node's
-environment: installing all of it takes most of a minute where the machine is busy.
-"""
+"""``node install`` through real sshd, from a wheelhouse made of what is installed here."""
 
 from __future__ import annotations
 
@@ -17,6 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import trio
+from packaging.requirements import Requirement
 
 from rbee import __version__
 from rbee.aio import open_aio
@@ -47,9 +44,19 @@ MAC = Node("mac", ssh_alias="mac")
 @pytest.fixture(scope="module")
 def wheelhouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("wheelhouse")
-    for name in ("h11", "outcome", "sniffio"):
+    for name in needed_by("rbee", set()):
         pack(distribution(name), directory)
     return directory
+
+
+def needed_by(name: str, seen: set[str]) -> set[str]:
+    """Return all that a distribution depends on, extras aside."""
+    for requirement in map(Requirement, distribution(name).requires or ()):
+        is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if is_wanted and requirement.name not in seen:
+            seen.add(requirement.name)
+            needed_by(requirement.name, seen)
+    return seen
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +92,6 @@ def plant(host: Host) -> tuple[Path, Path]:
     return old, half
 
 
-def with_dependencies(node: Node, host: Host) -> Node:
-    """Put all that is installed here onto the node, but rbee."""
-    ours = Path(trio.__file__).parents[1]
-    (host.home / "deps").mkdir()
-    for path in ours.iterdir():
-        if "rbee" not in path.name:
-            (host.home / "deps" / path.name).symlink_to(path)
-    environment = {"PIP_NO_DEPS": "1", "PYTHONPATH": str(host.home / "deps")}
-    return attrs.evolve(node, environment=environment)
-
-
 def entries(host: Host) -> set[str]:
     return {name for name in os.listdir(host.home / ".rbee/venvs") if not name.startswith(".")}
 
@@ -108,7 +104,7 @@ def test_the_running_rbee_is_installed_once(
     (tmp_path / ".ssh/config").write_text(hosts.ssh_config.read_text())
     monkeypatch.setenv("HOME", str(tmp_path))
     mac = hosts["mac"]
-    NodeStore.of(home)._insert(with_dependencies(MAC, mac))
+    NodeStore.of(home)._insert(attrs.evolve(MAC, environment={"PIP_NO_INDEX": "1"}))
     old, _ = plant(mac)
     there = mac.home / ".rbee/wheelhouse"
     whole, cut, *_ = sorted(wheelhouse.iterdir())
@@ -131,12 +127,12 @@ def test_the_running_rbee_is_installed_once(
     assert (there / whole.name).stat().st_ino == inode  # was not copied again
     assert (there / cut.name).read_bytes() == cut.read_bytes()
     (node,) = NodeStore.of(home)._read_all()
-    assert (node.status, node.capabilities["rbee"]) == (NodeStatus.READY, __version__)
+    assert node.capabilities["rbee"] == __version__
+    assert node.status is NodeStatus.UNUSABLE  # the extra none has no engine
 
     code = "from rbee.nodes.wheel import *; print(pack_running(Path('.')).digest)"
     python = mac.home / ".rbee/venv/bin/python"
-    argv = ["env", f"PYTHONPATH={mac.home / 'deps'}", python, "-c", code]
-    packed = mac.run(argv).stdout.strip()
+    packed = mac.run([python, "-c", code]).stdout.strip()
     assert packed == pack_running(tmp_path).digest  # installed or in a tree: the same wheel
 
     assert run_line(line) == 0

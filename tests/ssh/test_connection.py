@@ -163,6 +163,22 @@ async def test_refused_and_nameless_are_told_apart(sshd: Sshd, aio: Aio) -> None
     assert "no address" in error.message
 
 
+async def test_who_does_not_answer_is_tried_three_times(sshd: Sshd, aio: Aio) -> None:
+    came: list[float] = []
+
+    async def hang_up(stream: trio.SocketStream) -> None:
+        came.append(trio.current_time())
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery:
+        serving = await nursery.start(trio.serve_tcp, hang_up, 0)
+        port = serving[0].socket.getsockname()[1]
+        await refused(sshd.target(port=port), aio, UnreachableError)
+        nursery.cancel_scope.cancel()
+    first, second, third = came
+    assert 0.2 <= second - first < 0.4 <= third - second < 1.0
+
+
 async def test_a_silent_port_ends_in_its_limit(sshd: Sshd, aio: Aio) -> None:
     async def say_nothing(stream: trio.SocketStream) -> None:
         await trio.sleep_forever()
