@@ -62,6 +62,10 @@ SWAP_BUDGET = 1 / 8
 ROOM_FOR_ONE = "1536M"  # a tiny model is planned at 1.1 GiB
 
 
+class GaveUpError(Exception):
+    """What was to be measured did not work."""
+
+
 # what was measured ------------------------------------------------------------------------------
 @attrs.define
 class Figures:
@@ -132,7 +136,7 @@ def own_directory() -> Iterator[Path]:
 
 def environment(directory: Path, marker: str) -> dict[str, str]:
     """Return the environment of a child: nobody's rbee settings, offline, compiled bytecode."""
-    drop = ("RBEE_", "VLLM_", "PYTHONDONTWRITEBYTECODE")
+    drop = ("RBEE_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
     return kept | {
         MARKER: marker,
@@ -186,7 +190,7 @@ async def until(ready: Callable[[], Awaitable[bool]], child: subprocess.Popen[An
     with trio.fail_after(START_LIMIT):
         while not await ready():
             if child.poll() is not None:
-                raise SystemExit(f"process {child.pid} ended with status {child.returncode}")
+                raise GaveUpError(f"process {child.pid} ended with status {child.returncode}")
             await trio.sleep(0.02)
 
 
@@ -217,22 +221,19 @@ def shim(directory: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(directory)}
 
 
-def stock_argv(model: Path, port: int) -> list[str]:
-    options = {
-        "--model": model,
-        "--served-model-name": "m",
-        "--host": "127.0.0.1",
-        "--port": port,
-        "--dtype": "float32",
-        "--max-model-len": 2048,
-        "--kv-cache-memory-bytes": KV_BYTES,
-    }
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    return [*argv, *(str(word) for option in options.items() for word in option)]
+CPU_OPTIONS = (
+    "--enforce-eager", "--dtype=float32", "--max-model-len=2048",
+    f"--kv-cache-memory-bytes={KV_BYTES}",
+)  # fmt: skip
+
+
+def stock_argv(model: Path, port: int, options: Sequence[str]) -> list[str]:
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}"]
+    return [*argv, "--served-model-name=m", "--host=127.0.0.1", f"--port={port}", *options]
 
 
 @asynccontextmanager
-async def open_stock(model: Path) -> AsyncIterator[Stock]:
+async def open_stock(model: Path, options: Sequence[str] = CPU_OPTIONS) -> AsyncIterator[Stock]:
     """Run vLLM's own server from ready to the end of the body."""
     marker = secrets.token_hex(8)
     with own_directory() as directory, no_leftovers(marker) as tree:
@@ -247,14 +248,14 @@ async def open_stock(model: Path) -> AsyncIterator[Stock]:
             started = time.monotonic()
             with log.open("wb") as output:
                 child = subprocess.Popen(
-                    stock_argv(model, port), env=env, stdout=output, stderr=output
+                    stock_argv(model, port, options), env=env, stdout=output, stderr=output
                 )
             try:
                 await until(lambda: answers(client), child)
                 ready = time.monotonic() - started
                 tree.refresh(child.pid)
                 yield Stock(client, child.pid, started, ready)
-            except SystemExit:
+            except GaveUpError:
                 show(tail(log))
                 raise
             finally:
@@ -331,7 +332,7 @@ class Cluster:
         with trio.fail_after(START_LIMIT):
             while worker["state"] != "ready":
                 if worker["state"] in ("failed", "stopped"):
-                    raise SystemExit(f"the worker did not start: {worker}")
+                    raise GaveUpError(f"the worker did not start: {worker}")
                 await trio.sleep(0.01)
                 worker = await self._worker(worker["worker_id"])
         return worker, time.monotonic() - started
@@ -370,9 +371,12 @@ def own_home() -> Iterator[tuple[Home, dict[str, str], Tree]]:
 
 
 @asynccontextmanager
-async def open_cluster(config: str = "") -> AsyncIterator[Cluster]:
+async def open_cluster(
+    config: str = "", variables: Mapping[str, str] | None = None
+) -> AsyncIterator[Cluster]:
     """Run an operator's queen for the body; ``config`` is the text of its config.toml."""
     with own_home() as (home, env, _):
+        env |= variables or {}
         home.root.mkdir(parents=True)
         home.config_file.write_text(config)
         log = Path(env["TMPDIR"]) / "queen.log"
@@ -395,7 +399,7 @@ async def open_cluster(config: str = "") -> AsyncIterator[Cluster]:
                 timeout=None,
             ) as client:
                 yield Cluster(client, home, env, token)
-        except SystemExit:
+        except GaveUpError:
             show(tail(log))
             raise
         finally:
@@ -417,7 +421,7 @@ async def execute(client: httpx.AsyncClient, path: str, body: Mapping[str, Any])
             last = (last + chunk)[-4096:]
     event, _, data = last.rstrip().rpartition(b"\n")
     if not event.endswith(b"event: end"):
-        raise SystemExit(f"{path} did not end well: {last.decode(errors='replace')}")
+        raise GaveUpError(f"{path} did not end well: {last.decode(errors='replace')}")
     end: dict[str, Any] = json.loads(data.removeprefix(b"data:"))
     return end
 
@@ -451,7 +455,7 @@ async def swap(figures: Figures, options: Options) -> None:
             await answer(first)
             figures.add("swap A to B to A s", time.monotonic() - started)
             if len(there := await cluster.workers()) != 1:
-                raise SystemExit(f"there was room for more than one: {there}")
+                raise GaveUpError(f"there was room for more than one: {there}")
 
 
 async def first_byte(argv: Sequence[str], env: Mapping[str, str]) -> float:
@@ -475,7 +479,7 @@ async def first_byte(argv: Sequence[str], env: Mapping[str, str]) -> float:
         if status:
             errors.seek(0)
             show(errors.read().decode(errors="replace"))
-            raise SystemExit(f"{argv[0]} exited with {status}")
+            raise GaveUpError(f"{argv[0]} exited with {status}")
         return seconds
 
 
@@ -604,7 +608,10 @@ async def measure(options: Options) -> Figures:
 
 
 def main() -> None:
-    figures = trio.run(measure, parse())
+    try:
+        figures = trio.run(measure, parse())
+    except* GaveUpError as group:
+        raise SystemExit(str(group.exceptions[0])) from None
     show("\n" + table(figures))
     medians = {name: figures.median(name) for name in figures.samples}
     print(json.dumps({"medians": medians, "ratios": figures.ratios()}, indent=2))

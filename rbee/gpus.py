@@ -27,6 +27,44 @@ class Gpu:
     free: int
 
 
+@attrs.frozen
+class GpuProcess:
+    """A process with a context on a card; ``used`` bytes, None where the driver does not tell."""
+
+    pid: int
+    used: int | None
+
+
+@attrs.frozen
+class GpuDetail:
+    """What NVML tells of one card; memory in bytes, without what the driver reserves.
+
+    ``compute_capability`` is such as ``9.0``. ``processes`` may be empty in a container, whose
+    driver tells of none.
+    """
+
+    index: int
+    name: str
+    uuid: str
+    driver: str
+    compute_capability: str
+    total: int
+    used: int
+    processes: tuple[GpuProcess, ...]
+
+
+def gpu_details() -> list[GpuDetail]:
+    """Describe the cards of this machine that NVML tells of."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with suppress(nvml.NVMLError):
+                found.append(_detail(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)))
+        return found
+
+
 def all_gpus() -> list[Gpu]:
     """List the cards of this machine that NVML tells of.
 
@@ -111,3 +149,19 @@ def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
     # The v2 struct: v1 counts what the driver reserves as used, even on an empty card.
     info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     return Gpu(index, str(nvml.nvmlDeviceGetName(handle)), int(info.total), int(info.free))
+
+
+def _detail(nvml: Any, index: int, handle: Any) -> GpuDetail:
+    info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return GpuDetail(
+        index=index,
+        name=str(nvml.nvmlDeviceGetName(handle)),
+        uuid=str(nvml.nvmlDeviceGetUUID(handle)),
+        driver=str(nvml.nvmlSystemGetDriverVersion()),
+        compute_capability=f"{major}.{minor}",
+        total=int(info.total),
+        used=int(info.used),
+        processes=tuple(GpuProcess(int(one.pid), one.usedGpuMemory) for one in running),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from rbee.devices import devices
 from rbee.errors import BadInputError
 from rbee.gpus import Gpu, all_gpus, chosen_gpus, device_indices, gpu_count, visible_gpus
+from rbee.hive.detect import detect
 
 RESERVED = 480 << 20  # what the driver keeps for itself on an empty card
 GIB = 1 << 30
@@ -64,6 +66,18 @@ class FakeNvml(ModuleType):
         total, used = 80 * GIB, self.used[handle]
         return SimpleNamespace(total=total, free=total - used - hidden, used=used + hidden)
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}"
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.1"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:
+        return 9, 0
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
+        return [SimpleNamespace(pid=7, usedGpuMemory=self.used[handle])] if handle else []
+
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
@@ -86,6 +100,14 @@ def test_detect_lists_the_same_cards(nvml: FakeNvml) -> None:
     assert [(d.backend, d.index, d.memory_free) for d in cards] == [
         ("cuda", 0, 80 * GIB), ("cuda", 1, 50 * GIB),
     ]  # fmt: skip
+
+
+def test_detect_tells_driver_capability_and_processes(nvml: FakeNvml, tmp_path: Path) -> None:
+    empty, used = detect(tmp_path)["gpus"]
+    assert (empty["used"], empty["processes"]) == (0, ())
+    assert (used["driver"], used["compute_capability"]) == ("580.1", "9.0")
+    assert used["processes"] == ({"pid": 7, "used": 30 * GIB},)
+    assert nvml.opened == 0
 
 
 def test_an_index_is_one_of_the_visible_cards(

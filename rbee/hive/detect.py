@@ -10,8 +10,11 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from rbee import __version__
 from rbee.devices import devices
+from rbee.gpus import gpu_details
 from rbee.models.names import CatalogNames
 from rbee.worker.engine import GROUP, engine_kind
 
@@ -30,6 +33,7 @@ def detect(home: Path) -> dict[str, Any]:
             }
             for d in devices()
         ],
+        "gpus": [attrs.asdict(gpu) for gpu in gpu_details()],
         "disk_free": shutil.disk_usage(_existing(home)).free,
         "engines": {entry.name: engine_version(entry.name) for entry in entry_points(group=GROUP)},
         "models": list(CatalogNames(home / "models").read()),

@@ -84,6 +84,15 @@ class Cluster:
         assert self.check.home is not None
         return self.check.home.root.parent / "keeper.log"
 
+    def environment(self) -> dict[str, str]:
+        """Return the environment of a command that is to find this cluster's queen."""
+        home = self.check.home
+        assert home is not None
+        return {
+            **os.environ, "RBEE_HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.run.parent),
+            "RBEE_NONCE": self.check.nonce, "SPT_NOENV": "1",
+        }  # fmt: skip
+
     def say(self, text: str) -> None:
         assert self.keeper.stdin is not None
         self.keeper.stdin.write(text.encode() + b"\n")

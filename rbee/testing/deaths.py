@@ -241,15 +241,11 @@ async def _part_gone(cell: Cell, victim: Identity, below: Sequence[Identity]) ->
 
 async def _next_infer_works(cluster: Cluster, workload: Workload, state: str) -> None:
     """Another command against the same queen gets an answer."""
-    assert cluster.check.home is not None
-    environ = {
-        **os.environ, "RBEE_HOME": str(cluster.check.home.root),
-        "XDG_RUNTIME_DIR": str(cluster.check.home.run.parent),
-        "RBEE_NONCE": cluster.check.nonce, "SPT_NOENV": "1",
-    }  # fmt: skip
     argv = [*keeper_argv("infer", workload.model_for(state), workload), "--prompt", "one two"]
     argv[argv.index("400")] = "4"
-    child = subprocess.Popen(argv, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child = subprocess.Popen(
+        argv, env=cluster.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     pidfd = os.pidfd_open(child.pid)
     try:
         with trio.fail_after(workload.patience):

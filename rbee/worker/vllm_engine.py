@@ -64,17 +64,13 @@ PRELOADED = (
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.core.sched.scheduler",
     "vllm.v1.metrics.loggers",
-    "vllm.v1.worker.{backend}_worker",
-    "vllm.v1.attention.backends.cpu_attn",
     "vllm.model_executor.model_loader.default_loader",
     "vllm.model_executor.models.registry",
     "vllm.model_executor.models.llama",
     "vllm.tokenizers.hf",
     "vllm.renderers.hf",
-    "vllm.entrypoints.launchers.app",
-    "vllm.entrypoints.launchers.cli_args",
-    "vllm.entrypoints.launchers.api_server.app_state",
     "vllm.entrypoints.launchers.api_server.routers",
+    "vllm.entrypoints.serve",
     "vllm.entrypoints.generate.api_router",
     "vllm.entrypoints.openai.chat_completion.serving",
     "vllm.entrypoints.openai.completion.serving",
@@ -87,6 +83,22 @@ PRELOADED = (
     "transformers.models.auto.tokenization_auto",
     "torch.distributed",
 )
+PRELOADED_FOR = {
+    "cpu": ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn"),
+    # None of them makes a CUDA context.
+    "cuda": (
+        "vllm.v1.worker.gpu_worker",
+        "vllm.v1.worker.gpu_model_runner",
+        "vllm.v1.worker.gpu.model_runner",
+        "vllm.v1.attention.backends.flash_attn",
+        "vllm.v1.attention.backends.triton_attn",
+        "vllm.v1.sample.sampler",
+        "vllm.compilation.backends",
+        "vllm.compilation.cuda_graph",
+        "torch._dynamo",
+        "torch._inductor.compile_fx",
+    ),
+}
 
 
 class VllmEngineKind:
@@ -97,13 +109,16 @@ class VllmEngineKind:
         os.environ.update(vllm_plan.offline())
         # More would start the threads of OpenMP's pool, and only one thread can be forked.
         os.environ["OMP_NUM_THREADS"] = "1"
-        hide_broken_packages()
-        backend = "cpu" if vllm_plan._is_cpu_build() else "gpu"
-        for module in PRELOADED:
+        try:
+            import_vllm()
+        except MachineError as exc:  # a worker tells its owner
+            log.warning("%s", exc)
+            return
+        for module in PRELOADED + PRELOADED_FOR[vllm_plan.built_for()]:
             try:
-                importlib.import_module(module.format(backend=backend))
-            except ImportError as exc:
-                log.info("not preloaded: %s (%s)", module, exc)
+                importlib.import_module(module)
+            except Exception as exc:  # it is for speed only: who needs it will fail, and say so
+                log.info("not preloaded: %s (%s: %s)", module, type(exc).__name__, exc)
 
     def check(self, spec: WorkerSpec) -> None:
         vllm_plan.check_backend(spec)
@@ -390,7 +405,9 @@ def import_vllm() -> SimpleNamespace:
     except Exception as exc:  # a library of torch that is missing or another is an OSError, say
         why = f"{type(exc).__name__}: {exc}".partition("\n")[0]
         raise MachineError(
-            f"vLLM cannot be imported: {why}", code="engine_missing", hint=install("cpu")
+            f"vLLM cannot be imported: {why}",
+            code="engine_missing",
+            hint=install(vllm_plan.built_for()),
         ) from exc
     inspect_models_here()
     return SimpleNamespace(

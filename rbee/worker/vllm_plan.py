@@ -125,14 +125,17 @@ def _check_installed(backend: str) -> None:
             code="engine_missing",
             hint=install(backend),
         )
-    built_for = "cpu" if _is_cpu_build() else "cuda"
-    if built_for != backend:
+    if (its := built_for()) != backend:
         raise MachineError(
-            f"backend {backend} was asked for, but the vLLM installed here is built for "
-            f"{built_for}",
+            f"backend {backend} was asked for, but the vLLM installed here is built for {its}",
             code="no_gpu" if backend == "cuda" else "engine_missing",
-            hint=f"{install(backend)}   # or --backend {built_for}",
+            hint=f"{install(backend)}   # or --backend {its}",
         )
+
+
+def built_for() -> str:
+    """Return the backend of the vLLM that is installed."""
+    return "cpu" if _is_cpu_build() else "cuda"
 
 
 def _is_cpu_build() -> bool:
