@@ -26,7 +26,7 @@ RATIOS = (  # name, over, under, at most
     ("wake from sleep 1 / second worker", "wake from sleep 1", "second worker, graphs", None),
     ("wake from sleep 2 / second worker", "wake from sleep 2", "second worker, graphs", None),
 )
-LEAST_SHARE = 0.97  # of the tokens/s, through the queen, at 64 streams
+LEAST_SHARE = 0.97  # of the tokens/s of a worker, through the queen, at 64 streams
 BACK_WITHIN = 3.0
 
 
@@ -104,6 +104,8 @@ def _ratios(figures: dict[str, Figure]) -> Iterator[tuple[str, Figure]]:
     for name, figure in figures.items():
         if name.startswith("throughput") and "ratio" in figure:
             held = {"at_least": LEAST_SHARE, "held": figure["ratio"] >= LEAST_SHARE}
+            if name != "throughput, 64 streams":
+                held = {}
             yield f"{name}, queen / direct", {"ratio": figure["ratio"], **held}
 
 

@@ -47,6 +47,7 @@ from rbee.wire.messages import (
     WorkerReady,
 )
 from rbee.worker.engine import engine_kind
+from rbee.worker.vllm_plan import own_backend
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +209,8 @@ class Workers(TaskOwner):
         """
         if not self.takes_tasks:
             raise UnavailableError("this hive is stopping", code="stopping")
+        backend = request.backend or own_backend(request.engine)
+        request = attrs.evolve(request, backend=backend)
         spec = self._spec(request)
         engine_kind(request.engine).check(spec)
         info = WorkerInfo(

@@ -11,7 +11,7 @@ from rbee.errors import BadInputError, MachineError
 from rbee.gpus import chosen_gpus, device_indices, visible_gpus
 from rbee.hints import infer, install
 from rbee.machine import Machine
-from rbee.model import WorkerSpec
+from rbee.model import DEFAULT_ENGINE, WorkerSpec
 from rbee.models.footprint import Footprint, check_asked, footprint
 from rbee.worker.engine_args import check_ours, engine_options, option_word
 
@@ -136,6 +136,13 @@ def _check_installed(backend: str) -> None:
 def built_for() -> str:
     """Return the backend of the vLLM that is installed."""
     return "cpu" if _is_cpu_build() else "cuda"
+
+
+def own_backend(engine: str) -> str:
+    """Return what an engine runs on here where nobody says: what its vLLM is built for."""
+    if engine != DEFAULT_ENGINE or importlib.util.find_spec("vllm") is None:
+        return "cpu"
+    return built_for()
 
 
 def _is_cpu_build() -> bool:

@@ -145,6 +145,13 @@ def test_a_device_that_is_not_there_is_an_error_never_another_one(
         check_backend(spec(**given))
 
 
+@pytest.mark.parametrize(("cpu", "backend"), [(True, "cpu"), (False, "cuda")])
+def test_who_names_no_backend_gets_that_of_the_installed_vllm(monkeypatch, cpu, backend):
+    installed(monkeypatch, cpu=cpu, count=0)
+    assert vllm_plan.own_backend("vllm") == backend
+    assert vllm_plan.own_backend("echo") == "cpu"
+
+
 def test_chosen_gpus_are_the_only_visible_ones(monkeypatch):
     installed(monkeypatch, cpu=False, count=4)
     chosen = spec(backend="cuda", device="1,3")
