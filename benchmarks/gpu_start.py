@@ -51,9 +51,10 @@ async def start(bench: Bench, subject: Subject, card: Card) -> None:
         async with open_cluster() as cluster:
             baseline = card.used()
             again = partial(order, cluster, subject, card, baseline, graphs)
-            await bench.measure(names[0], 300, partial(order_first, cluster, again))
-            await bench.measure(names[1], 200, again)
-            await bench.measure(names[2], 300, partial(order_often, again))
+            logs = cluster.home.logs
+            await bench.measure(names[0], 300, partial(order_first, cluster, again), logs)
+            await bench.measure(names[1], 200, again, logs)
+            await bench.measure(names[2], 300, partial(order_often, again), logs)
             await stop_all(cluster)
     await sleeps(bench, subject, card)
 
@@ -103,7 +104,7 @@ async def sleeps(bench: Bench, subject: Subject, card: Card) -> None:
         for level, name in enumerate(names, start=1):
             measure = partial(sleep_and_wake, cluster, body, card, baseline, level)
             if bench.wants(name):
-                await bench.measure(name, 200, measure)
+                await bench.measure(name, 200, measure, cluster.home.logs)
         await stop_all(cluster)
 
 

@@ -46,12 +46,13 @@ async def throughput(bench: Bench, subject: Subject, card: Card) -> None:
         return
     async with open_cluster() as cluster:
         body = subject.task(graphs=True)
-        if not await bench.measure("throughput, worker start", 300, partial(begin, cluster, body)):
+        logs, first = cluster.home.logs, partial(begin, cluster, body)
+        if not await bench.measure("throughput, worker start", 300, first, logs):
             return
         ways = await targets(cluster, body)
         for count, name in names.items():
             if bench.wants(name):
-                await bench.measure(name, 240, partial(compare, ways, cluster.token, count))
+                await bench.measure(name, 240, partial(compare, ways, cluster.token, count), logs)
         await stop_all(cluster)
 
 
