@@ -31,6 +31,10 @@ REPORT = 1.5  # seconds for a zygote to tell of an exit; it may first kill what 
 ANSWER = 1.0  # seconds for a zygote to answer when nobody waits for the worker any more
 END = 2.0  # seconds for a zygote without workers to go by itself
 
+# A pool of any library that is imported would be there before the fork. The first one alone does
+# for all of them, unless the user's environment names another.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
 
 class CannotForkError(MachineError):
     """The zygote must not fork (threads, a CUDA context); an exec still works."""
@@ -182,7 +186,7 @@ async def run_zygote(
     Cancelling ends it and, through their guards, the workers it forked.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {**os.environ, **env, **TOKENLESS, "OMP_NUM_THREADS": "1", "SPT_NOENV": "1"}
+    environment = {**os.environ, **env, **TOKENLESS, **ONE_THREAD, "SPT_NOENV": "1"}
     argv = [
         sys.executable,
         "-m",
