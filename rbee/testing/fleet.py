@@ -15,6 +15,7 @@ import json
 import os
 import pwd
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -302,7 +303,15 @@ def main() -> int:
     _say(attrs.asdict(report))
     sys.stdin.buffer.read()
     fleet.end()
+    if fleet.switch:
+        _remove_runs(fleet.login.uid)
     return 0
+
+
+def _remove_runs(uid: int) -> None:
+    """Remove the run directories of a user whom only the hosts knew: /tmp is the machine's."""
+    for run in Path("/tmp").glob(f"rbee-{uid}-*"):
+        shutil.rmtree(run, ignore_errors=True)
 
 
 if __name__ == "__main__":

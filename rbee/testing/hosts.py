@@ -20,12 +20,11 @@ import json
 import os
 import secrets
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -120,14 +119,8 @@ def open_hosts_sync(
         str(directory), _checked(names), namespaces, _quotable(environment or {}),
         [str(path) for path in (*_imported_from(), *readable) if path.is_dir()],
     )  # fmt: skip
-    uids: set[int] = set()
-    try:
-        with _open_fleet(order) as report:
-            hosts = _hosts(Layout(directory), report, order.environment)
-            uids = {host.uid for host in hosts.values()} - {os.getuid()}
-            yield hosts
-    finally:
-        _remove_runs(uids)
+    with _open_fleet(order) as report:
+        yield _hosts(Layout(directory), report, order.environment)
 
 
 @asynccontextmanager
@@ -148,13 +141,6 @@ async def open_hosts(
         # Bounded: by the guard's grace.
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(manager.__exit__, None, None, None)
-
-
-def _remove_runs(uids: Iterable[int]) -> None:
-    """Remove the run directories of users whom only the hosts knew: /tmp is the machine's."""
-    for uid in uids:
-        for run in Path("/tmp").glob(f"rbee-{uid}-*"):
-            shutil.rmtree(run, ignore_errors=True)
 
 
 def _checked(names: Sequence[str]) -> list[str]:

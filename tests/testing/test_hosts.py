@@ -392,7 +392,7 @@ import json, sys, time
 from rbee.testing.hosts import open_hosts_sync
 with open_hosts_sync("mac") as hosts:
     mac = hosts["mac"]
-    print(json.dumps([str(hosts.directory), hosts.address, mac.network]), flush=True)
+    print(json.dumps([str(hosts.directory), hosts.address, mac.network, mac.uid]), flush=True)
     print(json.dumps(hosts.ssh("mac", "setsid sleep 62 >/dev/null 2>&1 </dev/null & echo")),
           json.dumps(mac.argv("sleep", "63")), sep="\\n", flush=True)
     time.sleep(60)
@@ -457,19 +457,23 @@ class TestTheEnd:
             [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, env=environment
         )
         assert owner.stdout is not None
-        directory, address, network = json.loads(owner.stdout.readline())
+        directory, address, network, uid = json.loads(owner.stdout.readline())
         subprocess.run(json.loads(owner.stdout.readline()), check=True, stdout=subprocess.DEVNULL)
         other = json.loads(owner.stdout.readline())
         stray = subprocess.Popen(other) if network else None
         if stray is not None:
             wait_for(lambda: b"nsenter" not in Path(f"/proc/{stray.pid}/cmdline").read_bytes())
         assert Path(directory).exists()
+        if network:
+            Path("/tmp", f"rbee-{uid}-left").mkdir()
 
         owner.kill()
 
         owner.wait()
         owner.stdout.close()
         wait_for(lambda: is_gone(Path(directory), address, network))
+        if network:
+            assert not list(Path("/tmp").glob(f"rbee-{uid}-*"))
         if stray is not None:
             assert stray.wait() == -signal.SIGKILL
 
