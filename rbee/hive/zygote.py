@@ -18,12 +18,14 @@ import gc
 import json
 import logging
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import setproctitle
@@ -34,6 +36,8 @@ from rbee.worker.engine import engine_kind
 log = logging.getLogger("rbee.hive.zygote")
 
 MAX_MESSAGE = 1 << 18
+# The threads of NVML, which we close, and of jemalloc, which mends itself after a fork.
+HARMLESS = re.compile(r"cuda[0-9a-f]+|jemalloc_bg_thd")
 OOM_SCORE = 500  # the OOM killer spares queen, hive, guards and sshd
 
 
@@ -153,12 +157,20 @@ class Zygote:
 
 def refuse_unsafe_fork() -> None:
     """Forking with threads or a CUDA context gives children that hang: refuse, the hive execs."""
-    threads = len(os.listdir("/proc/self/task"))
-    if threads != 1:
-        raise RuntimeError(f"the zygote has {threads} threads")
+    if threads := unsafe_threads():
+        raise RuntimeError(f"the zygote has other threads: {', '.join(threads)}")
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise RuntimeError("the zygote has a CUDA context")
+
+
+def unsafe_threads() -> list[str]:
+    """Name our other threads, but for those that a forked child does without."""
+    names = []
+    for task in set(os.listdir("/proc/self/task")) - {str(os.getpid())}:
+        with suppress(OSError):  # it has just ended
+            names.append(Path(f"/proc/self/task/{task}/comm").read_text().strip())
+    return sorted(name for name in names if not HARMLESS.fullmatch(name))
 
 
 def become_guard(message: dict[str, Any], lifeline: int, log_fd: int, parent: int) -> None:
@@ -233,7 +245,7 @@ def main() -> int:
     engine_kind(engine).preload()
     gc.collect()
     gc.freeze()
-    threads = len(os.listdir("/proc/self/task"))
+    threads = 1 + len(unsafe_threads())
     send(sock, {"ready": time.monotonic() - began, "threads": threads})
     Zygote(sock, log_file).run()
     return 0

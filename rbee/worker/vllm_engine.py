@@ -119,6 +119,7 @@ class VllmEngineKind:
                 importlib.import_module(module)
             except Exception as exc:  # it is for speed only: who needs it will fail, and say so
                 log.info("not preloaded: %s (%s: %s)", module, type(exc).__name__, exc)
+        end_nvml()
 
     def check(self, spec: WorkerSpec) -> None:
         vllm_plan.check_backend(spec)
@@ -382,6 +383,16 @@ def _blamed(exc: Exception) -> list[str]:
 def _option_name(error: Mapping[str, Any]) -> str:
     where = error.get("loc") or ("",)
     return str(where[0]).replace("_", "-")
+
+
+def end_nvml() -> None:
+    """Close what vLLM's look at the cards has left open: a forked worker begins anew."""
+    nvml = sys.modules.get("vllm.third_party.pynvml") or sys.modules.get("pynvml")
+    for _ in range(16 if nvml else 0):
+        try:
+            nvml.nvmlShutdown()  # type: ignore[union-attr]
+        except Exception:  # there is no driver, or it is closed
+            return
 
 
 def import_vllm() -> SimpleNamespace:

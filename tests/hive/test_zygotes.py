@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rbee import guard
 from rbee.errors import ChildExitedError, NotFoundError
 from rbee.hive import zygote as protocol
 from rbee.hive.launch import fork_or_exec
+from rbee.hive.zygote import unsafe_threads
 from rbee.hive.zygotes import CannotForkError, Zygotes
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec, new_id
 from rbee.process import Process, own_environment
@@ -30,6 +31,7 @@ from tests.test_process import CancelAt
 from tests.trees import STUBBORN, alive, holders, kill, wait_for
 
 slow = pytest.mark.slow
+PR_SET_NAME = 15
 
 
 @attrs.define
@@ -311,3 +313,31 @@ def test_a_message_arrives_with_its_descriptors() -> None:
         assert protocol.unpack(data, ancillary) == ({"exited": 5, "status": 1}, [])
         os.close(reader)
         os.close(fd)
+
+
+# what a forked child does without -------------------------------------------------------------
+@contextmanager
+def thread_named(name: bytes) -> Iterator[None]:
+    """Have a thread that the kernel knows by this name."""
+    named, over = threading.Event(), threading.Event()
+
+    def run() -> None:
+        guard.libc.prctl(PR_SET_NAME, name, 0, 0, 0)
+        named.set()
+        over.wait()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    named.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_only_threads_that_a_child_would_miss_are_in_the_way_of_a_fork() -> None:
+    with thread_named(b"cuda00001800007"), thread_named(b"jemalloc_bg_thd"), thread_named(b"mine"):
+        names = unsafe_threads()
+    assert "mine" in names
+    assert not {"cuda00001800007", "jemalloc_bg_thd"} & set(names)
