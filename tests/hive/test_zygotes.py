@@ -263,7 +263,7 @@ def test_a_process_with_threads_refuses_to_fork() -> None:
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        with pytest.raises(RuntimeError, match=r"the zygote has \d threads"):
+        with pytest.raises(RuntimeError, match="the zygote has other threads"):
             protocol.refuse_unsafe_fork()
     finally:
         stop.set()
