@@ -170,7 +170,7 @@ class Journal:
         alive = {one for one in self._members if one.pid != us and one.alive()}
         if alive:
             with suppress(OSError):  # no descriptors left: the records will do
-                below = guard.descendants(*(one.pid for one in alive))
+                below = guard.descendants({one.pid: one.start for one in alive})
                 alive |= {Identity(pid, start) for pid, start in below.items()}
         for one in alive - self._looked_at:
             self._shm |= guard.shared_memory_of(one.pid)

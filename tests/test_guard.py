@@ -250,7 +250,7 @@ ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
         wait_for(lambda: read_stat(pid).state == "Z")
         assert guard.start_time(pid) > 0
         assert guard.children(one.pid) == [pid]
-        assert pid in guard.descendants(one.pid)
+        assert pid in guard.descendants({one.pid: guard.start_time(one.pid)})
         one.say("stop\n")
         assert one.wait() == 137
 

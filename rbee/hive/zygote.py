@@ -136,9 +136,10 @@ class Zygote:
         until = time.monotonic() + 1.0
         while orphans := [p for p in guard.children(os.getpid()) if p not in self.guards]:
             for pid in orphans:
-                below = {pid: guard.start_time(pid), **guard.descendants(pid)}
+                root = {pid: guard.start_time(pid)}
+                tree = root | guard.descendants(root)
                 for number in (signal.SIGSTOP, signal.SIGKILL):
-                    for victim, start in below.items():
+                    for victim, start in tree.items():
                         guard.send_signal(victim, start, number)
             if time.monotonic() > until:
                 return  # stuck in the kernel: the hive's guards go on

@@ -70,6 +70,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             start_new_session=True,
             env={**os.environ, **own_environment(home.root, nonce), **TOKENLESS},
         )
+    began = guard.start_time(popen.pid)
     try:
         record = await _wait_until_up(home, popen)
         if record is None:
@@ -78,7 +79,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             if access is None:
                 raise _did_not_start(log_file, begin)
     except BaseException:
-        popen.terminate()
+        guard.send_signal(popen.pid, began, signal.SIGTERM)
         raise
     popen.returncode = 0  # it is nobody's child to wait for
     return Standing(record.url, record.pid, already=False)

@@ -79,7 +79,7 @@ async def engine_below(process: Process) -> list[int]:
     """Return worker and engine process of a guard as soon as both are there."""
 
     def both() -> list[int]:
-        found = list(guard.descendants(process.pid))
+        found = list(guard.descendants({process.pid: guard.start_time(process.pid)}))
         return found if len(found) == 2 else []
 
     return await until(both)
