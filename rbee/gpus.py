@@ -27,6 +27,18 @@ class Gpu:
     free: int
 
 
+@attrs.frozen
+class Usage:
+    """What is in use on one card: bytes in all, and by each process that NVML shows.
+
+    In a container those may be nobody, or have pids that mean nothing there.
+    """
+
+    index: int
+    used: int
+    by_pid: dict[int, int] = attrs.field(factory=dict)
+
+
 def all_gpus() -> list[Gpu]:
     """List the cards of this machine that NVML tells of.
 
@@ -64,6 +76,18 @@ def chosen_gpus(device: str) -> list[Gpu]:
             return []
         try:
             return [_gpu(nvml, index, _handle(nvml, visible[index])) for index in indices]
+        except nvml.NVMLError:
+            return []
+
+
+def usage(device: str) -> list[Usage]:
+    """Return what is in use on the cards that ``--device`` names; none where NVML is silent."""
+    visible, indices = visible_gpus(), device_indices(device)
+    with _nvml() as nvml:
+        if nvml is None or max(indices) >= len(visible):
+            return []
+        try:
+            return [_usage(nvml, index, _handle(nvml, visible[index])) for index in indices]
         except nvml.NVMLError:
             return []
 
@@ -111,3 +135,13 @@ def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
     # The v2 struct: v1 counts what the driver reserves as used, even on an empty card.
     info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     return Gpu(index, str(nvml.nvmlDeviceGetName(handle)), int(info.total), int(info.free))
+
+
+def _usage(nvml: Any, index: int, handle: Any) -> Usage:
+    info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    try:
+        found = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except nvml.NVMLError:  # not for this card, or not for us
+        found = []
+    by_pid = {int(one.pid): int(one.usedGpuMemory or 0) for one in found}
+    return Usage(index, int(info.used), by_pid)

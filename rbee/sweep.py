@@ -23,6 +23,7 @@ import trio
 
 from rbee import guard
 from rbee.errors import MachineError
+from rbee.remains import stuck, unverified
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
     Returns how many were killed.
 
     Raises:
-        MachineError: some do not end (code ``stuck``); the directory stays for the next sweep.
+        MachineError: some do not end (code ``stuck``), or cannot be seen (``unverified``); the
+            directory stays for the next sweep.
 
     Call it for directories of your own children or for `abandoned` ones only.
 
@@ -123,15 +125,12 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
                 one.signal(signal.SIGKILL)
             killed |= alive
             await trio.sleep(POLL)
-    if killed:
-        log.warning("swept %d processes that %s had left", len(killed), directory.name)
     if left := journal.living():
-        pids = " ".join(str(one.pid) for one in left)
-        raise MachineError(
-            f"{len(left)} processes of {directory.name} do not end, not even killed: {pids}",
-            code="stuck",
-            hint=f"ps -o pid,stat,wchan,args -p {pids.replace(' ', ',')}",
-        )
+        raise stuck(directory.name, ((one.pid, one.start) for one in left))
+    if hidden := journal.hidden():
+        raise unverified(directory.name, (one.pid for one in hidden))
+    if killed:
+        log.info("swept %d processes that %s had left", len(killed), directory.name)
     journal.remove()
     return len(killed)
 
@@ -178,6 +177,10 @@ class Journal:
         self._members |= alive
         return alive
 
+    def hidden(self) -> set[Identity]:
+        """Return the members of which /proc does not tell whether they live."""
+        return {one for one in self._members if one.start > 0 and guard.is_hidden(one.pid)}
+
     def remove(self) -> None:
         """Remove what the members left on disk; call it when none is alive."""
         for path in self._shm:
@@ -195,6 +198,19 @@ def claim(directory: Path) -> None:
     pid = os.getpid()
     (temporary / "owner").write_text(f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
     temporary.rename(directory)  # nobody sees it without its owner
+
+
+def retire(directory: Path) -> None:
+    """Remove the run directory of a daemon that ends, unless something that it names lives on.
+
+    Then it stays as it is, without a living owner: for the next daemon, or for `rbee-keeper reap`.
+    """
+    journal = Journal(directory)
+    if left := journal.living() | journal.hidden():
+        pids = " ".join(str(one.pid) for one in left)
+        log.warning("%s stays: it names what does not end, %s", directory, pids)
+        return
+    journal.remove()
 
 
 async def sweep_abandoned(run: Path, own: Path | None = None) -> int:

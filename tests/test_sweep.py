@@ -15,7 +15,7 @@ import pytest
 from rbee import guard, sweep
 from rbee.errors import MachineError
 from rbee.home import Home
-from rbee.sweep import Identity, abandoned, claim, records, sweep_abandoned
+from rbee.sweep import Identity, abandoned, claim, records, retire, sweep_abandoned
 from rbee.testing.processes import LeakCheck
 from tests.trees import NAP, STUBBORN, alive, code, guarded, kill, wait_for
 
@@ -137,6 +137,32 @@ async def test_a_process_that_cannot_be_ended_keeps_its_journal(
         monkeypatch.undo()
         assert await sweep.sweep(run_dir) == 1
     assert not run_dir.exists()
+
+
+async def test_what_proc_does_not_show_is_not_taken_for_gone(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(run_dir, child=DEAD)
+    monkeypatch.setattr(guard, "is_hidden", lambda pid: pid == DEAD["pid"])
+    with pytest.raises(MachineError, match=str(DEAD["pid"])) as caught:
+        await sweep.sweep(run_dir)
+    assert caught.value.code == "unverified"
+    assert path.exists()
+
+
+@slow
+async def test_a_daemon_that_ends_leaves_its_directory_while_it_names_what_lives(
+    home: Home,
+) -> None:
+    directory = home.run / "queen-1"
+    claim(directory)
+    with planted() as child:
+        write(directory, child=process(child))
+        retire(directory)
+        assert directory.exists()
+        assert alive(child)
+    retire(directory)
+    assert not directory.exists()
 
 
 # what it leaves alone -------------------------------------------------------------------------

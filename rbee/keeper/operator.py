@@ -17,7 +17,7 @@ import trio
 from rbee import guard
 from rbee.client import OPERATOR, AsyncClient
 from rbee.errors import ConflictError, PeerError, RbeeError, UnavailableError
-from rbee.home import Home, find_home, open_home, read_token, writing
+from rbee.home import Home, find_home, open_home, read_token, short_name, writing
 from rbee.keeper.flags import DataFlags, ListenFlags
 from rbee.keeper.output import note, print_data, print_json
 from rbee.keeper.queen import (
@@ -31,6 +31,7 @@ from rbee.keeper.queen import (
 from rbee.model import LOCALHOST, Grace
 from rbee.models.access import TOKENLESS
 from rbee.process import own_environment
+from rbee.sweep import sweep
 from rbee.wire.messages import RunFile
 
 START_LIMIT = 30.0
@@ -130,6 +131,7 @@ async def stop_queen(home: Home) -> float | None:
 
     Raises:
         PeerError: something of it is left although its time is over.
+        MachineError: something does not end (code ``stuck``), or cannot be seen (``unverified``).
     """
     begin, waited = trio.current_time(), True
     with trio.move_on_after(Grace().keeper):
@@ -155,6 +157,7 @@ async def stop_queen(home: Home) -> float | None:
             code="not_stopped",
             hint=f"kill -9 {pids}",
         )
+    await sweep(home.run / short_name(record.id))  # it has ended: its journal is nobody's
     return trio.current_time() - begin
 
 
