@@ -214,21 +214,26 @@ def retire(directory: Path) -> None:
 
 
 async def sweep_abandoned(run: Path, own: Path | None = None) -> int:
-    """Sweep every run directory below ``run`` whose guards are all dead: a power loss's.
+    """Sweep every run directory below ``run`` that belongs to nobody: a power loss's."""
+    total = 0
+    for directory in left_behind(run, own):
+        try:
+            total += await sweep(directory)
+        except MachineError as exc:  # it must not keep a daemon from starting
+            log.warning("%s", exc)
+    return total
+
+
+def left_behind(run: Path, own: Path | None = None) -> Iterator[Path]:
+    """Yield the run directories below ``run`` whose guards and whose daemon are all dead.
 
     ``own``: where the caller lives. When his own guards have just died he is the one to end, by his
     lifeline; sweeping himself he would be stopped, and not live to go on to the kill.
     """
-    total = 0
     for directory in sorted(path for path in run.iterdir() if path.is_dir()):
-        if own is not None and own.is_relative_to(directory):
-            continue
-        if not _is_new(directory) and abandoned(directory) and not _in_use(directory):
-            try:
-                total += await sweep(directory)
-            except MachineError as exc:  # it must not keep a daemon from starting
-                log.warning("%s", exc)
-    return total
+        is_own = own is not None and own.is_relative_to(directory)
+        if not (is_own or _is_new(directory)) and abandoned(directory) and not _in_use(directory):
+            yield directory
 
 
 def _is_new(directory: Path) -> bool:

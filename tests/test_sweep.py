@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,10 +14,10 @@ from rbee.errors import MachineError
 from rbee.home import Home
 from rbee.sweep import Identity, abandoned, claim, records, retire, sweep_abandoned
 from rbee.testing.processes import LeakCheck
+from tests.journal import DEAD, planted, process, write
 from tests.trees import NAP, STUBBORN, alive, code, guarded, kill, wait_for
 
 slow = pytest.mark.slow
-DEAD = {"pid": 2**22 + 1, "start": 5}  # above any pid
 
 
 @pytest.fixture
@@ -28,31 +25,6 @@ def run_dir(home: Home) -> Path:
     path = home.run / "queen-1" / "hive-1"
     path.mkdir(parents=True)
     return path
-
-
-def process(pid: int) -> dict[str, int]:
-    return {"pid": pid, "start": guard.start_time(pid)}
-
-
-def write(run_dir: Path, **changes: Any) -> Path:
-    record = {
-        "boot_id": guard.boot_id(), "nonce": "", "guard": DEAD, "child": DEAD, "descendants": [],
-        "shm": [], "run_file": "", **changes,
-    }  # fmt: skip
-    path = run_dir / f"guard-{len(list(run_dir.iterdir())) + 1}.json"
-    path.write_text(json.dumps(record))
-    return path
-
-
-@contextmanager
-def planted(source: str = STUBBORN) -> Iterator[int]:
-    """Run a child that does not end by itself."""
-    with subprocess.Popen(code(source), stdout=subprocess.PIPE, stdin=subprocess.PIPE) as child:
-        child.stdout.readline()
-        try:
-            yield child.pid
-        finally:
-            child.kill()
 
 
 # ending ---------------------------------------------------------------------------------------

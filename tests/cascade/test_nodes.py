@@ -249,6 +249,23 @@ def test_a_killed_queen_costs_an_operators_hive_only_her_own_workers(
         assert "rbee-hive" in titles(mac)
 
 
+def test_what_a_power_loss_left_on_a_node_is_told_and_reaped(
+    me: User, mac: Host, hosts: Hosts
+) -> None:
+    register(me.home, "mac")
+    subprocess.run(hosts.ssh("mac", f"{BIN}/rbee-hive daemon >/dev/null 2>&1 &"), check=True)
+    run_file = mac.home / ".rbee/run/hive.json"
+    wait_for(run_file.exists, 30)
+    end_all(mac)
+    told = run("reap", "--node", "mac", "--dry-run", "--json", env=me.environ)
+    found = [(row["node"], row["kind"], row["outcome"]) for row in json.loads(told.out)]
+    assert found == [("mac", "directory", "found"), ("mac", "file", "found")]
+    assert run_file.exists()
+    done = run("reap", "--node", "mac", env=me.environ)
+    assert (done.code, done.out.count("ended")) == (0, 2)
+    assert not run_file.exists()
+
+
 # weights ----------------------------------------------------------------------------------------
 def test_models_are_copied_and_fetched_as_the_user_means_them(me: User, mac: Host) -> None:
     register(me.home, "mac")
