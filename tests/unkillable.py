@@ -6,12 +6,15 @@ It is held in its exit by us, its tracer, until we let go. Attach and let go in 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
-SEIZE, DETACH, TRACEEXIT = 0x4206, 17, 0x40
+SEIZE, INTERRUPT, DETACH = 0x4206, 0x4207, 17
+TRACEEXIT = 0x40
+WALL = 0x40000000
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -26,4 +29,7 @@ def unkillable(pid: int) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.ptrace(DETACH, pid, None, None)
+        if libc.ptrace(DETACH, pid, None, None):  # it was not killed: it runs
+            libc.ptrace(INTERRUPT, pid, None, None)
+            os.waitpid(pid, WALL)
+            libc.ptrace(DETACH, pid, None, None)

@@ -24,9 +24,9 @@ from rbee.errors import (
     leaves,
 )
 from rbee.gpus import usage
-from rbee.guard import children
+from rbee.guard import children, start_time
 from rbee.hive.cards import Cards, Look
-from rbee.hive.failures import died, too_slow
+from rbee.hive.failures import died, outlived, too_slow
 from rbee.hive.launch import Launcher
 from rbee.hive.peer import Connect, Peer, connect_with
 from rbee.hive.room import Memory, Room, Tenant, shares
@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 LOAD_LIMIT = 600.0  # seconds from the launch to the ready callback
 FIRST_USE = 10.0  # seconds that a new worker waits for whom it was started for
 AGAIN = 0.2  # seconds at least between two looks at a worker
+GUARD_ENDS = 2.0  # seconds for a guard to end after its worker has
 LEFT_AGAIN = 2.0  # seconds between two tries to end what is left of one
 
 News = WorkerInfo | WorkerNarration | Heartbeat
@@ -437,6 +438,8 @@ class Workers(TaskOwner):
         while True:
             await trio.sleep(pause)
             seen = await self._look_at(worker)
+            if seen is None and await _is_dead(worker):
+                raise outlived(worker.id, worker.info.node)
             left = _left(seen)
             if left <= 0:
                 await self._unload(worker, f"no work for {worker.idle:.0f} s")
@@ -556,6 +559,15 @@ def _left(seen: ReadyState | None) -> float:
 
 def _figures(seen: ReadyState) -> dict[str, Any]:
     return {"running": seen.running, "idle": seen.idle, "keep_alive": seen.keep_alive}
+
+
+async def _is_dead(worker: Worker) -> bool:
+    """Tell whether its process has ended but its guard goes on: something of it does not end."""
+    pid = worker.info.pid
+    if not pid or start_time(pid):
+        return False
+    await trio.sleep(GUARD_ENDS)
+    return not start_time(pid)
 
 
 async def _lift_limit(ready: trio.Event, scope: trio.CancelScope) -> None:

@@ -678,6 +678,25 @@ async def test_one_that_ended_unasked_has_failed_once_nothing_is_left(
         assert (await hive.states(worker_id))[-3:] == ["stuck", "unverified", "failed"]
 
 
+async def test_a_worker_that_died_while_its_guard_goes_on_is_stuck(
+    home: Home,
+    left: list[MachineError],
+    autojump_clock: trio.abc.Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "children", lambda pid: [pid + 1])  # above any real pid: gone
+    async with open_hive(home, left=LEFT) as hive:
+        worker_id = await hive.loading()
+        hive.ready(worker_id)
+        left += [LEFT]
+        await trio.sleep(20)
+        assert "stuck" not in await hive.states(worker_id)
+        hive.peers[worker_id].answers = False
+        await trio.sleep(20)
+        states = await hive.states(worker_id)
+        assert states[states.index("unresponsive") :] == ["unresponsive", "stuck", "failed"]
+
+
 async def test_a_hive_that_stops_does_not_wait_for_what_is_stuck(
     home: Home, left: list[MachineError], autojump_clock: trio.abc.Clock
 ) -> None:
