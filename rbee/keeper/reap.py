@@ -12,7 +12,7 @@ from rbee.errors import RbeeError
 from rbee.home import find_home
 from rbee.keeper.flags import ReapFlags
 from rbee.keeper.output import human_bytes, note, print_rows
-from rbee.leftovers import FOUND, Leftover
+from rbee.leftovers import ENDING, FOUND, Leftover
 from rbee.model import LOCALHOST, node_name
 
 COLUMNS = ("node", "kind", "pid", "name", "state", "memory", "path", "outcome")
@@ -55,5 +55,6 @@ def _row(one: Leftover) -> dict[str, Any]:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """Write sizes for people, and what would be done."""
     memory = None if row["memory"] is None else human_bytes(row["memory"])
-    outcome = "would be ended" if row["outcome"] == FOUND else row["outcome"]
+    words = {FOUND: "would be ended", ENDING: "being ended by its guard"}
+    outcome = words.get(row["outcome"], row["outcome"])
     return row | {"memory": memory, "outcome": outcome}

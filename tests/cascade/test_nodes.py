@@ -175,6 +175,8 @@ def test_streams_of_a_silent_node_end_and_a_healed_one_is_used_again(me: User, m
         assert done.code == 1
         assert time.monotonic() - began < 2 * LEASE + KILLING
         assert "the connection to node mac is lost" in done.errors[0]
+        (hive,) = json.loads(run("hive", "list", "--json", env=me.environ).out)
+        assert (hive["node"], hive["state"]) == ("mac", "unverified")  # nobody can tell yet
         wait_for(lambda: not mac.processes(), LEASE + KILLING)
         mac.heal()
         done = infer(MODEL, "--node", "mac", "--max-tokens", "4", env=me.environ)

@@ -11,8 +11,9 @@ import pytest
 from rbee.home import Home
 from rbee.keeper.app import run_line
 from rbee.sweep import claim
+from rbee.testing.processes import LeakCheck
 from tests.journal import DEAD, planted, process, write
-from tests.trees import alive
+from tests.trees import NAP, TREE, alive, code, guarded, kill, wait_for
 from tests.unkillable import unkillable
 
 pytestmark = pytest.mark.slow
@@ -107,3 +108,19 @@ def test_what_does_not_end_is_told_and_stays_in_the_journal(dead: Path, capfd: C
             err = capfd.readouterr().err
             assert err.startswith(f"error: a process of {dead.name} does not end, not even killed")
     assert outcomes(reap(capfd)) == [("directory", None, "ended")]
+
+
+def test_what_a_guard_cannot_end_is_told_and_left_to_it(leaks: LeakCheck, capfd: Captured) -> None:
+    run_dir = leaks.home.run / "h1"
+    run_dir.mkdir()
+    with guarded(code(TREE, NAP), leaks, record=str(run_dir)) as one:
+        first, *others = one.hear()
+        wait_for(lambda: str(first) in "".join(p.read_text() for p in run_dir.glob("*.json")))
+        assert reap(capfd) == []
+        with unkillable(first):
+            kill(one.child)
+            wait_for(lambda: not any(map(alive, others)))
+            assert outcomes(reap(capfd, "--dry-run")) == [("process", first, "ending")]
+            assert outcomes(reap(capfd, code=1)) == [("process", first, "stuck")]
+            assert alive(one.pid)
+        one.wait()
