@@ -279,7 +279,7 @@ def start(*args):
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return int(child.stdout.readline())
 kept, orphan = start(), start("leave")
-zygote.guards.add(kept)
+zygote.guards[kept] = ""
 zygote._kill_orphans()
 print(guard.start_time(kept) > 0, guard.start_time(orphan) > 0)
 """
