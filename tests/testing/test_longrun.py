@@ -20,7 +20,7 @@ def grows(name: str, value: Callable[[int], float], cycles: int = 100) -> bool:
 GROWS: dict[str, tuple[str, Callable[[int], float]]] = {
     "one of each": ("hive fds", lambda n: 12 + n),
     "one of ten": ("hive fds", lambda n: 12 + n // 10),
-    "memory": ("zygote pss", lambda n: 100 * MIB + n * 0.2 * MIB),
+    "memory": ("zygote rss", lambda n: 100 * MIB + n * 0.2 * MIB),
     "a file of fifty": ("paths", lambda n: 4 + n / 50),
 }
 DOES_NOT: dict[str, tuple[str, Callable[[int], float]]] = {
@@ -28,7 +28,7 @@ DOES_NOT: dict[str, tuple[str, Callable[[int], float]]] = {
     "it was warming up": ("hive fds", lambda n: min(12 + n, 40)),
     "it falls": ("hive fds", lambda n: 40 - n // 7),
     "a pool": ("hive threads", lambda n: 2 + (n % 10 < 3)),
-    "an allocator": ("zygote pss", lambda n: (100 + math.log(n)) * MIB),
+    "an allocator": ("zygote rss", lambda n: (100 + math.log(n)) * MIB),
     "the journal is written anew": ("journal", lambda n: 600 + 80 * (n % 3)),
 }
 
