@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from rbee import leftovers
 from rbee.home import Home
 from rbee.keeper.app import run_line
 from rbee.sweep import claim
@@ -109,7 +110,10 @@ def test_what_does_not_end_is_told_and_stays_in_the_journal(dead: Path, capfd: C
     assert outcomes(reap(capfd)) == [("directory", None, "ended")]
 
 
-def test_what_a_guard_cannot_end_is_told_and_left_to_it(leaks: LeakCheck, capfd: Captured) -> None:
+def test_what_a_guard_cannot_end_is_told_and_left_to_it(
+    leaks: LeakCheck, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "PATIENCE", 0.2)
     run_dir = leaks.home.run / "h1"
     run_dir.mkdir()
     with guarded(code(TREE, NAP), leaks, record=str(run_dir)) as one:
