@@ -65,6 +65,18 @@ def gpu_details() -> list[GpuDetail]:
         return found
 
 
+@attrs.frozen
+class Usage:
+    """What is in use on one card: bytes in all, and by each process that NVML shows.
+
+    In a container those may be nobody, or have pids that mean nothing there.
+    """
+
+    index: int
+    used: int
+    by_pid: dict[int, int] = attrs.field(factory=dict)
+
+
 def all_gpus() -> list[Gpu]:
     """List the cards of this machine that NVML tells of.
 
@@ -102,6 +114,18 @@ def chosen_gpus(device: str) -> list[Gpu]:
             return []
         try:
             return [_gpu(nvml, index, _handle(nvml, visible[index])) for index in indices]
+        except nvml.NVMLError:
+            return []
+
+
+def usage(device: str) -> list[Usage]:
+    """Return what is in use on the cards that ``--device`` names; none where NVML is silent."""
+    visible, indices = visible_gpus(), device_indices(device)
+    with _nvml() as nvml:
+        if nvml is None or max(indices) >= len(visible):
+            return []
+        try:
+            return [_usage(nvml, index, _handle(nvml, visible[index])) for index in indices]
         except nvml.NVMLError:
             return []
 
@@ -154,7 +178,6 @@ def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
 def _detail(nvml: Any, index: int, handle: Any) -> GpuDetail:
     info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
     return GpuDetail(
         index=index,
         name=str(nvml.nvmlDeviceGetName(handle)),
@@ -163,5 +186,20 @@ def _detail(nvml: Any, index: int, handle: Any) -> GpuDetail:
         compute_capability=f"{major}.{minor}",
         total=int(info.total),
         used=int(info.used),
-        processes=tuple(GpuProcess(int(one.pid), one.usedGpuMemory) for one in running),
+        processes=tuple(
+            GpuProcess(int(one.pid), one.usedGpuMemory) for one in _running(nvml, handle)
+        ),
     )
+
+
+def _usage(nvml: Any, index: int, handle: Any) -> Usage:
+    info = nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
+    by_pid = {int(one.pid): int(one.usedGpuMemory or 0) for one in _running(nvml, handle)}
+    return Usage(index, int(info.used), by_pid)
+
+
+def _running(nvml: Any, handle: Any) -> list[Any]:
+    try:
+        return list(nvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    except nvml.NVMLError:  # not for this card, or not for us
+        return []

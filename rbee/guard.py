@@ -64,9 +64,30 @@ def _has_ended(fields: list[bytes]) -> bool:
     return fields[0] in (b"Z", b"X") and int(fields[17]) <= 1
 
 
-def descendants(*roots: int) -> dict[int, int]:
-    """Return {pid: start time} of everything below ``roots`` that is not a zombie."""
-    parents: dict[int, list[tuple[int, int, bool]]] = {}
+def is_hidden(pid: int) -> bool:
+    """Tell whether a process is there that /proc does not show us (hidepid, no descriptors)."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as exc:
+        return exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    try:
+        _stat(pid)
+        return False
+    except OSError:  # unless it has ended just now
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return not poll.poll(0)
+    finally:
+        os.close(pidfd)
+
+
+def descendants(roots: dict[int, int]) -> dict[int, int]:
+    """Return {pid: start time} of everything below ``roots``, given likewise; no zombies.
+
+    A pid may have come round since a root was noted, or while we look: what is only below such a
+    pid is not in the result.
+    """
+    parents: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -74,15 +95,40 @@ def descendants(*roots: int) -> dict[int, int]:
             fields = _stat(int(entry))
         except GONE:  # any other failure must not pass for "nothing is there"
             continue
-        item = (int(entry), int(fields[19]), not _has_ended(fields))
-        parents.setdefault(int(fields[1]), []).append(item)
-    found, todo = {}, list(roots)
+        parents.setdefault(int(fields[1]), []).append(int(entry))
+    found, todo = {}, list(roots.items())
     while todo:
-        for pid, start, alive in parents.pop(todo.pop(), ()):
-            todo.append(pid)  # a zombie may still be shown as a parent while it is reaped
+        pid, start = todo.pop()
+        for child, (began, alive) in _confirmed(parents.pop(pid, []), pid, start).items():
+            todo.append((child, began))  # a zombie may still be a parent while it is reaped
             if alive:
-                found[pid] = start
+                found[child] = began
     return found
+
+
+def offspring(pid: int, start: int) -> dict[int, int]:
+    """Return {pid: start time} of the living children of exactly the process given."""
+    below = _confirmed(children(pid), pid, start)
+    return {child: began for child, (began, alive) in below.items() if alive}
+
+
+def _confirmed(pids: list[int], parent: int, start: int) -> dict[int, tuple[int, bool]]:
+    """Return those of ``pids`` that are children of that very parent: {pid: (start, is alive)}.
+
+    The parent is looked at last: it was itself before, so it was all the time.
+    """
+    found = {}
+    for pid in pids:
+        try:
+            fields = _stat(pid)
+        except OSError:
+            continue
+        if int(fields[1]) == parent:
+            found[pid] = (int(fields[19]), not _has_ended(fields))
+    try:
+        return found if int(_stat(parent)[19]) == start else {}
+    except OSError:
+        return {}
 
 
 def children(pid: int) -> list[int]:
@@ -111,14 +157,21 @@ def send_signal(pid: int, start: int, number: int) -> bool:
         return False
     try:
         # Compared after the pidfd was opened: a pid used again has another start time.
-        if start_time(pid) != start:
-            return False
+        return start_time(pid) == start and signal_pidfd(pidfd, number)
+    finally:
+        os.close(pidfd)
+
+
+def signal_pidfd(pidfd: int, number: int) -> bool:
+    """Signal the process that a pidfd means, whatever its pid is by now: no other way is used.
+
+    Whoever opened it has compared the start time, or was the parent and had not reaped it yet.
+    """
+    try:
         signal.pidfd_send_signal(pidfd, number)
         return True
     except OSError:
         return False
-    finally:
-        os.close(pidfd)
 
 
 def die_with_parent(number: int, parent: int) -> None:
@@ -335,6 +388,7 @@ class Guard:
     def __init__(self, plan: Plan, lifeline: int) -> None:
         self.plan = plan
         self.lifeline = lifeline
+        self.me = (os.getpid(), start_time(os.getpid()))
         self.child = 0
         self.child_start = 0
         self.child_in = -1  # write end of the command's lifeline
@@ -506,12 +560,12 @@ class Guard:
     def _freeze(self) -> dict[int, int]:
         """Freeze all our descendants and return them."""
         found: dict[int, int] = {}
-        todo = [os.getpid()]
+        todo = [self.me]
         while todo:
-            for pid in children(todo.pop()):
-                if (start := start_time(pid)) and send_signal(pid, start, signal.SIGSTOP):
+            for pid, start in offspring(*todo.pop()).items():
+                if send_signal(pid, start, signal.SIGSTOP):
                     found[pid] = start
-                    todo.append(pid)
+                    todo.append((pid, start))
         return found
 
     def _reap(self) -> bool:
@@ -532,25 +586,24 @@ class Guard:
         """End orphans whose own guard was killed; a guard among them may finish its cleaning."""
         if not self.plan.adopt_grace:
             return
-        for pid in children(os.getpid()):
+        for pid, start in offspring(*self.me).items():
             if (
                 pid != self.child
                 and now - self.adopted.setdefault(pid, now) > self.plan.adopt_grace
             ):
-                start = start_time(pid)
-                below = descendants(pid)
-                self._note_shared_memory({pid: start, **below})
-                for victim, began in ((pid, start), *below.items()):
+                tree = {pid: start, **descendants({pid: start})}
+                self._note_shared_memory(tree)
+                for victim, began in tree.items():
                     send_signal(victim, began, signal.SIGKILL)
 
     # records ---------------------------------------------------------------------------------
     def _tree(self) -> dict[int, int]:
-        found, todo = {}, [os.getpid()]
+        found: dict[int, int] = {}
+        todo = [self.me]
         while todo:
-            for pid in children(todo.pop()):
-                if start := start_time(pid):
-                    found[pid] = start
-                    todo.append(pid)
+            below = offspring(*todo.pop())
+            found |= below
+            todo += below.items()
         return found
 
     def _note_shared_memory(self, tree: dict[int, int]) -> None:
@@ -560,11 +613,11 @@ class Guard:
     def _write_record(self) -> None:
         if not self.plan.record:
             return
-        me = os.getpid()
+        me, start = self.me
         record = {
             "boot_id": boot_id(),
             "nonce": os.environ.get("RBEE_NONCE", ""),
-            "guard": {"pid": me, "start": start_time(me)},
+            "guard": {"pid": me, "start": start},
             "child": {"pid": self.child, "start": self.child_start},
             "descendants": [{"pid": p, "start": s} for p, s in sorted(self._tree().items())],
             "shm": sorted(self.shm),

@@ -28,7 +28,9 @@ class WorkerState(enum.Enum):
     READY = "ready"
     UNRESPONSIVE = "unresponsive"  # its process is there, but it does not answer
     STOPPING = "stopping"
-    STOPPED = "stopped"  # asked for, verified: no process is left
+    STOPPED = "stopped"  # asked for, verified: no process is left, and its GPUs have their memory
+    STUCK = "stuck"  # it does not end, or its memory does not come back
+    UNVERIFIED = "unverified"  # whether it has ended cannot be seen from here
     FAILED = "failed"  # nobody asked
 
 

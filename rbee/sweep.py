@@ -23,6 +23,7 @@ import trio
 
 from rbee import guard
 from rbee.errors import MachineError
+from rbee.remains import stuck, unverified
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
     Returns how many were killed.
 
     Raises:
-        MachineError: some do not end (code ``stuck``); the directory stays for the next sweep.
+        MachineError: some do not end (code ``stuck``), or cannot be seen (``unverified``); the
+            directory stays for the next sweep.
 
     Call it for directories of your own children or for `abandoned` ones only.
 
@@ -123,15 +125,12 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
                 one.signal(signal.SIGKILL)
             killed |= alive
             await trio.sleep(POLL)
-    if killed:
-        log.warning("swept %d processes that %s had left", len(killed), directory.name)
     if left := journal.living():
-        pids = " ".join(str(one.pid) for one in left)
-        raise MachineError(
-            f"{len(left)} processes of {directory.name} do not end, not even killed: {pids}",
-            code="stuck",
-            hint=f"ps -o pid,stat,wchan,args -p {pids.replace(' ', ',')}",
-        )
+        raise stuck(directory.name, ((one.pid, one.start) for one in left))
+    if hidden := journal.hidden():
+        raise unverified(directory.name, (one.pid for one in hidden))
+    if killed:
+        log.info("swept %d processes that %s had left", len(killed), directory.name)
     journal.remove()
     return len(killed)
 
@@ -170,13 +169,17 @@ class Journal:
         alive = {one for one in self._members if one.pid != us and one.alive()}
         if alive:
             with suppress(OSError):  # no descriptors left: the records will do
-                below = guard.descendants(*(one.pid for one in alive))
+                below = guard.descendants({one.pid: one.start for one in alive})
                 alive |= {Identity(pid, start) for pid, start in below.items()}
         for one in alive - self._looked_at:
             self._shm |= guard.shared_memory_of(one.pid)
         self._looked_at |= alive
         self._members |= alive
         return alive
+
+    def hidden(self) -> set[Identity]:
+        """Return the members of which /proc does not tell whether they live."""
+        return {one for one in self._members if one.start > 0 and guard.is_hidden(one.pid)}
 
     def remove(self) -> None:
         """Remove what the members left on disk; call it when none is alive."""
@@ -197,22 +200,40 @@ def claim(directory: Path) -> None:
     temporary.rename(directory)  # nobody sees it without its owner
 
 
+def retire(directory: Path) -> None:
+    """Remove the run directory of a daemon that ends, unless something that it names lives on.
+
+    Then it stays as it is, without a living owner: for the next daemon, or for `rbee-keeper reap`.
+    """
+    journal = Journal(directory)
+    if left := journal.living() | journal.hidden():
+        pids = " ".join(str(one.pid) for one in left)
+        log.warning("%s stays: it names what does not end, %s", directory, pids)
+        return
+    journal.remove()
+
+
 async def sweep_abandoned(run: Path, own: Path | None = None) -> int:
-    """Sweep every run directory below ``run`` whose guards are all dead: a power loss's.
+    """Sweep every run directory below ``run`` that belongs to nobody: a power loss's."""
+    total = 0
+    for directory in left_behind(run, own):
+        try:
+            total += await sweep(directory)
+        except MachineError as exc:  # it must not keep a daemon from starting
+            log.warning("%s", exc)
+    return total
+
+
+def left_behind(run: Path, own: Path | None = None) -> Iterator[Path]:
+    """Yield the run directories below ``run`` whose guards and whose daemon are all dead.
 
     ``own``: where the caller lives. When his own guards have just died he is the one to end, by his
     lifeline; sweeping himself he would be stopped, and not live to go on to the kill.
     """
-    total = 0
     for directory in sorted(path for path in run.iterdir() if path.is_dir()):
-        if own is not None and own.is_relative_to(directory):
-            continue
-        if not _is_new(directory) and abandoned(directory) and not _in_use(directory):
-            try:
-                total += await sweep(directory)
-            except MachineError as exc:  # it must not keep a daemon from starting
-                log.warning("%s", exc)
-    return total
+        is_own = own is not None and own.is_relative_to(directory)
+        if not (is_own or _is_new(directory)) and abandoned(directory) and not _in_use(directory):
+            yield directory
 
 
 def _is_new(directory: Path) -> bool:

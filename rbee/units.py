@@ -37,3 +37,12 @@ def seconds(text: str) -> float:
             hint=infer("--keep-alive", "10m"),
         )
     return float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+
+
+def human(size: float) -> str:
+    """Write a number of bytes for people: ``1.3 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -13,7 +13,16 @@ import pytest
 
 from rbee.devices import devices
 from rbee.errors import BadInputError
-from rbee.gpus import Gpu, all_gpus, chosen_gpus, device_indices, gpu_count, visible_gpus
+from rbee.gpus import (
+    Gpu,
+    Usage,
+    all_gpus,
+    chosen_gpus,
+    device_indices,
+    gpu_count,
+    usage,
+    visible_gpus,
+)
 from rbee.hive.detect import detect
 
 RESERVED = 480 << 20  # what the driver keeps for itself on an empty card
@@ -34,6 +43,7 @@ class FakeNvml(ModuleType):
         super().__init__("pynvml")
         self.__spec__ = ModuleSpec("pynvml", None)
         self.used = [0, 30 * GIB]
+        self.processes: list[dict[int, int | None]] = [{}, {}]
         self.opened = 0
         self.has_driver = True
 
@@ -76,7 +86,10 @@ class FakeNvml(ModuleType):
         return 9, 0
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
-        return [SimpleNamespace(pid=7, usedGpuMemory=self.used[handle])] if handle else []
+        if handle >= len(self.processes):
+            raise NVMLError
+        found = self.processes[handle].items()
+        return [SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in found]
 
 
 @pytest.fixture
@@ -103,6 +116,7 @@ def test_detect_lists_the_same_cards(nvml: FakeNvml) -> None:
 
 
 def test_detect_tells_driver_capability_and_processes(nvml: FakeNvml, tmp_path: Path) -> None:
+    nvml.processes[1] = {7: 30 * GIB}
     empty, used = detect(tmp_path)["gpus"]
     assert (empty["used"], empty["processes"]) == (0, ())
     assert (used["driver"], used["compute_capability"]) == ("580.1", "9.0")
@@ -117,6 +131,15 @@ def test_an_index_is_one_of_the_visible_cards(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1, 0")
     assert visible_gpus() == ["GPU-1", "0"]
     assert [(gpu.index, gpu.name) for gpu in chosen_gpus("0")] == [(0, "card 1")]
+
+
+def test_what_is_in_use_is_told_by_card_and_by_process(nvml: FakeNvml) -> None:
+    nvml.processes[1] = {12: 25 * GIB, 13: None}  # None: the driver does not tell how much
+    assert usage("1,0") == [Usage(1, 30 * GIB, {12: 25 * GIB, 13: 0}), Usage(0, 0)]
+    nvml.processes.pop()  # nor who
+    assert usage("1") == [Usage(1, 30 * GIB)]
+    nvml.has_driver = False
+    assert usage("0") == []
 
 
 @pytest.mark.parametrize("masked", ["", "MIG-1", "7"])

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -250,7 +251,7 @@ ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
         wait_for(lambda: read_stat(pid).state == "Z")
         assert guard.start_time(pid) > 0
         assert guard.children(one.pid) == [pid]
-        assert pid in guard.descendants(one.pid)
+        assert pid in guard.descendants({one.pid: guard.start_time(one.pid)})
         one.say("stop\n")
         assert one.wait() == 137
 
@@ -619,3 +620,33 @@ def test_a_guard_runs_on_a_bare_node() -> None:
     argv = [*PYTHON, "-c", probe, guard.__file__]
     run = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert not {"rbee", "trio", "attrs", "asyncio", "pathlib"} & set(run.stdout.split())
+
+
+# what /proc does not show -----------------------------------------------------------------------
+def test_what_is_shown_or_gone_is_not_hidden() -> None:
+    for pid in (os.getpid(), 1, 2**22 + 1):
+        assert not guard.is_hidden(pid)
+
+
+@slow
+def test_a_process_of_somebody_else_may_be_hidden(tmp_path: Path) -> None:
+    """In a mount namespace with hidepid, as nobody."""
+    look = f"""
+import ctypes, importlib.util, os
+libc = ctypes.CDLL(None, use_errno=True)
+os.unshare(os.CLONE_NEWNS) if hasattr(os, "unshare") else libc.unshare(0x20000)
+failed = libc.mount(None, b"/", None, 0x44000, None)  # private
+failed = failed or libc.mount(b"proc", b"/proc", b"proc", 0, b"hidepid=2")
+spec = importlib.util.spec_from_file_location("guard", {str(tmp_path / "guard.py")!r})
+guard = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(guard)
+os.setgroups([])
+os.setresgid(65534, 65534, 65534)
+os.setresuid(65534, 65534, 65534)
+print(failed, guard.start_time(1), guard.is_hidden(1), guard.is_hidden(os.getpid()))
+"""
+    shutil.copy(guard.__file__, tmp_path)
+    done = subprocess.run(code(look), capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.startswith("0 "):
+        pytest.skip(f"no /proc with hidepid here: {done.stderr.strip()[-200:]}")
+    assert done.stdout == "0 0 True False\n"

@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rbee import guard, sweep
 from rbee.errors import MachineError
 from rbee.home import Home
-from rbee.sweep import Identity, abandoned, claim, records, sweep_abandoned
+from rbee.sweep import Identity, abandoned, claim, records, retire, sweep_abandoned
 from rbee.testing.processes import LeakCheck
+from tests.journal import DEAD, planted, process, write
 from tests.trees import NAP, STUBBORN, alive, code, guarded, kill, wait_for
 
 slow = pytest.mark.slow
-DEAD = {"pid": 2**22 + 1, "start": 5}  # above any pid
 
 
 @pytest.fixture
@@ -28,31 +25,6 @@ def run_dir(home: Home) -> Path:
     path = home.run / "queen-1" / "hive-1"
     path.mkdir(parents=True)
     return path
-
-
-def process(pid: int) -> dict[str, int]:
-    return {"pid": pid, "start": guard.start_time(pid)}
-
-
-def write(run_dir: Path, **changes: Any) -> Path:
-    record = {
-        "boot_id": guard.boot_id(), "nonce": "", "guard": DEAD, "child": DEAD, "descendants": [],
-        "shm": [], "run_file": "", **changes,
-    }  # fmt: skip
-    path = run_dir / f"guard-{len(list(run_dir.iterdir())) + 1}.json"
-    path.write_text(json.dumps(record))
-    return path
-
-
-@contextmanager
-def planted(source: str = STUBBORN) -> Iterator[int]:
-    """Run a child that does not end by itself."""
-    with subprocess.Popen(code(source), stdout=subprocess.PIPE, stdin=subprocess.PIPE) as child:
-        child.stdout.readline()
-        try:
-            yield child.pid
-        finally:
-            child.kill()
 
 
 # ending ---------------------------------------------------------------------------------------
@@ -137,6 +109,32 @@ async def test_a_process_that_cannot_be_ended_keeps_its_journal(
         monkeypatch.undo()
         assert await sweep.sweep(run_dir) == 1
     assert not run_dir.exists()
+
+
+async def test_what_proc_does_not_show_is_not_taken_for_gone(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(run_dir, child=DEAD)
+    monkeypatch.setattr(guard, "is_hidden", lambda pid: pid == DEAD["pid"])
+    with pytest.raises(MachineError, match=str(DEAD["pid"])) as caught:
+        await sweep.sweep(run_dir)
+    assert caught.value.code == "unverified"
+    assert path.exists()
+
+
+@slow
+async def test_a_daemon_that_ends_leaves_its_directory_while_it_names_what_lives(
+    home: Home,
+) -> None:
+    directory = home.run / "queen-1"
+    claim(directory)
+    with planted() as child:
+        write(directory, child=process(child))
+        retire(directory)
+        assert directory.exists()
+        assert alive(child)
+    retire(directory)
+    assert not directory.exists()
 
 
 # what it leaves alone -------------------------------------------------------------------------

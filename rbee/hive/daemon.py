@@ -14,7 +14,6 @@ import trio
 
 from rbee import __version__, daemon
 from rbee.errors import RbeeError
-from rbee.guard import remove_tree
 from rbee.hive.app import make_app
 from rbee.hive.launch import fork_or_exec
 from rbee.hive.models import memory_of, provisioner
@@ -24,7 +23,7 @@ from rbee.hive.workers import HiveSetup, Workers
 from rbee.hive.zygotes import Zygotes
 from rbee.process import own_environment
 from rbee.scopes import open_service
-from rbee.sweep import claim, sweep_abandoned
+from rbee.sweep import claim, retire, sweep_abandoned
 from rbee.web.client import call, open_client
 from rbee.web.server import open_listener, serve_http, url_of
 from rbee.wire import messages
@@ -136,4 +135,4 @@ async def run(setup: HiveSetup, root: daemon.Root) -> None:
                 await trio.sleep_forever()
     finally:
         if not root.owned:
-            remove_tree(str(setup.run_dir))
+            retire(setup.run_dir)

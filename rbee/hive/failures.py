@@ -20,6 +20,13 @@ def too_slow(worker: WorkerSpec, log_file: Path, limit: float) -> RbeeError:
     )
 
 
+def outlived(worker: str, node: str) -> RbeeError:
+    return ChildExitedError(
+        f"worker {worker} ended unasked, and its guard has not yet ended what it left",
+        hint=logs_of(worker, node),
+    )
+
+
 def died(worker: WorkerSpec, log_file: Path, status: int) -> RbeeError:
     """Make the error of a worker that ended unasked; it may have said why on its log."""
     tail = log_tail(log_file, 8000)

@@ -15,7 +15,7 @@ import trio
 from rbee.model import WorkerState
 from rbee.models.footprint import MemoryPlan
 from rbee.models.memory import Local
-from rbee.models.preflight import human
+from rbee.units import human
 from rbee.wire.messages import StartWorker
 
 AGAIN = 0.25  # seconds between two looks while busy or loading workers hold the memory
@@ -150,14 +150,14 @@ class Room:
         return sum(_planned(one) for one in others if _may_go(one) or _loads(one) or _goes(one))
 
     def _others(self, newcomer: Tenant) -> list[Tenant]:
-        return [one for one in self._tenants() if one is not newcomer and _shares(one, newcomer)]
+        return [one for one in self._tenants() if one is not newcomer and shares(one, newcomer)]
 
 
 def _planned(one: Tenant) -> int:
     return one.plan.required if one.plan is not None else 0
 
 
-def _shares(one: Tenant, other: Tenant) -> bool:
+def shares(one: Tenant, other: Tenant) -> bool:
     """Tell whether two workers take the same memory."""
     if one.backend != other.backend:
         return False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,16 +16,20 @@ from rbee.broadcast import Broadcast
 from rbee.errors import (
     BadInputError,
     ConflictError,
+    MachineError,
     NotFoundError,
     RbeeError,
     UnavailableError,
+    from_wire,
     leaves,
 )
-from rbee.guard import children
-from rbee.hive.failures import died, too_slow
+from rbee.gpus import usage
+from rbee.guard import children, start_time
+from rbee.hive.cards import Cards, Look
+from rbee.hive.failures import died, outlived, too_slow
 from rbee.hive.launch import Launcher
 from rbee.hive.peer import Connect, Peer, connect_with
-from rbee.hive.room import Memory, Room, Tenant
+from rbee.hive.room import Memory, Room, Tenant, shares
 from rbee.home import Home, short_name
 from rbee.log_files import prune_logs
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
@@ -34,7 +38,9 @@ from rbee.models.footprint import MemoryPlan
 from rbee.models.hold import take_into_use
 from rbee.models.reference import shown
 from rbee.process import Process
+from rbee.remains import LEFT, as_left
 from rbee.scopes import TaskOwner
+from rbee.sweep import sweep
 from rbee.web.client import PROBE
 from rbee.wire.messages import (
     ErrorDetail,
@@ -54,6 +60,8 @@ log = logging.getLogger(__name__)
 LOAD_LIMIT = 600.0  # seconds from the launch to the ready callback
 FIRST_USE = 10.0  # seconds that a new worker waits for whom it was started for
 AGAIN = 0.2  # seconds at least between two looks at a worker
+GUARD_ENDS = 2.0  # seconds for a guard to end after its worker has
+LEFT_AGAIN = 2.0  # seconds between two tries to end what is left of one
 
 News = WorkerInfo | WorkerNarration | Heartbeat
 ACTIVE = frozenset({WorkerState.STARTED, WorkerState.LOADING, WorkerState.READY})
@@ -113,7 +121,12 @@ class HiveSetup:
 
 @attrs.define(eq=False)
 class Worker:
-    """One worker from the request to its end."""
+    """One worker from the request to its end, and until nothing of it is left.
+
+    Attributes:
+        ended: set when it has ended; what is left of it then is its ``state`` and its error.
+        ready_at: when it had all the memory that it takes.
+    """
 
     info: WorkerInfo
     request: StartWorker
@@ -123,6 +136,8 @@ class Worker:
     became_ready: trio.Event = attrs.field(factory=trio.Event)
     plan: MemoryPlan | None = None
     peer: Peer | None = None
+    cards: Cards | None = None
+    ready_at: float = float("inf")
     is_asked: bool = False
     unloading: bool = False
     seen_at: float = 0.0
@@ -153,6 +168,11 @@ class Worker:
         return 0.0 if self.is_fresh and idle < FIRST_USE else idle
 
     @property
+    def is_over(self) -> bool:
+        """Whether its end was asked for: it is silent."""
+        return self.unloading or self.scope.cancel_called
+
+    @property
     def state(self) -> WorkerState:
         return WorkerState(self.info.state)
 
@@ -173,6 +193,7 @@ class Workers(TaskOwner):
         *,
         memory: Memory,
         connect: Connect | None = None,
+        look: Look = usage,
     ) -> None:
         self._setup = setup
         self._workers: dict[WorkerId, Worker] = {}
@@ -181,6 +202,7 @@ class Workers(TaskOwner):
         self._warm_up = warm_up
         self._connect = connect or connect_with(setup.token)
         there = self._workers.values
+        self._look = look
         self._memory = memory
         self._room = Room(memory, there, self._look_at_all, self._make_idle_go)
         self.url = ""
@@ -240,14 +262,71 @@ class Workers(TaskOwner):
 
     async def _keep(self, worker: Worker, spec: WorkerSpec) -> None:
         """Survive a worker's failure: a dead worker is data for the hive, not a crash."""
+        failure: BaseException | None = None
         try:
-            await self._run(worker, spec)
-        except* (RbeeError, OSError) as group:
-            self._fail(worker, next(leaves(group)))
+            try:
+                await self._run(worker, spec)
+            except* (RbeeError, OSError) as group:
+                failure = next(leaves(group))
+            await self._until_nothing_left(worker, failure)
+            if failure is None or (as_left(failure) and worker.is_over):
+                self._change(worker, state=WorkerState.STOPPED.value, error=None)
+            else:
+                self._fail(worker, failure)
         finally:
             worker.ended.set()
             self._workers.pop(worker.id, None)
             self._prune_logs()
+
+    async def _until_nothing_left(self, worker: Worker, failure: BaseException | None) -> None:
+        """Return once its processes are gone and its memory is back; until then, tell what is left.
+
+        Its end was bounded. What goes on here is what nobody can hasten: a process that is stuck in
+        the kernel ends when that lets it.
+        """
+        left = as_left(failure)
+        while left is not None:
+            if worker.info.error is None or worker.info.error.message != str(left):
+                self._fail(worker, left, left.code)
+            worker.ended.set()
+            await trio.sleep(LEFT_AGAIN)
+            left = await self._left_of(worker)
+
+    @asynccontextmanager
+    async def _verified(self, worker: Worker) -> AsyncGenerator[None, None]:
+        """Raise unless nothing of a worker is left after the body, however that ends."""
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):  # bounded: a stopping hive tells what it leaves
+                left = await self._left_of(worker)
+            if left is not None:
+                raise left
+
+    async def _left_of(self, worker: Worker) -> RbeeError | None:
+        """End what of a worker still lives; say what does not, or that nobody can tell.
+
+        That takes `AGAIN` and `BACK` seconds at most, none if nothing is left.
+        """
+        try:
+            await sweep(self._run_dir(worker.id), within=AGAIN)
+            if worker.cards is not None:
+                await worker.cards.check_back(partial(self._taken_since, worker))
+        except MachineError as exc:
+            return exc
+        return None
+
+    def _taken_since(self, worker: Worker) -> int:
+        """Return the bytes that others may have taken on a worker's cards since its start."""
+        assert worker.cards is not None
+        since = worker.cards.began
+        others = (
+            one for one in self._workers.values() if one is not worker and shares(one, worker)
+        )
+        return sum(one.plan.required for one in others if one.plan and one.ready_at > since)
+
+    def _run_dir(self, worker_id: WorkerId) -> Path:
+        return self._setup.run_dir / short_name(worker_id)
 
     async def _run(self, worker: Worker, spec: WorkerSpec) -> None:
         # `stop` cancels the scope: an asked-for end is silent
@@ -259,7 +338,7 @@ class Workers(TaskOwner):
             await self._take_room(worker, local)
             config = WorkerConfig(
                 spec=spec,
-                run_dir=str(self._setup.run_dir / short_name(spec.id)),
+                run_dir=str(self._run_dir(spec.id)),
                 token=self._setup.token,
                 host=self._setup.host,
                 port=self._setup.worker_port,
@@ -269,15 +348,16 @@ class Workers(TaskOwner):
             self._narrate(worker)(
                 "load", f"{shown(spec.model)} with {spec.engine} on {spec.backend}"
             )
+            await self._look_at_cards(worker, spec)
             with trio.move_on_after(LOAD_LIMIT) as loading:
-                async with self._launch(config, worker.log_file) as process:
+                launch = self._launch(config, worker.log_file)
+                async with self._verified(worker), launch as process:
                     self._change(worker, state=WorkerState.LOADING.value, pid=process.pid)
                     status = await self._until_end(worker, process, loading)
             if loading.cancelled_caught:
                 raise too_slow(spec, worker.log_file, LOAD_LIMIT)
             if not worker.unloading:
                 raise died(spec, worker.log_file, status)
-        self._change(worker, state=WorkerState.STOPPED.value)
 
     async def _prepare(self, worker: Worker) -> Local | None:
         """Bring the model here while the engine is being imported."""
@@ -290,6 +370,11 @@ class Workers(TaskOwner):
         if plan is not None:
             await self._room.make(plan, worker, self._narrate(worker))
         worker.plan = plan
+
+    async def _look_at_cards(self, worker: Worker, spec: WorkerSpec) -> None:
+        if spec.backend != "cpu":
+            worker.cards = Cards(spec.device, self._look)
+            await worker.cards.begin()
 
     async def _plan(self, local: Local, request: StartWorker) -> MemoryPlan | None:
         try:
@@ -332,8 +417,10 @@ class Workers(TaskOwner):
         if worker.scope.cancel_called:
             raise ConflictError(f"worker {worker.id} is being stopped", code="stopping")
         worker.became_ready.set()
+        if worker.cards is not None:
+            worker.cards.note_tree(worker.info.pid)
         pid = next(iter(children(worker.info.pid)), 0)  # so far it was the guard's
-        worker.seen_at = trio.current_time()
+        worker.seen_at = worker.ready_at = trio.current_time()
         state = WorkerState.READY.value
         self._change(worker, state=state, url=message.url, pid=pid, progress="", share=None)
         log.info("worker %s ready at %s", worker.id, message.url)
@@ -354,6 +441,8 @@ class Workers(TaskOwner):
         while True:
             await trio.sleep(pause)
             seen = await self._look_at(worker)
+            if seen is None and await _is_dead(worker):
+                raise outlived(worker.id, worker.info.node)
             left = _left(seen)
             if left <= 0:
                 await self._unload(worker, f"no work for {worker.idle:.0f} s")
@@ -382,12 +471,14 @@ class Workers(TaskOwner):
         if attrs.evolve(worker.info, idle=before.idle) != before:  # that it is idle still, is none
             self._tell(worker)
 
-    def _fail(self, worker: Worker, error: BaseException) -> None:
+    def _fail(
+        self, worker: Worker, error: BaseException, state: str = WorkerState.FAILED.value
+    ) -> None:
         if not isinstance(error, RbeeError):
             error = RbeeError(f"{type(error).__name__}: {error}")
-        log.warning("worker %s failed: %s", worker.id, error)
+        log.warning("worker %s %s: %s", worker.id, state, error)
         detail = ErrorDetail(error.code, error.message, error.hint, error.details)
-        self._change(worker, state=WorkerState.FAILED.value, error=detail)
+        self._change(worker, state=state, error=detail)
 
     def _change(self, worker: Worker, **changes: Any) -> None:
         worker.info = attrs.evolve(worker.info, **changes)
@@ -407,13 +498,19 @@ class Workers(TaskOwner):
 
     # stopping --------------------------------------------------------------------------------
     async def stop(self, worker_id: str) -> None:
-        """Stop one worker and return when nothing of it is left."""
+        """Stop one worker and return when nothing of it is left.
+
+        Raises:
+            RbeeError: something is, or nobody can tell (`rbee.remains.LEFT`).
+        """
         worker = self.get(worker_id)
         self._begin_stop(worker)
         await worker.ended.wait()
+        if worker.info.state in LEFT and (error := worker.info.error) is not None:
+            raise from_wire(error.code, error.message, hint=error.hint, details=error.details)
 
     async def stop_owned_by(self, owner: str) -> None:
-        """Stop an owner's workers side by side and return when nothing of them is left."""
+        """Stop an owner's workers side by side and return when they have ended."""
         mine = [worker for worker in self._workers.values() if worker.info.owner == owner]
         for worker in mine:
             self._begin_stop(worker)
@@ -437,13 +534,17 @@ class Workers(TaskOwner):
         log.info("worker %s is unloaded: %s", worker.id, why)
         self._begin_stop(worker)
         await worker.ended.wait()
-        return True
+        return worker.info.state not in LEFT
 
     async def _make_idle_go(self, worker: Tenant) -> bool:
         assert isinstance(worker, Worker)
         return await self._unload(worker, "its memory is needed")
 
     def _begin_stop(self, worker: Worker) -> None:
+        if worker.ended.is_set():  # what is left of it is being ended all the time
+            return
+        if worker.cards is not None:
+            worker.cards.note_tree(worker.info.pid)
         self._change(worker, state=WorkerState.STOPPING.value)
         worker.scope.cancel(reason="asked to stop")
 
@@ -461,6 +562,15 @@ def _left(seen: ReadyState | None) -> float:
 
 def _figures(seen: ReadyState) -> dict[str, Any]:
     return {"running": seen.running, "idle": seen.idle, "keep_alive": seen.keep_alive}
+
+
+async def _is_dead(worker: Worker) -> bool:
+    """Tell whether its process has ended but its guard goes on: something of it does not end."""
+    pid = worker.info.pid
+    if not pid or start_time(pid):
+        return False
+    await trio.sleep(GUARD_ENDS)
+    return not start_time(pid)
 
 
 async def _lift_limit(ready: trio.Event, scope: trio.CancelScope) -> None:

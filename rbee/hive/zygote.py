@@ -61,7 +61,7 @@ class Zygote:
     def __init__(self, sock: socket.socket, log_file: str) -> None:
         self.sock = sock
         self.log_file = log_file
-        self.guards: set[int] = set()
+        self.guards: dict[int, str] = {}  # with the directory of its journal
 
     def run(self) -> None:
         wakeup = self._catch_sigchld()
@@ -106,13 +106,14 @@ class Zygote:
         pid = os.fork()
         if pid == 0:
             become_guard(message, lifeline, log_fd, me)
-        self.guards.add(pid)
+        self.guards[pid] = str(message["fork"].get("record", ""))
         pidfd = os.pidfd_open(pid)
         send(self.sock, {"forked": message["config"]["spec"]["id"], "pid": pid}, (pidfd,))
         os.close(pidfd)
 
     def _reap(self) -> None:
         ended: list[tuple[int, int]] = []
+        journals: list[str] = []
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -121,11 +122,13 @@ class Zygote:
             if not pid:
                 break
             if pid in self.guards:
-                self.guards.discard(pid)
+                journals.append(self.guards.pop(pid))
                 code = os.waitstatus_to_exitcode(status)
                 ended.append((pid, code if code >= 0 else 128 - code))
         if ended:
-            self._kill_orphans()  # first: who hears of the exit takes all below for gone
+            # First: who hears of the exit takes for gone what the journal does not name.
+            for orphan in self._kill_orphans():
+                note_orphan(orphan, journals)
         for pid, code in ended:
             self._tell({"exited": pid, "status": code})
 
@@ -135,24 +138,49 @@ class Zygote:
         except OSError as exc:
             log.warning("hive is gone: %s", exc)
 
-    def _kill_orphans(self) -> None:
-        """End what a killed guard left: our children that are not guards, and all below them."""
+    def _kill_orphans(self) -> list[int]:
+        """End what a killed guard left: our children that are not guards, and all below them.
+
+        Returns those that do not end.
+        """
         until = time.monotonic() + 1.0
         while orphans := [p for p in guard.children(os.getpid()) if p not in self.guards]:
             for pid in orphans:
-                below = {pid: guard.start_time(pid), **guard.descendants(pid)}
+                root = {pid: guard.start_time(pid)}
+                tree = root | guard.descendants(root)
                 for number in (signal.SIGSTOP, signal.SIGKILL):
-                    for victim, start in below.items():
+                    for victim, start in tree.items():
                         guard.send_signal(victim, start, number)
             if time.monotonic() > until:
-                return  # stuck in the kernel: the hive's guards go on
+                return orphans  # stuck in the kernel: the hive and its guards go on
             time.sleep(0.002)
             self._wait_for(orphans)
+        return []
 
     def _wait_for(self, pids: list[int]) -> None:
         for pid in pids:
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+
+
+def note_orphan(pid: int, journals: list[str]) -> None:
+    """Note one that does not end in the journals of the guards that may have left it.
+
+    Guards write once a second: it may be too young for theirs.
+    """
+    tree = {pid: guard.start_time(pid)}
+    tree |= guard.descendants(tree)
+    members = [{"pid": one, "start": start} for one, start in tree.items()]
+    record = {
+        "boot_id": guard.boot_id(),
+        "guard": {"pid": pid, "start": 0},  # there is none any more
+        "child": members[0],
+        "descendants": members[1:],
+        "shm": sorted(set().union(*map(guard.shared_memory_of, tree))),
+    }
+    for journal in filter(None, journals):
+        with suppress(OSError):  # that guard has come to its end, and left nothing
+            Path(journal, f"guard-{pid}.json").write_text(json.dumps(record))
 
 
 def refuse_unsafe_fork() -> None:

@@ -213,11 +213,11 @@ async def run_zygote(
         zygote._end()
         sock.close()  # its lifeline
         with trio.CancelScope(shield=True):
-            signal.pidfd_send_signal(pidfd, signal.SIGCONT)  # a frozen one sees the end as well
+            guard.signal_pidfd(pidfd, signal.SIGCONT)  # a frozen one sees the end as well
             # One that is still importing has forked nothing and hears nothing.
             with trio.move_on_after(END if imported else 0):
                 await trio.lowlevel.wait_readable(pidfd)
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            guard.signal_pidfd(pidfd, signal.SIGKILL)
             with trio.move_on_after(END):  # one that is stuck in the kernel goes later
                 await trio.lowlevel.wait_readable(pidfd)
         log.info("zygote %s ended with %s", engine, child.poll())

@@ -25,6 +25,7 @@ from rbee.keeper.flags import (
     NodeFlags,
     PullFlags,
     QueenFlags,
+    ReapFlags,
     RemoveFlags,
     TailFlags,
     UpdateNodeFlags,
@@ -279,6 +280,15 @@ def logs(*, flags: LogFlags | None = None) -> int:
     from rbee.keeper.root import run_command
 
     return run_command(partial(show_logs, flags or LogFlags()))
+
+
+@app.command
+def reap(*, flags: ReapFlags | None = None) -> int:
+    """End what rbee has left on a machine, by its journal, and nothing that it did not start."""
+    from rbee.keeper.reap import reap_leftovers
+    from rbee.keeper.root import run_command
+
+    return run_command(partial(reap_leftovers, flags or ReapFlags()))
 
 
 @model.command(name="list")

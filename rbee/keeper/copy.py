@@ -17,13 +17,13 @@ from rbee.keeper.start import is_ours
 from rbee.model import LOCALHOST, node_name
 from rbee.models.child import Narrate
 from rbee.models.parcel import Parcel, find_parcel, seal
-from rbee.models.preflight import human
 from rbee.models.reference import shown
 from rbee.nodes.delivery import Delivered, deliver
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
 from rbee.nodes.target import target_of
 from rbee.ssh import ConnectionLostError, TransferError, open_connection
+from rbee.units import human
 from rbee.wire.messages import Pulled, PullModel
 
 

@@ -286,6 +286,15 @@ class LogFlags(TailFlags):
 
 @Parameter(name="*")
 @attrs.frozen(kw_only=True)
+class ReapFlags(DataFlags):
+    """Flags of ``reap``."""
+
+    node: Annotated[str | None, Parameter(help="The node (default: this machine).")] = None
+    dry_run: Annotated[bool, Parameter(help="Only tell what would be ended.", negative=())] = False
+
+
+@Parameter(name="*")
+@attrs.frozen(kw_only=True)
 class ModelFlags(QueenFlags):
     """Flags of the commands that are about models on a disk."""
 

@@ -16,6 +16,7 @@ from rbee.keeper.operator import queen_facts
 from rbee.keeper.output import human_bytes, note, print_facts, print_rows
 from rbee.keeper.queen import QueenAccess, open_running_queen
 from rbee.model import LOCALHOST
+from rbee.remains import LEFT, PROCESSES, in_short
 from rbee.wire.messages import HiveInfo, WorkerInfo
 
 NO_QUEEN = "no queen running"
@@ -65,6 +66,8 @@ async def show_status(flags: QueenFlags) -> None:
     facts["hives"] = len(hives) if flags.json else _hives_in_words(hives)
     facts["workers"] = len(workers) if flags.json else _workers_in_words(workers)
     facts["ready"] = sum(worker.state == "ready" for worker in workers)
+    left = [worker for worker in workers if worker.state in LEFT]
+    facts["left"] = [_left_facts(one) for one in left] if flags.json else _left_in_words(left)
     facts["running"] = sum(worker.running for worker in workers)
     facts["aliases"] = len(load_config(home.config_file).aliases)
     if flags.json:
@@ -77,6 +80,8 @@ def _hives_in_words(hives: list[HiveInfo]) -> str:
 
 
 def _hive_in_words(hive: HiveInfo) -> str:
+    if hive.left:
+        return f"{hive.node} {hive.state} ({hive.left})"
     room = f"{human_bytes(hive.memory_free)} of memory free" if hive.memory_total else "no news yet"
     return f"{hive.node} {hive.state} ({room})"
 
@@ -84,6 +89,18 @@ def _hive_in_words(hive: HiveInfo) -> str:
 def _workers_in_words(workers: list[WorkerInfo]) -> str:
     states = Counter(worker.state for worker in workers)
     return ", ".join([str(len(workers)), *(f"{n} {state}" for state, n in states.items())])
+
+
+def _left_in_words(left: list[WorkerInfo]) -> str:
+    return "\n".join(
+        f"{one.worker_id} on {one.node} is {one.state}: {_message(one)}" for one in left
+    )
+
+
+def _left_facts(worker: WorkerInfo) -> dict[str, Any]:
+    names = ("worker_id", "node", "state", "error", "processes")
+    facts = _worker_facts(worker)
+    return {name: facts[name] for name in names}
 
 
 async def show_queen(flags: QueenFlags) -> None:
@@ -155,11 +172,20 @@ def operators_hive(home: Home) -> HiveInfo | None:
 
 
 def _worker_facts(worker: WorkerInfo) -> dict[str, Any]:
-    return attrs.asdict(worker) | {"error": worker.error.message if worker.error else None}
+    """Return all that is known of a worker; ``processes``: what of it does not end."""
+    error = worker.error
+    processes = error.details.get(PROCESSES, []) if error else []
+    return attrs.asdict(worker) | {"error": _message(worker) or None, "processes": processes}
+
+
+def _message(worker: WorkerInfo) -> str:
+    return worker.error.message if worker.error else ""
 
 
 def state_in_words(worker: WorkerInfo) -> str:
-    """Return a worker's state, with what it is at while it loads."""
+    """Return a worker's state, with what it is at while it loads, or what of it does not end."""
+    if worker.state in LEFT and worker.error:
+        return f"{worker.state} ({in_short(worker.error.details) or worker.error.message})"
     if not worker.progress:
         return worker.state
     share = "" if worker.share is None else f" {int(worker.share * 100)} %"

@@ -17,7 +17,7 @@ import trio
 from rbee import guard
 from rbee.client import OPERATOR, AsyncClient
 from rbee.errors import ConflictError, PeerError, RbeeError, UnavailableError
-from rbee.home import Home, find_home, open_home, read_token, writing
+from rbee.home import Home, find_home, open_home, read_token, short_name, writing
 from rbee.keeper.flags import DataFlags, ListenFlags
 from rbee.keeper.output import note, print_data, print_json
 from rbee.keeper.queen import (
@@ -31,6 +31,7 @@ from rbee.keeper.queen import (
 from rbee.model import LOCALHOST, Grace
 from rbee.models.access import TOKENLESS
 from rbee.process import own_environment
+from rbee.sweep import sweep
 from rbee.wire.messages import RunFile
 
 START_LIMIT = 30.0
@@ -70,6 +71,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             start_new_session=True,
             env={**os.environ, **own_environment(home.root, nonce), **TOKENLESS},
         )
+    began = guard.start_time(popen.pid)
     try:
         record = await _wait_until_up(home, popen)
         if record is None:
@@ -78,7 +80,7 @@ async def start_queen(home: Home, *, host: str, port: int) -> Standing:
             if access is None:
                 raise _did_not_start(log_file, begin)
     except BaseException:
-        popen.terminate()
+        guard.send_signal(popen.pid, began, signal.SIGTERM)
         raise
     popen.returncode = 0  # it is nobody's child to wait for
     return Standing(record.url, record.pid, already=False)
@@ -129,6 +131,7 @@ async def stop_queen(home: Home) -> float | None:
 
     Raises:
         PeerError: something of it is left although its time is over.
+        MachineError: something does not end (code ``stuck``), or cannot be seen (``unverified``).
     """
     begin, waited = trio.current_time(), True
     with trio.move_on_after(Grace().keeper):
@@ -154,6 +157,7 @@ async def stop_queen(home: Home) -> float | None:
             code="not_stopped",
             hint=f"kill -9 {pids}",
         )
+    await sweep(home.run / short_name(record.id))  # it has ended: its journal is nobody's
     return trio.current_time() - begin
 
 

@@ -9,7 +9,7 @@ import trio
 
 from rbee.client import OPERATOR, AsyncClient
 from rbee.config import load_config
-from rbee.errors import NotFoundError, UnavailableError, UsageError
+from rbee.errors import NotFoundError, RbeeError, UnavailableError, UsageError
 from rbee.home import Home, find_home
 from rbee.keeper.flags import WorkerStartFlags, WorkerStopFlags
 from rbee.keeper.listing import NO_QUEEN, open_queen
@@ -97,15 +97,18 @@ async def stop_workers(flags: WorkerStopFlags, ids: tuple[str, ...]) -> None:
         if queen is None:
             note(NO_QUEEN)
         rows: list[dict[str, Any]] = []
+        failed: list[RbeeError] = []
         wanted = await _wanted(queen.client, flags, ids) if queen else ()
         async with trio.open_nursery() as nursery:
             for worker_id in dict.fromkeys(wanted):
                 assert queen is not None
-                nursery.start_soon(_stop, queen.client, worker_id, rows, flags.json)
+                nursery.start_soon(_stop, queen.client, worker_id, rows, failed, flags.json)
     if queen and not rows:
         note("no such worker" if flags.model else "no workers")
     if flags.json:
         print_json(rows)
+    if failed:
+        raise failed[0]
 
 
 async def _wanted(
@@ -132,7 +135,11 @@ def of_model(workers: list[WorkerInfo], model: str, home: Home) -> list[WorkerIn
 
 
 async def _stop(
-    client: AsyncClient, worker_id: str, rows: list[dict[str, Any]], as_json: bool
+    client: AsyncClient,
+    worker_id: str,
+    rows: list[dict[str, Any]],
+    failed: list[RbeeError],
+    as_json: bool,
 ) -> None:
     begin, stopped = trio.current_time(), True
     try:
@@ -140,6 +147,9 @@ async def _stop(
     except NotFoundError:
         stopped = False
         note(f"{worker_id} does not run")
+    except RbeeError as exc:  # the others are stopped nevertheless
+        stopped = False
+        failed.append(exc)
     seconds = round(trio.current_time() - begin, 2) if stopped else 0.0
     rows.append({"worker_id": worker_id, "stopped": stopped, "seconds": seconds})
     if stopped and not as_json:

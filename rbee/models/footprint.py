@@ -26,7 +26,8 @@ from rbee.hints import infer
 from rbee.machine import Machine, cpu_dtype, node_memory, this_machine
 from rbee.models.inspect import Inspection, inspect_model
 from rbee.models.kv_cache import KV_BLOCK, CacheShape, cache_shape, read_config
-from rbee.models.preflight import ITEM_SIZES, OVERHEAD, human, meminfo
+from rbee.models.preflight import ITEM_SIZES, OVERHEAD, meminfo
+from rbee.units import human
 from rbee.worker.engine_args import engine_options
 
 MIB = 1 << 20

@@ -26,11 +26,12 @@ import attrs
 from rbee.errors import BadInputError, RbeeError
 from rbee.hints import pull
 from rbee.models.child import error_line
-from rbee.models.preflight import check_disk, human
+from rbee.models.preflight import check_disk
 from rbee.models.progress import Printer
 from rbee.models.refusals import RETRIED, Asked
 from rbee.models.repository import MANIFEST, Fetched, Remote, choose, is_part
 from rbee.models.transfer import Limits, StoppedError, Transfer
+from rbee.units import human
 
 AT_ONCE = 4
 CONTACTS = 2

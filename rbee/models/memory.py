@@ -14,8 +14,9 @@ from rbee.gpus import chosen_gpus
 from rbee.hints import infer
 from rbee.machine import cgroup_memory, node_memory, this_machine
 from rbee.models.footprint import MIB, Asked, MemoryPlan, footprint
-from rbee.models.preflight import available_memory, human
+from rbee.models.preflight import available_memory
 from rbee.models.reference import shown
+from rbee.units import human
 
 
 class Local(Protocol):

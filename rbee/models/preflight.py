@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from rbee.errors import InsufficientError
+from rbee.units import human
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # an engine's own memory beside weights and cache: the interpreter, torch, activations
@@ -67,12 +68,3 @@ def meminfo(key: str, path: Path = MEMINFO) -> int | None:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def human(size: float) -> str:
-    """Write a number of bytes for people: ``1.3 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

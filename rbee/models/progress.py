@@ -19,7 +19,7 @@ import trio
 
 from rbee.errors import RbeeError
 from rbee.models.child import Narrate, Runner
-from rbee.models.preflight import human
+from rbee.units import human
 
 EVERY = 0.5
 WINDOW = 10.0  # seconds over which the rate is taken

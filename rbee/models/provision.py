@@ -33,7 +33,7 @@ from rbee.models.access import offline_by, variables_of
 from rbee.models.catalog import GGUF, Catalog, Entry, File, Item, Origin
 from rbee.models.child import Narrate, Runner, log_tail, told_error
 from rbee.models.inspect import Inspection, inspect_model
-from rbee.models.preflight import ITEM_SIZES, human
+from rbee.models.preflight import ITEM_SIZES
 from rbee.models.progress import run_followed
 from rbee.models.pypi import CHUNK, Unpacked, fetch_package
 from rbee.models.reference import (
@@ -60,6 +60,7 @@ from rbee.models.staging import (
     publish,
 )  # fmt: skip
 from rbee.models.use import refuse_if_used
+from rbee.units import human
 from rbee.wire.messages import HubAccess
 
 log = logging.getLogger(__name__)

@@ -20,10 +20,11 @@ import attrs
 
 from rbee.errors import InsufficientError, MachineError, PeerError, RbeeError, UnavailableError
 from rbee.models.catalog import File
-from rbee.models.preflight import free_disk, human
+from rbee.models.preflight import free_disk
 from rbee.models.progress import amount
 from rbee.models.refusals import RETRIED, Asked
 from rbee.models.repository import Remote
+from rbee.units import human
 
 BLOCK = 2**20
 LONGEST_PAUSE = 60.0

@@ -13,7 +13,6 @@ import trio
 from rbee.aio import Aio
 from rbee.errors import RbeeError
 from rbee.model import DEFAULT_ENGINE, LOCALHOST
-from rbee.models.preflight import human
 from rbee.nodes.add import NoRbeeError
 from rbee.nodes.engines import import_engine, import_here, install_on
 from rbee.nodes.node import Node, NodeStatus, Transport
@@ -29,6 +28,7 @@ from rbee.ssh import (
     look,
     open_connection,
 )
+from rbee.units import human
 
 TryImport = Callable[[], Awaitable[str]]
 """Import the engine where it is to run; return why that fails, "" if it does not."""

@@ -18,7 +18,6 @@ import attrs
 from rbee.errors import ConflictError, InsufficientError, RbeeError
 from rbee.models.child import Narrate
 from rbee.models.parcel import Parcel
-from rbee.models.preflight import human
 from rbee.models.progress import Meter
 from rbee.nodes import receive
 from rbee.ssh import (
@@ -31,6 +30,7 @@ from rbee.ssh import (
     open_remote,
     run,
 )
+from rbee.units import human
 from rbee.wire import codec
 
 TRIES = 2  # what came wrong, through whatever is in between, is sent once more

@@ -25,7 +25,6 @@ import trio
 from rbee.errors import BadInputError, InsufficientError, NotFoundError, RbeeError
 from rbee.hints import TORCH_CPU_INDEX, download, download_rbee
 from rbee.home import writing
-from rbee.models.preflight import human
 from rbee.nodes import installer
 from rbee.nodes.node import Node
 from rbee.nodes.wheel import Wheel, pack_running
@@ -40,6 +39,7 @@ from rbee.ssh import (
     Wish,
     open_remote,
 )
+from rbee.units import human
 
 TORCH = "torch==2.13.0+cpu"  # as in the Makefile, and what the extra cpu pins
 # Bytes that an installation takes at its fullest: a wheel, unpacked, beside what is there already.

@@ -12,7 +12,6 @@ import trio
 from rbee import __version__
 from rbee.aio import Aio
 from rbee.errors import BadInputError, InsufficientError
-from rbee.models.preflight import human
 from rbee.nodes.add import NoRbeeError, Probe
 from rbee.nodes.node import Node
 from rbee.nodes.target import target_of
@@ -29,6 +28,7 @@ from rbee.ssh import (
     open_connection,
     run,
 )
+from rbee.units import human
 from rbee.wire import codec
 
 DETECT = 60.0  # seconds; a driver that hangs makes it wait for ever

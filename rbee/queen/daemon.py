@@ -12,7 +12,6 @@ import trio
 
 from rbee import __version__, daemon
 from rbee.errors import OwnerGoneError, RbeeError, UnavailableError
-from rbee.guard import remove_tree
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
@@ -26,7 +25,7 @@ from rbee.queen.places import Places
 from rbee.queen.starts import Starts
 from rbee.queen.views import Views
 from rbee.scopes import open_service
-from rbee.sweep import claim, sweep_abandoned
+from rbee.sweep import claim, retire, sweep_abandoned
 from rbee.web.server import open_listener, serve_http, url_of
 from rbee.wire.messages import Hello
 
@@ -115,4 +114,4 @@ def _run_dir(setup: QueenSetup, root: daemon.Root) -> Iterator[Path]:
     try:
         yield setup.token_file or setup.home.token_file
     finally:
-        remove_tree(str(setup.run_dir))
+        retire(setup.run_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 import attrs
 import trio
@@ -14,6 +15,7 @@ from rbee.broadcast import Broadcast
 from rbee.daemon import read_run_file
 from rbee.errors import (
     ConflictError,
+    MachineError,
     PeerError,
     RbeeError,
     UnavailableError,
@@ -25,7 +27,9 @@ from rbee.queen.hive import Hive
 from rbee.queen.machine import FoundHive, Machine, OwnedHive, QueenSetup
 from rbee.queen.machines import Machines, Narrate
 from rbee.registry import Registry
+from rbee.remains import UNVERIFIED, as_left
 from rbee.scopes import TaskOwner
+from rbee.sweep import sweep
 from rbee.web.client import answering_within, call, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
@@ -49,6 +53,8 @@ REACH = 5.0  # seconds for a port that must be open
 HEARD = 15.0  # seconds for a hive to tell what workers it has
 ENDS = 0.5  # seconds for the word that a hive has ended, not a firewall closed its port
 KEPT_FAILURES = 100
+LEFT_AGAIN = 2.0  # seconds between two tries to end what is left of a hive
+BETWEEN = 0.2  # seconds that each of them takes at most
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
 
 
@@ -61,6 +67,7 @@ class Hives(TaskOwner):
         self._hives: dict[str, Hive] = {}
         self._locks: dict[str, trio.Lock] = {}
         self._starts: dict[str, _Started] = {}
+        self._left: dict[str, _Left] = {}
         self.queen_id = setup.id
         self.url = ""
         self.workers: Registry[WorkerId, WorkerInfo] = Registry()
@@ -69,7 +76,9 @@ class Hives(TaskOwner):
         self.narrations: Broadcast[WorkerNarration] = Broadcast()
 
     def infos(self) -> list[HiveInfo]:
-        return [hive.told() for hive in self._hives.values()]
+        """Return the hives that run, and those that have ended with something left."""
+        left = [one.info for one in self._left.values()]
+        return [*(hive.told() for hive in self._hives.values()), *left]
 
     def running(self, node: str) -> Hive | None:
         return self._hives.get(node)
@@ -95,6 +104,7 @@ class Hives(TaskOwner):
         Raises:
             NotFoundError: there is no such node.
             ConflictError: an operator has started it, so it is not ours to end.
+            MachineError: something of it is left, or nobody can tell (`rbee.remains.LEFT`).
         """
         if node not in self._hives:
             await self.machines.check(node)
@@ -109,6 +119,8 @@ class Hives(TaskOwner):
                 self._note_stopping(hive)
                 hive.scope.cancel(reason="asked to stop")
                 await hive.gone.wait()
+                if (left := self._left.get(hive.info.hive_id)) is not None:
+                    raise left.error
 
     def _operators_pid(self, node: str) -> int:
         """Return the pid of the hive that an operator runs on this machine; 0 for none."""
@@ -144,11 +156,39 @@ class Hives(TaskOwner):
             del self._starts[node]
         if status.done:  # before the registry, which may wait for a lock
             log.warning("hive on %s is gone: %s", node, error)
+            self._note_left(node, as_left(error) or self._unseen(node), status)
             self._lose(node, error)
         if not status.scope.cancelled_caught:
             await self.machines.note(node, error)
         if not status.done:
             raise error  # bare: whoever asked for the hive handles it as any refusal
+
+    def _unseen(self, node: str) -> RbeeError | None:
+        """Make the error of a node that does not tell whether its hive has ended."""
+        seconds = self.machines.fenced_for(node)
+        if seconds <= 0:
+            return None
+        return MachineError(
+            f"node {node} does not tell whether its hive has ended: for {seconds:.0f} s something "
+            "of it may still run there",
+            code=UNVERIFIED,
+            hint=f"rbee-keeper reap --node {node} --dry-run",
+        )
+
+    def _note_left(self, node: str, error: RbeeError | None, status: _Started) -> None:
+        hive = self._hives.get(node)
+        if error is not None and hive is not None and hive.owned:
+            info = attrs.evolve(hive.told(), state=error.code, workers=0, left=str(error))
+            self._left[info.hive_id] = _Left(info, error)
+            self.tasks.start_soon(self._until_nothing_left, info, status.run_dir)
+
+    async def _until_nothing_left(self, info: HiveInfo, run_dir: str) -> None:
+        """End what is left of a hive of ours; over SSH its guards do, and the fence tells when."""
+        if info.node == LOCALHOST:
+            await _until_swept(self._setup.run_dir / run_dir)
+        else:
+            await trio.sleep(self.machines.fenced_for(info.node))
+        del self._left[info.hive_id]
 
     async def _run(self, node: str, narrate: Narrate, status: _Started) -> None:
         async with self.machines.connect(node, narrate) as machine:
@@ -205,6 +245,7 @@ class Hives(TaskOwner):
             queen_id=setup.id,
             lease=setup.lease,
         )
+        status.run_dir = start.run_dir
         narrate(Narration("queen", "start", f"a hive on {node}"))
         async with machine.open_hive(start) as daemon:
             hello = daemon.hello
@@ -356,6 +397,15 @@ def _check_version(node: str, version: str) -> None:
         )
 
 
+async def _until_swept(run_dir: Path) -> None:
+    while True:
+        try:
+            await sweep(run_dir, within=BETWEEN)
+            return
+        except MachineError:
+            await trio.sleep(LEFT_AGAIN)
+
+
 async def _wait_heard(hive: Hive, status: _Started) -> None:
     with answering_within(HEARD, hive.name):
         await status.used.wait()
@@ -387,12 +437,21 @@ def _operators(node: str, pid: int) -> ConflictError:
     )
 
 
+@attrs.frozen
+class _Left:
+    """A hive of ours that has ended, and what of it is left."""
+
+    info: HiveInfo
+    error: RbeeError
+
+
 @attrs.define(eq=False)
 class _Started:
     """A task status that remembers whether it was used, and the scope of what was started."""
 
     _status: trio.TaskStatus[Hive]
     done: bool = False
+    run_dir: str = ""
     used: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 

@@ -38,6 +38,7 @@ from rbee.queen.placement import choose, start_for
 from rbee.queen.places import Places
 from rbee.queen.turns import Turns
 from rbee.queen.where import located
+from rbee.remains import LEFT
 from rbee.scopes import TaskOwner
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
@@ -296,7 +297,7 @@ class Jobs(TaskOwner):
         worker = self._hives.workers.get(WorkerId(worker_id))
         if worker is None:
             return self._hives.failures.get(worker_id)
-        return worker if worker.state == WorkerState.READY.value else None
+        return worker if worker.state in (WorkerState.READY.value, *LEFT) else None
 
     # relaying --------------------------------------------------------------------------------
     async def _relay(self, job: Job, worker: WorkerInfo) -> None:
@@ -347,8 +348,9 @@ class Jobs(TaskOwner):
         return error
 
     def _over(self, worker_id: str) -> WorkerInfo | None:
-        if self._hives.workers.get(WorkerId(worker_id)) is not None:
-            return None
+        worker = self._hives.workers.get(WorkerId(worker_id))
+        if worker is not None:
+            return worker if worker.state in LEFT else None
         return self._hives.failures.get(worker_id)
 
 

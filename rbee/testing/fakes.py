@@ -50,6 +50,7 @@ class FakeLauncher:
         starting: seconds until a worker is launched.
         stopping: seconds until one that is asked to stop has ended, by its model; 0 if not named.
         error: raised instead of launching.
+        left: raised when a worker has ended: not all of it has.
         running: the processes that are there now, by worker id.
         configs: everything that was ever launched, by worker id.
     """
@@ -57,6 +58,7 @@ class FakeLauncher:
     starting: float = 0.0
     stopping: dict[str, float] = attrs.field(factory=dict)
     error: BaseException | None = None
+    left: BaseException | None = None
     running: dict[str, FakeProcess] = attrs.field(factory=dict)
     configs: dict[str, WorkerConfig] = attrs.field(factory=dict)
     _pids: itertools.count[int] = attrs.field(factory=lambda: itertools.count(FIRST_PID))
@@ -78,6 +80,8 @@ class FakeLauncher:
                 await trio.sleep(0 if process.ended() else self.stopping.get(config.spec.model, 0))
             process.end(143)
             del self.running[config.spec.id]
+            if self.left is not None:
+                raise self.left
 
 
 @attrs.define(eq=False)

@@ -15,6 +15,7 @@ from typing import Any
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
+from hypercorn.events import Event, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
@@ -50,9 +51,27 @@ async def serve_connections(
         connections.cancel_scope.deadline = trio.current_time() + config.graceful_timeout
 
 
+class _Connection(TCPServer):
+    """A connection that ends when its peer closes it.
+
+    hypercorn's own lingers until the keep-alive is over, with a descriptor.
+    """
+
+    _peer_gone = False
+
+    async def _read_data(self) -> None:
+        await super()._read_data()
+        self._peer_gone = True
+        await self.idle_task.stop()
+
+    async def protocol_send(self, event: Event) -> None:
+        if not (self._peer_gone and isinstance(event, Updated)):
+            await super().protocol_send(event)
+
+
 async def _serve_one(app: ASGIWrapper, config: Config, context: WorkerContext, stream: Any) -> None:
     try:
-        await TCPServer(app, config, context, ConnectionState(LifespanState()), stream)
+        await _Connection(app, config, context, ConnectionState(LifespanState()), stream)
     except* Exception as group:
         kind = type(next(leaves(group))).__name__  # the text may quote what the peer sent
         log.info("dropped a connection that could not be served: %s", kind)

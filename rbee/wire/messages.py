@@ -97,7 +97,9 @@ class HiveInfo:
     """One hive as its queen sees it; ``GET /v2/hives`` lists them.
 
     Attributes:
-        state: ``ready``, ``stopping``, or ``unresponsive`` while no heartbeat comes.
+        state: ``ready``, ``stopping``, ``unresponsive`` while no heartbeat comes; after its end
+            ``stuck`` while something of it is left, ``unverified`` while that cannot be seen.
+        left: what is left of it, in words.
         last_seen: seconds since its last sign of life.
         workers: how many it has, of all its queens.
         memory_total, memory_free, disk_free: of its node, in bytes; 0 until it has told.
@@ -115,6 +117,7 @@ class HiveInfo:
     memory_total: int = 0
     memory_free: int = 0
     disk_free: int = 0
+    left: str = ""
 
 
 @attrs.frozen

@@ -26,6 +26,7 @@ from typing import Any
 import attrs
 import trio
 
+from rbee import guard
 from rbee.aio import Aio, AioTask, Outbox, open_aio
 from rbee.errors import BadInputError, MachineError, PeerError, RbeeError
 from rbee.hints import infer, install
@@ -229,7 +230,8 @@ def inspect_models_here() -> None:
 def kill_children() -> None:
     """End what vLLM had started when its start failed or was given up."""
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.pid is not None:  # not reaped yet: nobody else can have its pid
+            guard.send_signal(child.pid, guard.start_time(child.pid), signal.SIGKILL)
 
 
 @attrs.frozen

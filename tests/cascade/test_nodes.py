@@ -184,6 +184,8 @@ def test_streams_of_a_silent_node_end_and_a_healed_one_is_used_again(me: User, m
         assert done.code == 1
         assert time.monotonic() - began < 2 * LEASE + KILLING
         assert "the connection to node mac is lost" in done.errors[0]
+        (hive,) = json.loads(run("hive", "list", "--json", env=me.environ).out)
+        assert (hive["node"], hive["state"]) == ("mac", "unverified")  # nobody can tell yet
         wait_for(lambda: not mac.processes(), LEASE + KILLING)
         mac.heal()
         done = infer(MODEL, "--node", "mac", "--max-tokens", "4", env=me.environ)
@@ -288,6 +290,23 @@ def test_a_killed_queen_costs_an_operators_hive_only_her_own_workers(
             assert hers.end().code == 143
         wait_for(lambda: "llm-worker-rbee" not in titles(mac), LEASE + KILLING)
         assert "rbee-hive" in titles(mac)
+
+
+def test_what_a_power_loss_left_on_a_node_is_told_and_reaped(
+    me: User, mac: Host, hosts: Hosts
+) -> None:
+    register(me.home, "mac")
+    subprocess.run(hosts.ssh("mac", f"{BIN}/rbee-hive daemon >/dev/null 2>&1 &"), check=True)
+    run_file = mac.home / ".rbee/run/hive.json"
+    wait_for(run_file.exists, 30)
+    end_all(mac)
+    told = run("reap", "--node", "mac", "--dry-run", "--json", env=me.environ)
+    found = [(row["node"], row["kind"], row["outcome"]) for row in json.loads(told.out)]
+    assert found == [("mac", "directory", "found"), ("mac", "file", "found")]
+    assert run_file.exists()
+    done = run("reap", "--node", "mac", env=me.environ)
+    assert (done.code, done.out.count("ended")) == (0, 2)
+    assert not run_file.exists()
 
 
 # weights ----------------------------------------------------------------------------------------

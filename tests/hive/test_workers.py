@@ -7,20 +7,26 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from rbee import guard, remains
 from rbee.errors import (
     ChildExitedError,
     ConflictError,
     InsufficientError,
+    MachineError,
     NotFoundError,
+    RbeeError,
     UnavailableError,
 )
+from rbee.gpus import Usage, usage
 from rbee.hive import workers as module
+from rbee.hive.cards import Look
 from rbee.hive.room import Memory
 from rbee.hive.workers import HiveSetup, News, Provision, Workers
 from rbee.home import Home
@@ -104,12 +110,17 @@ class Hive:
 
 @asynccontextmanager
 async def open_hive(
-    home: Home, *, provision: Provision = nothing, budget: int | None = None, **launch: object
+    home: Home,
+    *,
+    provision: Provision = nothing,
+    budget: int | None = None,
+    look: Look = usage,
+    **launch: object,
 ) -> AsyncGenerator[Hive, None]:
     setup = HiveSetup(id="hive-1", home=home, run_dir=home.run / "h1", token="secret", node="n1")
     launcher = FakeLauncher(**launch)
     connect = FakeConnect(launcher)
-    workers = Workers(setup, launcher, provision, memory=memory(budget), connect=connect)
+    workers = Workers(setup, launcher, provision, memory=memory(budget), connect=connect, look=look)
     with workers.news.subscribe() as news:
         async with workers.open():
             yield Hive(workers, launcher, connect.peers, news)
@@ -613,3 +624,109 @@ async def test_a_new_worker_waits_for_whom_it_was_started_for(
         assert list(hive.launch.running) == [first]
         await trio.sleep(2)
         assert list(hive.launch.running) == [second]
+
+
+# what does not end ------------------------------------------------------------------------------
+LEFT = remains.stuck("w1", [(1, guard.start_time(1))])
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[MachineError]:
+    """Return what each further look finds left of a worker: an error each, then nothing."""
+    found: list[MachineError] = []
+
+    async def sweep(directory: Path, *, within: float) -> int:
+        await trio.lowlevel.checkpoint()
+        if found:
+            raise found.pop()
+        return 0
+
+    monkeypatch.setattr(module, "sweep", sweep)
+    return found
+
+
+async def test_a_worker_is_stuck_and_not_stopped_while_something_of_it_is_left(
+    home: Home, left: list[MachineError], autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, left=LEFT) as hive:
+        worker_id = await hive.loading()
+        hive.ready(worker_id)
+        left += [LEFT] * 3
+        for _ in range(2):
+            with pytest.raises(RbeeError, match="does not end") as caught:
+                await hive.workers.stop(worker_id)
+            assert caught.value.details["processes"][0]["pid"] == 1
+        (info,) = hive.workers.infos()
+        assert (info.state, info.error.code) == ("stuck", "stuck")
+        start = trio.current_time()
+        await trio.sleep(100)
+        infos = await hive.infos(worker_id)
+        assert [info.state for info in infos][-3:] == ["stopping", "stuck", "stopped"]
+        assert infos[-1].error is None
+        assert hive.workers.infos() == []
+        assert trio.current_time() - start == 100
+
+
+async def test_one_that_ended_unasked_has_failed_once_nothing_is_left(
+    home: Home, left: list[MachineError], autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home) as hive:
+        worker_id = await hive.loading()
+        left += [remains.unverified("w1", [7]), LEFT]
+        hive.launch.running[worker_id].end(1)
+        await trio.sleep(100)
+        assert (await hive.states(worker_id))[-3:] == ["stuck", "unverified", "failed"]
+
+
+async def test_a_worker_that_died_while_its_guard_goes_on_is_stuck(
+    home: Home,
+    left: list[MachineError],
+    autojump_clock: trio.abc.Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "children", lambda pid: [pid + 1])  # above any real pid: gone
+    async with open_hive(home, left=LEFT) as hive:
+        worker_id = await hive.loading()
+        hive.ready(worker_id)
+        left += [LEFT]
+        await trio.sleep(20)
+        assert "stuck" not in await hive.states(worker_id)
+        hive.peers[worker_id].answers = False
+        await trio.sleep(20)
+        states = await hive.states(worker_id)
+        assert states[states.index("unresponsive") :] == ["unresponsive", "stuck", "failed"]
+
+
+async def test_a_hive_that_stops_does_not_wait_for_what_is_stuck(
+    home: Home, left: list[MachineError], autojump_clock: trio.abc.Clock
+) -> None:
+    async with open_hive(home, left=LEFT) as hive:
+        await hive.loading()
+        left += [LEFT] * 100
+        start = trio.current_time()
+    assert trio.current_time() - start < 1
+    assert hive.launch.running == {}
+
+
+# memory of GPUs ---------------------------------------------------------------------------------
+async def test_a_worker_is_not_stopped_before_its_gpu_has_its_memory_back(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    any_backend = SimpleNamespace(check=lambda spec: None)
+    monkeypatch.setattr(module, "engine_kind", lambda name: any_backend)
+    used = [100 << 20, 30 << 30, 30 << 30]  # before it, then after it
+    looked = trio.Event()
+
+    def look(device: str) -> list[Usage]:
+        trio.from_thread.run_sync(looked.set)
+        return [Usage(int(device), used.pop(0) if used else 100 << 20)]
+
+    with trio.fail_after(10):
+        async with open_hive(home, look=look) as hive:
+            request = attrs.evolve(REQUEST, backend="cuda", device="1")
+            worker_id = hive.workers.start(request).worker_id
+            await looked.wait()
+            await wait_all_tasks_blocked(0.05)
+            await hive.workers.stop(worker_id)
+            assert (await hive.states(worker_id))[-1] == "stopped"
+    assert used == []

@@ -81,7 +81,7 @@ async def engine_below(process: Process) -> list[int]:
     """Return worker and engine process of a guard as soon as both are there."""
 
     def both() -> list[int]:
-        found = list(guard.descendants(process.pid))
+        found = list(guard.descendants({process.pid: guard.start_time(process.pid)}))
         return found if len(found) == 2 else []
 
     return await until(both)
@@ -281,7 +281,7 @@ def start(*args):
     child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return int(child.stdout.readline())
 kept, orphan = start(), start("leave")
-zygote.guards.add(kept)
+zygote.guards[kept] = ""
 zygote._kill_orphans()
 print(guard.start_time(kept) > 0, guard.start_time(orphan) > 0)
 """

@@ -16,7 +16,7 @@ import attrs
 import trio
 
 from rbee import __version__, guard
-from rbee.errors import ConflictError, NotFoundError
+from rbee.errors import ConflictError, MachineError, NotFoundError
 from rbee.home import Home, open_home, write_atomic
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import open_listener, serve_http
@@ -63,6 +63,7 @@ class FakeQueen:
     hives: dict[str, messages.HiveInfo] = attrs.field(factory=lambda: {"localhost": HIVE})
     starts: list[messages.StartWorker] = attrs.field(factory=list)
     failure: messages.Error | None = None  # of the next worker
+    stuck: set[str] = attrs.field(factory=set)  # those that do not end
     before_stop: Callable[[], None] = lambda: None
 
     def app(self, token: str = TOKEN) -> App:
@@ -129,6 +130,8 @@ class FakeQueen:
     async def _drop(self, items: dict[str, object], request: Request) -> Response:
         if items.pop(request.params["name"], None) is None:
             raise NotFoundError("no such thing")
+        if request.params["name"] in self.stuck:
+            raise MachineError("it does not end", code="stuck")
         return Response(status=204)
 
     async def _start_worker(self, request: Request) -> Response | Stream:

@@ -4,14 +4,16 @@ import json
 import os
 from typing import Any
 
+import attrs
 import pytest
 
 from rbee.home import Home
 from rbee.keeper import listing
 from rbee.keeper.flags import QueenFlags
-from rbee.wire.messages import WorkerInfo
-from tests.keeper.fake_queen import FakeQueen, open_fake
+from rbee.wire.messages import ErrorDetail, WorkerInfo
+from tests.keeper.fake_queen import HIVE, WORKER, FakeQueen, open_fake
 
+NOBODY_KNOWS = ErrorDetail("unverified", "who knows")
 LISTS = (listing.list_workers, listing.list_processes)
 
 
@@ -75,3 +77,29 @@ async def test_a_queen_of_another_version_is_shown(
     async with open_fake(FakeQueen(version="0.0.7"), home):
         await listing.show_queen(QueenFlags(json=True))
     assert json.loads(capfd.readouterr().out)["version"] == "0.0.7"
+
+
+async def test_what_is_left_of_a_worker_or_a_hive_is_told(
+    home: Home, capfd: pytest.CaptureFixture[str]
+) -> None:
+    process = {"pid": 7, "name": "VLLM::EngineCore", "state": "D", "place": "nv", "memory": 1 << 30}
+    error = ErrorDetail("stuck", "it does not end", details={"processes": [process]})
+    stuck = attrs.evolve(WORKER, worker_id="worker-2", state="stuck", error=error)
+    unseen = attrs.evolve(stuck, worker_id="worker-3", state="unverified", error=NOBODY_KNOWS)
+    lost = attrs.evolve(HIVE, node="mac", state="unverified", left="mac does not tell")
+    queen = FakeQueen()
+    queen.workers |= {"worker-2": stuck, "worker-3": unseen}
+    queen.hives["mac"] = lost
+    async with open_fake(queen, home):
+        await listing.show_status(QueenFlags())
+        await listing.list_workers(QueenFlags())
+        told = capfd.readouterr().out
+        await listing.show_status(QueenFlags(json=True))
+        facts = json.loads(capfd.readouterr().out)
+    assert "worker-2 on localhost is stuck: it does not end" in told
+    assert "stuck (VLLM::EngineCore [7] (state D in nv, 1.0 GiB))" in told
+    assert "unverified (who knows)" in told
+    assert "mac unverified (mac does not tell)" in told
+    assert [(one["worker_id"], one["processes"]) for one in facts["left"]] == [
+        ("worker-2", [process]), ("worker-3", []),
+    ]  # fmt: skip

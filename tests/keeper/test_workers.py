@@ -7,7 +7,7 @@ import json
 import attrs
 import pytest
 
-from rbee.errors import UnavailableError
+from rbee.errors import RbeeError, UnavailableError
 from rbee.home import Home
 from rbee.keeper.app import of_worker, run_line
 from rbee.keeper.flags import LogFlags, TailFlags, WorkerStartFlags, WorkerStopFlags
@@ -102,6 +102,18 @@ async def test_stopping_again_is_fine(home: Home, capfd: Captured) -> None:
     told = {row["worker_id"]: row["stopped"] for row in json.loads(out)}
     assert told == {"worker-2": True, "worker-9": False}
     assert err == "worker-9 does not run\n"
+
+
+async def test_one_that_does_not_end_is_an_error_and_the_others_are_stopped(
+    home: Home, capfd: Captured
+) -> None:
+    async with open_fake(attrs.evolve(several(), stuck={"worker-2"}), home) as (queen, _):
+        with pytest.raises(RbeeError, match="does not end") as caught:
+            await stop(WorkerStopFlags(all=True, json=True))
+        assert queen.workers == {}
+    assert (caught.value.code, caught.value.exit_code) == ("stuck", 1)
+    told = {row["worker_id"]: row["stopped"] for row in json.loads(capfd.readouterr().out)}
+    assert told == {"worker-1": True, "worker-2": False, "worker-3": True}
 
 
 @pytest.mark.parametrize("name", ["bee", "hf:a/b", "a/b"])

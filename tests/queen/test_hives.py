@@ -14,17 +14,20 @@ import trio
 import trio.testing
 
 from rbee import __version__, guard
-from rbee.errors import ConflictError, NotFoundError
+from rbee.errors import ConflictError, MachineError, NotFoundError
 from rbee.home import Home, write_atomic
 from rbee.queen.hive import SILENT, Hive
-from rbee.queen.hives import Hives
+from rbee.queen.hives import Hives, _Started
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
+from rbee.remains import stuck
 from rbee.web.client import open_client
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import open_listener, serve_http
 from rbee.wire import codec, messages, sse
 from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo
+from tests.journal import planted, process, write
+from tests.unkillable import unkillable
 
 INFO = HiveInfo("localhost", "hive-1", "http://127.0.0.1:9200", "ready", "queen-1", 7, "0")
 WORKER = WorkerInfo("worker-1", "words", "ready", owner="queen-1")
@@ -191,3 +194,31 @@ async def test_a_hive_is_stopped_with_its_workers_and_started_anew(
         assert "the hive on localhost is gone: it was stopped" in failure.message
         with pytest.raises(NotFoundError, match="no node 'mars'"):
             await hives.stop("mars")
+
+
+# what does not end --------------------------------------------------------------------------------
+@pytest.mark.slow
+async def test_a_hive_of_which_something_is_left_is_told_until_it_has_gone(home: Home) -> None:
+    hives = make_hives(home)
+    run_dir = home.run / "q1" / "h1"
+    run_dir.mkdir(parents=True)
+    async with hives.open(), open_client() as client, trio.open_nursery() as nursery:
+        hive = hives._hives["localhost"] = Hive(INFO, True, "secret", client)
+
+        async def live(error: MachineError) -> None:
+            with hive.scope:
+                await trio.sleep_forever()
+            hives._note_left("localhost", error, _Started(trio.TASK_STATUS_IGNORED, run_dir="h1"))
+            hives._lose("localhost", error)
+
+        with planted() as child, unkillable(child):
+            write(run_dir, child=process(child))
+            nursery.start_soon(live, stuck("h1", [(child, guard.start_time(child))]))
+            with pytest.raises(MachineError, match="does not end"):
+                await hives.stop("localhost")
+            (info,) = hives.infos()
+            assert (info.state, info.left[:22]) == ("stuck", "a process of h1 does n")
+        with trio.fail_after(10):
+            while hives.infos():  # noqa: ASYNC110  # a process gives no event
+                await trio.sleep(0.05)
+    assert not run_dir.exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import attrs
 
-from rbee.guard import descendants
+from rbee.guard import descendants, start_time
 from rbee.ssh import SshTarget
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
@@ -54,7 +54,7 @@ class Sshd:
         self.known_hosts.write_text(f"[{self.host}]:{self.port} {public}")
 
     def sessions(self) -> list[int]:
-        return list(descendants(self.process.pid))
+        return list(descendants({self.process.pid: start_time(self.process.pid)}))
 
     def kill_sessions(self) -> None:
         """End every sshd of a session, not the listener nor what runs in the sessions."""

@@ -277,6 +277,30 @@ async def test_an_idle_connection_does_not_hold_up_the_end() -> None:
             await ended.wait()
 
 
+@pytest.mark.parametrize("path", ["/pid", "/wait"])
+async def test_a_connection_ends_with_its_client_not_with_the_keep_alive(path: str) -> None:
+    """Also one that is closed while its answer is being made."""
+    asked, go = trio.Event(), trio.Event()
+
+    async def wait(request: Request) -> Response:
+        asked.set()
+        await go.wait()
+        return json_response({})
+
+    async with serving(make(wait=wait)) as (_, _, port):
+        fds = len(os.listdir("/proc/self/fd"))
+        stream = await open_request(port, path)
+        if path == "/wait":
+            await asked.wait()
+        else:
+            await stream.receive_some(1)
+        await stream.aclose()
+        go.set()
+        with trio.fail_after(2):
+            while len(os.listdir("/proc/self/fd")) > fds:  # noqa: ASYNC110  # it has no event
+                await trio.sleep(0.01)
+
+
 async def test_nothing_of_a_server_stays_open() -> None:
     fds = len(os.listdir("/proc/self/fd"))
     async with serving(make(endless=endless)) as (scope, ended, port):

@@ -1,0 +1,121 @@
+"""Whether a worker's GPU memory is back: its cards before it, and after it.
+
+NVML tells which process holds how much. Where it does not, in a container say, a card's memory in
+use is compared with what it was before the worker started, plus what others have taken since. Then
+nobody knows whose the rest is, and it is not claimed that it is back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import attrs
+import trio
+
+from rbee import guard
+from rbee.errors import MachineError
+from rbee.gpus import Usage, usage
+from rbee.remains import PROCESSES, STUCK, UNVERIFIED
+from rbee.units import human
+
+log = logging.getLogger(__name__)
+
+BACK = 1.0  # seconds for a driver to take the memory back
+POLL = 0.1
+SLACK = 64 << 20  # bytes that come and go on a card by themselves
+SEE = "nvidia-smi"
+
+Look = Callable[[str], Sequence[Usage]]
+
+
+@attrs.define(eq=False)
+class Cards:
+    """The cards of one worker; all of it is empty for one on the CPU.
+
+    Attributes:
+        before: what was in use before it started; ``began``: when that was.
+        processes: those it had, {pid: start time}.
+    """
+
+    device: str
+    look: Look = usage
+    before: tuple[Usage, ...] = ()
+    began: float = 0.0
+    processes: dict[int, int] = attrs.field(factory=dict)
+
+    async def begin(self) -> None:
+        """Note what is in use before the worker starts."""
+        self.began = trio.current_time()
+        self.before = tuple(await _in_thread(self.look, self.device))
+
+    def note_tree(self, pid: int) -> None:
+        """Note a process of the worker's and all below it, while they live."""
+        if self.before and pid:
+            root = {pid: guard.start_time(pid)}
+            self.processes |= root | guard.descendants(root)
+
+    async def check_back(self, taken_since: Callable[[], int], within: float = BACK) -> None:
+        """Return once the memory is back.
+
+        Args:
+            taken_since: tells how many bytes others may have taken on a card since `begin`.
+
+        Raises:
+            MachineError: it is not after ``within`` seconds (``stuck``), or nobody can say
+                (``unverified``).
+        """
+        error = _unseen(f"NVML does not answer about device {self.device}")
+        with trio.move_on_after(within):
+            while (found := await self._missing(taken_since)) is not None:
+                error = found
+                await trio.sleep(POLL)
+            return
+        raise error
+
+    async def _missing(self, taken_since: Callable[[], int]) -> MachineError | None:
+        if not self.before:
+            return None
+        now = await _in_thread(self.look, self.device)
+        if len(now) != len(self.before):
+            return _unseen(f"NVML does not tell about device {self.device} any more")
+        for before, after in zip(self.before, now, strict=True):
+            if (error := verdict(before, after, self.processes, taken_since())) is not None:
+                return error
+        return None
+
+
+async def _in_thread(look: Look, device: str) -> Sequence[Usage]:
+    """Look at the cards; a driver that hangs must not hold up the end."""
+    return await trio.to_thread.run_sync(look, device, abandon_on_cancel=True)
+
+
+def verdict(
+    before: Usage, after: Usage, processes: Mapping[int, int], taken_since: int
+) -> MachineError | None:
+    """Say what is wrong with a card after a worker's end; None if its memory is back."""
+    if held := {pid: n for pid, n in after.by_pid.items() if _is_ours(pid, processes)}:
+        told = ", ".join(f"process {pid} holds {human(size)}" for pid, size in held.items())
+        return MachineError(
+            f"GPU {after.index} has not got its memory back: {told}, although it was ended",
+            code=STUCK,
+            hint=SEE,
+            **{PROCESSES: [{"pid": pid, "gpu_memory": size} for pid, size in held.items()]},
+        )
+    shows_processes = after.by_pid and all(map(guard.start_time, after.by_pid))
+    more = after.used - before.used - taken_since
+    if shows_processes or more <= SLACK:
+        return None
+    return _unseen(
+        f"GPU {after.index} has {human(more)} more in use than before the worker was started, and "
+        "whose that is cannot be seen from here"
+    )
+
+
+def _is_ours(pid: int, processes: Mapping[int, int]) -> bool:
+    """Tell whether NVML means a process that was noted, not one that has got its pid since."""
+    return pid in processes and guard.start_time(pid) in (0, processes[pid])
+
+
+def _unseen(why: str) -> MachineError:
+    return MachineError(why, code=UNVERIFIED, hint=SEE)
