@@ -190,11 +190,14 @@ class Host:
         return {pid for pid in stats if namespaces.network_of(pid) == self.network}
 
     # its sshd -----------------------------------------------------------------------------------
+    def sessions(self) -> list[HostProcess]:
+        """List the sshd processes of all connections, not the listener."""
+        listener = read_pid(self.place)
+        return [p for p in self.processes(sshd=True) if _is_sshd(p.pid) and p.pid != listener]
+
     def kill_sessions(self) -> int:
         """Kill -9 the sshd processes of all connections, not the listener; return how many."""
-        listener = read_pid(self.place)
-        found = [p for p in self.processes(sshd=True) if _is_sshd(p.pid) and p.pid != listener]
-        return sum(process.signal() for process in found)
+        return sum(process.signal() for process in self.sessions())
 
     def stop_sshd(self) -> None:
         """Kill -9 the listener: nobody can connect any more, connections go on."""

@@ -246,14 +246,18 @@ def read_guard_records(run: Path) -> set[Identity]:
     """Return every process that a ``guard-*.json`` at or below ``run`` tells of."""
     found: set[Identity] = set()
     for path in _walk(run):
-        if not path.match("guard-*.json"):
-            continue
-        try:
-            record = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            continue  # just removed, or just being written
-        found |= _identities(record, _boot_of(record) or boot_id())
+        if path.match("guard-*.json"):
+            found |= read_guard_record(path)
     return found
+
+
+def read_guard_record(path: Path) -> set[Identity]:
+    """Return every process that one ``guard-*.json`` tells of; none if it has just gone."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return set()  # just removed, or just being written
+    return _identities(record, _boot_of(record) or boot_id())
 
 
 def _boot_of(record: Any) -> str:
