@@ -37,6 +37,7 @@ ANSWER = 15.0  # seconds in which a request ends or goes on, whatever has happen
 HURT = 8.0  # seconds that a request may take in a cluster that is hurt
 FENCED = LEASE + KILLING + 1.0
 FROZEN = 0.5  # seconds in which something that is frozen would have died
+NOTICED = 2.0  # seconds in which a queen hears that a hive has ended
 STREAMS = 3
 
 
@@ -105,10 +106,10 @@ class Trial:
             nursery.cancel_scope.cancel()
         if self._gone:
             await self._bury()
-        elif self.round.is_last:
+        elif self.round.is_last and not self._lost_power:
             await self._end()
             await self._bury()
-        if any(isinstance(blow, PowerLoss) for blow in self.round.fault.blows):
+        if self._lost_power:
             self.doing = "sweeping"
             await self._sweep()
         self.doing = "looking for damage"
@@ -262,10 +263,7 @@ class Trial:
         if "keeper" in freezes:
             keeper.kill()
         within = BUDGET + (LEASE if self.round.fault.silent else 0)
-        if any(isinstance(blow, PowerLoss) for blow in self.round.fault.blows):
-            await self._wait_dark(within)
-        else:
-            await self._reap(within)
+        await self._reap(within)
         self.seconds = trio.current_time() - began
         self._gone = True
 
@@ -275,8 +273,15 @@ class Trial:
             while any(one.kind == "process" for one in self.world.left()):
                 await trio.sleep(POLL)
 
+    @property
+    def _lost_power(self) -> bool:
+        return any(isinstance(blow, PowerLoss) for blow in self.round.fault.blows)
+
     async def _reap(self, within: float) -> None:
-        await self.world.wait_gone(within)
+        if self._lost_power:
+            await self._wait_dark(within)
+        else:
+            await self.world.wait_gone(within)
         assert self.world.cluster is not None
         with trio.fail_after(1):
             while self.world.cluster.keeper.poll() is None:
@@ -378,8 +383,11 @@ class Trial:
         fenced = self._lost_touch()
         for node in fenced:
             self.world.fenced[node] = trio.current_time() + FENCED
+        if self._lost_power:
+            return  # what it left is the next daemon's
         if self.round.node not in fenced:
             with trio.fail_after(self.world.workload.patience):
+                await self._until_noticed(scene.client)
                 answer = await scene.ask(self.round.node)
             if answer.end != "end":
                 raise StormError(f"the next {answer.what} failed: {answer.end}: {answer.error}")
@@ -387,6 +395,15 @@ class Trial:
         with trio.fail_after(BUDGET + 5):
             await self.world.wait_balanced(BUDGET)
         self._check_logs()
+
+    async def _until_noticed(self, client: AsyncClient) -> None:
+        """Wait until the queen has heard of each end, which takes her a moment."""
+        with trio.fail_after(NOTICED):
+            while True:
+                pids = {one.pid for one in self.world.census().placed}
+                if all(hive.pid in pids for hive in await client.hives()):
+                    return
+                await trio.sleep(POLL)
 
     def _lost_touch(self) -> set[str]:
         """Return the nodes whose hive's end nobody has told to the queen."""
@@ -409,7 +426,7 @@ class Trial:
         world = self.world
         assert world.cluster is not None
         self.doing = "looking at what is left"
-        if not any(isinstance(blow, PowerLoss) for blow in self.round.fault.blows):
+        if not self._lost_power:
             await world.wait_gone(1)
         code, codes = world.cluster.keeper.poll(), self._exit_codes()
         if code not in codes:
