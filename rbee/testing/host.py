@@ -16,6 +16,7 @@ import trio
 from rbee import guard
 from rbee.errors import MachineError
 from rbee.testing import namespaces
+from rbee.testing.bad_link import BadLink
 from rbee.testing.host_init import START_SSHD, read_pid
 from rbee.testing.processes import (
     Identity,
@@ -65,16 +66,35 @@ class Link:
     """
 
     ends: Mapping[Direction, tuple[int, str]]
-    shape: str = ""
     cut: frozenset[Direction] = frozenset()
+    _shape: str = ""
+    _bad: BadLink | None = None
 
-    def set(self, cut: frozenset[Direction], shape: str) -> None:
+    def cut_off(self, cut: frozenset[Direction]) -> None:
+        self.cut = cut
+        self._set_queues()
+
+    def impair(self, delay: float, loss: float) -> None:
+        """Delay and lose; without ``netem`` in the kernel a program of ours does it."""
+        if self._bad is not None:
+            self._bad.remove()
+            self._bad = None
+        is_bad = bool(delay or loss)
+        kernel_can = namespaces.has_netem()
+        if is_bad and not kernel_can:
+            pid, port = self.ends["to"]
+            self._bad = BadLink.splice(pid, port, delay=delay, loss=loss)
+        self._shape = (
+            f"netem delay {delay * 1000:g}ms loss {loss * 100:g}%" if is_bad and kernel_can else ""
+        )
+        self._set_queues()
+
+    def _set_queues(self) -> None:
         for direction, (pid, interface) in self.ends.items():
             # A black hole swallows silently: no RST, no FIN, no error for who sends.
-            queue = "blackhole" if direction in cut else shape or "pfifo"
+            queue = "blackhole" if direction in self.cut else self._shape or "pfifo"
             in_network = ["nsenter", "-t", str(pid), "-n", find_program("tc")]
             _run([*in_network, "qdisc", "replace", "dev", interface, "root", *queue.split()])
-        self.cut, self.shape = cut, shape
 
 
 @attrs.frozen(eq=False)
@@ -226,29 +246,29 @@ class Host:
         Raises:
             MachineError: it cannot be cut off, see `why_no_partition`.
         """
-        self._change(frozenset(directions or BOTH), self.link.shape)
+        self._check_cable()
+        self.link.cut_off(frozenset(directions or BOTH))
 
     def heal(self) -> None:
         """End a partition, at once; where there can be none, there is none to end."""
         if self.can_partition:
-            self._change(frozenset(), self.link.shape)
+            self.link.cut_off(frozenset())
 
     def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
         """Delay all it sends and receives by ``delay`` seconds, lose a share ``loss`` of it.
 
         Raises:
-            MachineError: the kernel has no ``netem``, or see `why_no_partition`.
+            MachineError: see `why_no_partition`.
         """
-        shape = f"netem delay {delay * 1000:g}ms loss {loss * 100:g}%" if delay or loss else ""
-        self._change(self.link.cut, shape)
+        self._check_cable()
+        self.link.impair(delay, loss)
 
-    def _change(self, cut: frozenset[Direction], shape: str) -> None:
+    def _check_cable(self) -> None:
         if self.why_no_partition:
             raise MachineError(
                 f"the network of {self.name} cannot be cut: {self.why_no_partition}",
                 hint="run the tests as root",
             )
-        self.link.set(cut, shape)
 
 
 def _is_sshd(pid: int) -> bool:
@@ -261,8 +281,7 @@ def _is_sshd(pid: int) -> bool:
 def _run(argv: Sequence[str]) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        hint = "modprobe sch_netem" if "netem" in argv else ""
-        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}", hint=hint)
+        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}")
 
 
 def _wait_for(happened: Callable[[], bool], otherwise: str) -> None:

@@ -39,6 +39,7 @@ FENCED = LEASE + KILLING + 1.0
 FROZEN = 0.5  # seconds in which something that is frozen would have died
 NOTICED = 2.0  # seconds in which a queen hears that a hive has ended
 STREAMS = 3
+NOBODY = AsyncClient("http://127.0.0.1:9")  # while there is no queen yet
 
 
 class StormError(AssertionError):
@@ -97,7 +98,7 @@ class Trial:
         with trio.fail_after(self.world.workload.patience):
             await self._take_shape()
         async with trio.open_nursery() as nursery:
-            scene = Scene(self.world.client or AsyncClient(""), self.world.workload, nursery)
+            scene = Scene(self.world.client or NOBODY, self.world.workload, nursery)
             self.doing = f"reaching {self.round.moment}"
             with trio.fail_after(self.world.workload.patience):
                 await self._reach(scene)
@@ -209,9 +210,9 @@ class Trial:
     async def _suffer(self, scene: Scene) -> None:
         fault = self.round.fault
         self.doing = "striking"
+        began = trio.current_time()
         lost, spared = await self._strike()
         self.doing = "waiting until it is gone"
-        began = trio.current_time()
         before = [stream.seen for stream in scene.streams]
         if self._ordered or fault.ends_all:
             await self._wait_all(began)
