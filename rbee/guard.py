@@ -341,6 +341,7 @@ class Guard:
         self.shm: set[str] = set()
         self.adopted: dict[int, float] = {}
         self.recorded = ""
+        self.complaint = ""
         self.record_path = ""
 
     # life ------------------------------------------------------------------------------------
@@ -568,18 +569,22 @@ class Guard:
         text = json.dumps(record)
         if text != self.recorded:
             self.record_path = f"{self.plan.record}/guard-{me}.json"
-            self._replace(self.record_path, text)
-            self.recorded = text
+            # Again until it is there: without it nobody could end this tree for us.
+            self.recorded = text if self._replace(self.record_path, text) else ""
 
-    def _replace(self, path: str, text: str) -> None:
+    def _replace(self, path: str, text: str) -> bool:
         try:
             with open(path + "~", "w") as file:
                 file.write(text)
             os.rename(path + "~", path)
         except FileNotFoundError:
-            pass  # the inner guard has removed the directory already
+            return True  # the inner guard has removed the directory already
         except OSError as exc:  # a full disk must not end the tree
-            self._log(f"cannot write {path}: {exc}")
+            if str(exc) != self.complaint:  # this comes every second
+                self._log(f"cannot write {path}: {exc}")
+            self.complaint = str(exc)
+            return False
+        return True
 
     def _pass_on(self, line: str) -> None:
         if self.child_in >= 0:

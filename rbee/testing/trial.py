@@ -13,7 +13,7 @@ from rbee.errors import RbeeError, leaves
 from rbee.model import LOCALHOST
 from rbee.process import log_tail
 from rbee.testing.census import SESSION, Census
-from rbee.testing.deaths import BUDGET
+from rbee.testing.deaths import BUDGET, OWNERS
 from rbee.testing.faults import (
     Cut,
     Field,
@@ -243,13 +243,15 @@ class Trial:
 
     def _spared(self, census: Census, lost: Collection[Identity]) -> list[Identity]:
         """Return who has nothing to do with it: the owners, other nodes' hives."""
-        hit = {blow.node for blow in self.round.fault.blows}
+        stopping = self.round.moment == "stopping"
+        # What sshd does at a signal is its own affair.
+        hit = {b.node for b in self.round.fault.blows if stopping or b.role == SESSION}
         return [
             one.identity
             for one in census.placed
             if one.identity not in lost
-            and one.role in ("keeper", "queen guard", "queen", "guard A", "guard B", "hive")
-            and not (one.node in hit and one.node != LOCALHOST and self.round.moment == "stopping")
+            and one.role in (*OWNERS, "guard A", "guard B", "hive")
+            and (one.node not in hit or one.role in OWNERS)
         ]
 
     async def _wait_all(self, began: float) -> None:
@@ -324,7 +326,7 @@ class Trial:
     async def _wait_lease(self, of_keeper: bool) -> None:
         """A frozen owner: what it owns ends with its lease, the guards of a queen excepted."""
         began = trio.current_time()
-        above = ("keeper",) if of_keeper else ("keeper", "queen guard", "queen")
+        above = ("keeper",) if of_keeper else OWNERS
         with trio.fail_after(LEASE + KILLING):
             while any(
                 one.role not in above for one in self.world.census().placed if one.role != SESSION
@@ -447,7 +449,7 @@ class Trial:
             if isinstance(blow, PowerLoss) and blow.node == LOCALHOST:
                 role = "keeper"
             hit = Hit(role or "hive", number, self.round.moment)
-            if not self._ordered or role in ("keeper", "queen guard", "queen"):
+            if not self._ordered or role in OWNERS:
                 codes |= set(hit.exit_codes())
         return codes
 
