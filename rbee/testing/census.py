@@ -11,7 +11,7 @@ import attrs
 
 from rbee.model import LOCALHOST
 from rbee.testing.cluster import MARKS, PROCESSES
-from rbee.testing.host import Host
+from rbee.testing.host import Host, all_processes
 from rbee.testing.processes import (
     Identity,
     Leftover,
@@ -74,11 +74,13 @@ def take_census(keeper: int, hosts: Mapping[str, Host]) -> Census:
     stats = {pid: stat for pid, stat in scan().items() if not stat.is_zombie}
     family = _Family(stats)
     placed = list(family.below([keeper], PROCESSES, LOCALHOST))
+    found = all_processes(hosts.values(), sshd=True)
     for node, host in hosts.items():
-        there = {one.pid: one for one in host.processes()}
+        sessions = {one.pid: one for one in found[host] if host.is_session(one)}
+        there = {one.pid: one for one in found[host] if one.pid not in sessions}
         tops = [pid for pid, one in there.items() if one.parent not in there]
         placed += family.below(tops, ON_NODE, node)
-        placed += [Placed(SESSION, node, one.identity) for one in host.sessions()]
+        placed += [Placed(SESSION, node, one.identity) for one in sessions.values()]
     return Census(tuple(placed), stats)
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -181,14 +181,7 @@ class Host:
         With namespaces that is all in the host's network and all below its first process; on
         loopback the latter.
         """
-        stats = scan()
-        found = {*descendants(self.init.pid, stats), *self._in_network(stats)} - {self.init.pid}
-        boot = boot_id()
-        return [
-            HostProcess(Identity(pid, stat.start, boot), stat.parent, title_of(pid))
-            for pid in sorted(found)
-            if (stat := stats.get(pid)) and not stat.is_zombie and (sshd or not _is_sshd(pid))
-        ]
+        return all_processes([self], sshd=sshd)[self]
 
     async def wait_empty(self, within: float) -> float:
         """Wait until nothing but sshd runs on the host and return the seconds that took.
@@ -204,16 +197,13 @@ class Host:
             await trio.sleep(POLL)
         return trio.current_time() - start
 
-    def _in_network(self, stats: Mapping[int, Stat]) -> set[int]:
-        if not self.network:
-            return set()
-        return {pid for pid in stats if namespaces.network_of(pid) == self.network}
-
     # its sshd -----------------------------------------------------------------------------------
     def sessions(self) -> list[HostProcess]:
         """List the sshd processes of all connections, not the listener."""
-        listener = read_pid(self.place)
-        return [p for p in self.processes(sshd=True) if _is_sshd(p.pid) and p.pid != listener]
+        return [one for one in self.processes(sshd=True) if self.is_session(one)]
+
+    def is_session(self, process: HostProcess) -> bool:
+        return _is_sshd(process.pid) and process.pid != read_pid(self.place)
 
     def kill_sessions(self) -> int:
         """Kill -9 the sshd processes of all connections, not the listener; return how many."""
@@ -269,6 +259,25 @@ class Host:
                 f"the network of {self.name} cannot be cut: {self.why_no_partition}",
                 hint="run the tests as root",
             )
+
+
+def all_processes(hosts: Iterable[Host], *, sshd: bool = False) -> dict[Host, list[HostProcess]]:
+    """Do as `Host.processes` for many hosts in one look."""
+    stats = {pid: stat for pid, stat in scan().items() if not stat.is_zombie}
+    in_network: dict[int, set[int]] = {}
+    for pid in stats:
+        in_network.setdefault(namespaces.network_of(pid), set()).add(pid)
+    return {host: list(_found_on(host, stats, in_network, sshd)) for host in hosts}
+
+
+def _found_on(
+    host: Host, stats: Mapping[int, Stat], in_network: Mapping[int, set[int]], sshd: bool
+) -> Iterator[HostProcess]:
+    there = in_network.get(host.network, set()) if host.network else set()
+    boot = boot_id()
+    for pid in sorted({*descendants(host.init.pid, stats), *there} - {host.init.pid}):
+        if (stat := stats.get(pid)) and (sshd or not _is_sshd(pid)):
+            yield HostProcess(Identity(pid, stat.start, boot), stat.parent, title_of(pid))
 
 
 def _is_sshd(pid: int) -> bool:

@@ -272,6 +272,7 @@ class Trial:
 
     async def _wait_dark(self, within: float) -> None:
         """After a power loss files stay, for the next daemon to sweep."""
+        await self.world.wait_known_gone(within)
         with trio.fail_after(within):
             while any(one.kind == "process" for one in self.world.left()):
                 await trio.sleep(POLL)

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,12 +22,12 @@ from rbee.model import LOCALHOST, node_name
 from rbee.models.catalog import Catalog, Entry, File
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
-from rbee.testing.census import Census, Placed, ownerless, take_census
+from rbee.testing.census import SESSION, Census, Placed, ownerless, take_census
 from rbee.testing.cluster import Cluster, Workload, keeper_argv, open_conversation, open_home_in
 from rbee.testing.faults import FILLER, Field
-from rbee.testing.host import Host
+from rbee.testing.host import Host, all_processes
 from rbee.testing.network_deaths import LEASE
-from rbee.testing.processes import LeakError, Leftover, title_of
+from rbee.testing.processes import LeakError, Leftover, is_running, title_of
 from rbee.testing.verdict import TRACEBACK
 
 POLL = 0.03
@@ -112,13 +112,17 @@ class World:
         """List what is there that must not be, now that the cluster has ended."""
         assert self.cluster is not None
         found = [*self.cluster.check.find()]
+        found += self._on_hosts(spare=())
         for node, host in self.hosts.items():
-            found += [
-                Leftover("process", f"{p.title!r} [{p.pid}]", f"on {node}", p.pid)
-                for p in host.processes()
-            ]
             found += _files(node, run_of(host))
         return found
+
+    def _on_hosts(self, spare: Collection[int]) -> Iterator[Leftover]:
+        for host, processes in all_processes(self.hosts.values()).items():
+            for one in processes:
+                if one.pid not in spare:
+                    what = f"{one.title!r} [{one.pid}]"
+                    yield Leftover("process", what, f"on {host.name}", one.pid)
 
     async def surplus(self) -> list[Leftover]:
         """List what is there that no hive or worker answers for, in a cluster that runs."""
@@ -130,12 +134,8 @@ class World:
         spare = {one.pid for one in kept}
         found = [one for one in self.cluster.check.find(spare=spare) if one.kind != "file"]
         found += ownerless(self.home.run)
-        for node, host in self.hosts.items():
-            found += [
-                Leftover("process", f"{p.title!r} [{p.pid}]", f"on {node}", p.pid)
-                for p in host.processes()
-                if p.pid not in spare
-            ]
+        found += self._on_hosts(spare)
+        for host in self.hosts.values():
             found += ownerless(run_of(host))
         return [one for one in found if one.kind != "process" or title_of(one.pid)]
 
@@ -146,10 +146,20 @@ class World:
             LeakError: something is left after ``within`` seconds.
         """
         began = trio.current_time()
+        await self.wait_known_gone(within)
         while left := self.left():
             if trio.current_time() - began > within:
                 raise LeakError(left, within)
             await trio.sleep(POLL)
+
+    async def wait_known_gone(self, within: float) -> None:
+        """Wait until nobody who was ever seen runs: quick to see, unlike `left`."""
+        assert self.cluster is not None
+        seen = {one.identity for one in self.census().placed if one.role != SESSION}
+        seen |= set(self.cluster.tree.noted)
+        with trio.move_on_after(within):
+            while seen := {one for one in seen if is_running(one)}:
+                await trio.sleep(POLL)
 
     async def wait_balanced(self, within: float) -> None:
         """Wait until whatever is there belongs to a hive or worker that the queen knows.
