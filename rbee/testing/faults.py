@@ -23,7 +23,6 @@ from rbee.testing.host import Direction, Host
 from rbee.testing.processes import Identity
 
 FILLER = "full"
-ROOM = 4 << 20  # bytes of address space that a limited process may still take
 ONE_WAY: tuple[Direction, ...] = ("to", "from")
 
 
@@ -76,6 +75,9 @@ def reach_of(role: str) -> Reach:
 
 def doomed(blow: Blow, census: Census) -> set[Identity]:
     """Return what has to end by itself after a blow."""
+    if isinstance(blow, OomKill):
+        victim = blow.victim(census)
+        return _doomed_with(victim, census) if victim else set()
     match blow.reach:
         case Reach.NOTHING:
             return set()
@@ -83,11 +85,18 @@ def doomed(blow: Blow, census: Census) -> set[Identity]:
             return census.below(one for one in census.placed if one.role != SESSION)
         case Reach.NODE:
             return census.below(census.on(blow.node))
+    victims = census.find(blow.role, blow.node)
+    return _doomed_with(victims[0], census) if victims else set()
+
+
+def _doomed_with(victim: Placed, census: Census) -> set[Identity]:
+    """Return what ends with a process of a node."""
+    match reach_of(victim.role):
+        case Reach.NODE:
+            return census.below(census.on(victim.node))
         case Reach.ZYGOTE:
-            return census.below(census.find("zygote", blow.node))
-    victims = census.find(blow.role, blow.node)[:1]
-    guards = {one.worker for one in victims}
-    return census.below(one for one in census.placed if one.pid in guards)
+            return census.below([victim])
+    return census.below(one for one in census.placed if one.pid == victim.worker)
 
 
 @attrs.frozen
@@ -237,7 +246,7 @@ class PowerLoss:
 
 @attrs.frozen
 class MemoryLimit:
-    """A process gets hardly any more memory: what it asks for fails."""
+    """A process gets no more memory: what it asks for fails."""
 
     role: str
     node: str
@@ -251,7 +260,7 @@ class MemoryLimit:
     def strike(self, field: Field) -> None:
         for one in field.census.find(self.role, self.node)[:1]:
             with suppress(OSError, ValueError):  # it has gone
-                limit = _address_space(one.pid) + ROOM
+                limit = _address_space(one.pid)
                 resource.prlimit(one.pid, resource.RLIMIT_AS, (limit, limit))
 
     def undo(self, field: Field) -> None:
@@ -261,6 +270,38 @@ class MemoryLimit:
 def _address_space(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
     return pages * os.sysconf("SC_PAGESIZE")
+
+
+@attrs.frozen
+class OomKill:
+    """What the kernel does when a node has no more memory: it kills whom it rates worst."""
+
+    node: str
+    role: str = ""
+    reach: Reach = Reach.WORKER
+    silent: bool = False
+    lasts: bool = False
+
+    def __str__(self) -> str:
+        return f"out of memory on {self.node}"
+
+    def victim(self, census: Census) -> Placed | None:
+        """Return who it would be: by its own rating, which ours have told it to raise or not."""
+        return max(census.on(self.node), key=lambda one: _badness(one.pid), default=None)
+
+    def strike(self, field: Field) -> None:
+        if victim := self.victim(field.census):
+            send_signal(victim.pid, victim.identity.start, signal.SIGKILL)
+
+    def undo(self, field: Field) -> None:
+        """With the process its memory is back."""
+
+
+def _badness(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/oom_score").read_text())
+    except (OSError, ValueError):  # it has gone
+        return -1
 
 
 @attrs.frozen
@@ -378,6 +419,8 @@ def _during_cleanup(choice: Choice) -> Fault:
 
 
 def _limit(choice: Choice) -> Fault:
+    if choice.rng.random() < 0.4:
+        return Fault("", (OomKill(choice.node()),))
     role = choice.rng.choice(("queen", "guard B", "hive", "zygote", "worker guard", "worker"))
     node = LOCALHOST if role in OWNERS else choice.node()
     return Fault("", (MemoryLimit(role, node),))
