@@ -117,3 +117,8 @@ def wanted(workload: Workload, node: str, number: int, state: str = "") -> Start
         workload.model_for(state), engine=workload.engine, node=node,
         max_model_len=CONTEXT + 1 + number, keep_alive=KEPT,
     )  # fmt: skip
+
+
+def number_of(info: WorkerInfo) -> int:
+    """Return the number that a worker was `wanted` with; a negative one if it was not."""
+    return (info.max_model_len or 0) - CONTEXT - 1

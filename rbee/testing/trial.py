@@ -12,33 +12,32 @@ from rbee.client import AsyncClient
 from rbee.errors import RbeeError, leaves
 from rbee.model import LOCALHOST
 from rbee.process import log_tail
-from rbee.testing.census import SESSION, Census
-from rbee.testing.deaths import BUDGET, OWNERS
-from rbee.testing.faults import (
+from rbee.testing.blows import (
     Cut,
     Field,
     FullDisk,
+    Impairment,
     MemoryLimit,
     PowerLoss,
-    Reach,
     Signal,
     SshdDeath,
     doomed,
 )
+from rbee.testing.census import SESSION, Census
+from rbee.testing.deaths import BUDGET, OWNERS
 from rbee.testing.network_deaths import KILLING, LEASE
+from rbee.testing.prelude import Prelude
 from rbee.testing.processes import Identity, LeakError, Leftover, is_running, title_of
 from rbee.testing.rounds import Round
-from rbee.testing.scene import BROKEN, CONTEXT, Request, Scene, wanted
+from rbee.testing.scene import BROKEN, Request, Scene
 from rbee.testing.verdict import Fault as Hit
 from rbee.testing.world import POLL, World
-from rbee.wire.messages import WorkerInfo
 
 ANSWER = 15.0  # seconds in which a request ends or goes on, whatever has happened
 HURT = 8.0  # seconds that a request may take in a cluster that is hurt
 FENCED = LEASE + KILLING + 1.0
 FROZEN = 0.5  # seconds in which something that is frozen would have died
 NOTICED = 2.0  # seconds in which a queen hears that a hive has ended
-STREAMS = 3
 NOBODY = AsyncClient("http://127.0.0.1:9")  # while there is no queen yet
 
 
@@ -94,117 +93,32 @@ class Trial:
     _field: Field | None = None
 
     async def run(self) -> None:
+        prelude = Prelude(self.world, self.round)
+        if self.world.cluster is not None and (prelude.wants_new or prelude.waits):
+            await self._end()
         self.doing = "taking shape"
         with trio.fail_after(self.world.workload.patience):
-            await self._take_shape()
+            await prelude.take_shape()
         async with trio.open_nursery() as nursery:
             scene = Scene(self.world.client or NOBODY, self.world.workload, nursery)
             self.doing = f"reaching {self.round.moment}"
             with trio.fail_after(self.world.workload.patience):
-                await self._reach(scene)
+                await prelude.reach(scene, self._order)
             await trio.sleep(self.round.delay)
             await self._suffer(scene)
             nursery.cancel_scope.cancel()
+        await self._conclude()
+
+    async def _conclude(self) -> None:
         if self._gone:
             await self._bury()
-        elif self.round.is_last and not self._lost_power:
-            await self._end()
-            await self._bury()
-        if self._lost_power:
-            self.doing = "sweeping"
+        if self.round.fault.has(PowerLoss):
             await self._sweep()
+        elif self.round.is_last and self.world.cluster is not None:
+            await self._end()
         self.doing = "looking for damage"
         if found := await self.world.damages():
             raise StormError("\n".join(found))
-
-    # the cluster as the round wants it ------------------------------------------------------------
-    async def _take_shape(self) -> None:
-        world, round = self.world, self.round
-        anew = round.moment == "starting" and round.fault.aim == Reach.ALL
-        now = trio.current_time()
-        waits = any(world.fenced.get(node, 0) > now for node in round.nodes)
-        if world.cluster is not None and (anew or waits):
-            await self._end()
-            await self._bury()
-        if world.cluster is None:
-            await world.start()
-        if not anew:
-            await self._populate(await world.connect())
-
-    async def _populate(self, client: AsyncClient) -> None:
-        round = self.round
-        fresh = {round.node} if round.moment == "starting" else set()
-        async with trio.open_nursery() as nursery:
-            for hive in await client.hives():
-                if hive.node not in round.nodes or hive.node in fresh:
-                    nursery.start_soon(client.stop_hive, hive.node)
-        missing = {
-            (node, number): wanted(self.world.workload, node, number)
-            for number, node in enumerate(round.workers)
-            if node not in fresh
-        }
-        async with trio.open_nursery() as nursery:
-            for info in await client.workers():
-                key = _key(info)
-                if info.state == "ready" and key in missing and info.model == missing[key].model:
-                    del missing[key]
-                elif info.state != "failed":
-                    nursery.start_soon(client.stop_worker, info.worker_id)
-        async with trio.open_nursery() as nursery:
-            for node in set(round.nodes) - fresh:
-                nursery.start_soon(client.start_hive, node)
-            for start in missing.values():
-                nursery.start_soon(client.start_ready_worker, start)
-
-    async def _workers(self, node: str) -> list[WorkerInfo]:
-        assert self.world.client is not None
-        infos = await self.world.client.workers()
-        return [info for info in infos if info.node == node and info.state == "ready"]
-
-    # its moment -----------------------------------------------------------------------------------
-    async def _reach(self, scene: Scene) -> None:
-        node, first = self.round.node, self.round.fault.blows[0]
-        match self.round.moment:
-            case "starting":
-                if self.round.fault.aim != Reach.ALL:
-                    scene.start_worker(node, 90)
-                await self.world.until_there(*_first_seen(first.role, first.node, node))
-            case "loading":
-                before = len(self.world.census().find("worker", node))
-                scene.start_worker(node, 91, state="loading")
-                while len(self.world.census().find("worker", node)) <= before:
-                    await trio.sleep(POLL)
-            case "streaming":
-                await self._stream(scene)
-            case "swapping":
-                for info in (await self._workers(node))[:1]:
-                    scene.stop_worker(info)
-                scene.start_worker(node, 92)
-            case "stopping":
-                await self._stop(scene)
-
-    async def _stream(self, scene: Scene) -> None:
-        for info in await scene.client.workers():
-            if info.state == "ready" and len(scene.streams) < STREAMS:
-                scene.stream(info)
-        while any(stream.seen < 3 and not stream.end for stream in scene.streams):
-            await trio.sleep(POLL)
-
-    async def _stop(self, scene: Scene) -> None:
-        """Begin to end what the fault will hit."""
-        aim, node = self.round.fault.aim, self.round.node
-        if aim == Reach.ALL or (aim == Reach.NOTHING and self.round.by_owner):
-            self._order()
-        elif aim in (Reach.NODE, Reach.NOTHING):
-            scene.stop_hive(node)
-        else:
-            for info in (await self._workers(node))[:1]:
-                scene.stop_worker(info)
-
-    def _order(self) -> None:
-        assert self.world.cluster is not None
-        self.world.cluster.keeper.send_signal(signal.SIGTERM)
-        self._ordered = True
 
     # the fault ------------------------------------------------------------------------------------
     async def _suffer(self, scene: Scene) -> None:
@@ -244,8 +158,9 @@ class Trial:
     def _spared(self, census: Census, lost: Collection[Identity]) -> list[Identity]:
         """Return who has nothing to do with it: the owners, other nodes' hives."""
         stopping = self.round.moment == "stopping"
-        # What sshd does at a signal is its own affair.
-        hit = {b.node for b in self.round.fault.blows if stopping or b.role == SESSION}
+        # What sshd does at a signal is its own affair; a bad network may be as good as none.
+        blows = self.round.fault.blows
+        hit = {b.node for b in blows if stopping or b.role == SESSION or isinstance(b, Impairment)}
         return [
             one.identity
             for one in census.placed
@@ -254,16 +169,20 @@ class Trial:
             and (one.node not in hit or one.role in OWNERS)
         ]
 
+    def _order(self) -> None:
+        assert self.world.cluster is not None
+        self.world.cluster.keeper.send_signal(signal.SIGTERM)
+        self._ordered = True
+
     async def _wait_all(self, began: float) -> None:
         """The whole cluster ends: of itself, or because its keeper was told to."""
-        freezes = self._frozen()
         assert self.world.cluster is not None
         keeper = self.world.cluster.keeper
-        if ("keeper", signal.SIGINT) in [(b.role, b.number) for b in self._signals()]:
+        if any((b.role, b.number) == ("keeper", signal.SIGINT) for b in self.round.fault.signals):
             await trio.sleep(0.3)  # the first one may have ended an answer only
             if keeper.poll() is None:
                 keeper.send_signal(signal.SIGINT)
-        if "keeper" in freezes:
+        if "keeper" in self.round.fault.frozen:
             keeper.kill()
         within = BUDGET + (LEASE if self.round.fault.silent else 0)
         await self._reap(within)
@@ -273,16 +192,11 @@ class Trial:
     async def _wait_dark(self, within: float) -> None:
         """After a power loss files stay, for the next daemon to sweep."""
         await self.world.wait_known_gone(within)
-        with trio.fail_after(within):
-            while any(one.kind == "process" for one in self.world.left()):
-                await trio.sleep(POLL)
-
-    @property
-    def _lost_power(self) -> bool:
-        return any(isinstance(blow, PowerLoss) for blow in self.round.fault.blows)
+        if left := [one for one in self.world.left() if one.kind == "process"]:
+            raise LeakError(left, within)
 
     async def _reap(self, within: float) -> None:
-        if self._lost_power:
+        if self.round.fault.has(PowerLoss):
             await self._wait_dark(within)
         else:
             await self.world.wait_gone(within)
@@ -291,16 +205,10 @@ class Trial:
             while self.world.cluster.keeper.poll() is None:
                 await trio.sleep(POLL)
 
-    def _signals(self) -> list[Signal]:
-        return [blow for blow in self.round.fault.blows if isinstance(blow, Signal)]
-
-    def _frozen(self) -> list[str]:
-        return [blow.role for blow in self._signals() if blow.freezes]
-
     async def _endure(self, scene: Scene, spared: Collection[Identity]) -> None:
         """Nothing ends of itself, or only what waits for its lease: then the owner ends."""
         assert self.world.cluster is not None
-        frozen = self._frozen()
+        frozen = self.round.fault.frozen
         if "keeper" in frozen or "queen" in frozen:
             await self._wait_lease("keeper" in frozen)
         elif frozen:
@@ -309,7 +217,7 @@ class Trial:
         else:
             with trio.move_on_after(HURT):
                 await scene.ask(self.round.node)
-            if not self.round.by_owner and not self._limits():
+            if not self.round.by_owner and not self.round.fault.has(MemoryLimit):
                 return
         began = trio.current_time()
         if "keeper" in frozen:
@@ -321,37 +229,19 @@ class Trial:
             self.seconds = trio.current_time() - began
         self._gone = True
 
-    def _limits(self) -> bool:
-        return any(isinstance(blow, MemoryLimit) for blow in self.round.fault.blows)
-
     async def _wait_lease(self, of_keeper: bool) -> None:
         """A frozen owner: what it owns ends with its lease, the guards of a queen excepted."""
-        began = trio.current_time()
         above = ("keeper",) if of_keeper else OWNERS
-        with trio.fail_after(LEASE + KILLING):
-            while any(
-                one.role not in above for one in self.world.census().placed if one.role != SESSION
-            ):
-                await trio.sleep(POLL)
+        placed = self.world.census().placed
+        owned = [one.identity for one in placed if one.role not in (*above, SESSION)]
+        began = trio.current_time()
+        await _wait_ended(owned, LEASE + KILLING)
         self.seconds = trio.current_time() - began
 
     async def _wait_part(self, lost: Collection[Identity], began: float) -> None:
-        within = KILLING + (LEASE if self.round.fault.silent else 0)
-        with trio.move_on_after(within) as limit:
-            while any(is_running(one) for one in lost):
-                await trio.sleep(POLL / 3)
-        if limit.cancelled_caught:
-            await self._confess(lost, within)
+        await _wait_ended(lost, KILLING + (LEASE if self.round.fault.silent else 0))
         if lost:
             self.seconds = trio.current_time() - began
-
-    async def _confess(self, lost: Collection[Identity], within: float) -> None:
-        found = [
-            Leftover("process", f"{title_of(one.pid)!r} [{one.pid}]", "under the fault", one.pid)
-            for one in lost
-            if is_running(one)
-        ]
-        raise LeakError(found, within)
 
     def _undo(self) -> None:
         assert self._field is not None
@@ -374,8 +264,16 @@ class Trial:
         for stream, seen in zip(scene.streams, before, strict=True):
             if self._is_stalled(stream, seen):
                 raise StormError(f"{stream.what} neither goes on nor ends: {stream}")
-            if stream.end == BROKEN and not self._gone:
-                raise StormError(f"{stream.what} ended without its terminal event")
+        for request in (*scene.requests, *scene.streams):
+            if request.end == BROKEN and not self._may_break:
+                raise StormError(f"{request.what} ended without its terminal event")
+
+    @property
+    def _may_break(self) -> bool:
+        """Whether the queen had no chance to tell of each end."""
+        fault = self.round.fault
+        killed = [b for b in fault.signals if b.role in OWNERS and b.number == signal.SIGKILL]
+        return self._gone and bool(killed or fault.lasts or fault.has(PowerLoss))
 
     def _is_stalled(self, stream: Request, seen: int) -> bool:
         return not stream.end and (self._gone or stream.seen <= seen)
@@ -387,7 +285,7 @@ class Trial:
         fenced = self._lost_touch()
         for node in fenced:
             self.world.fenced[node] = trio.current_time() + FENCED
-        if self._lost_power:
+        if self.round.fault.has(PowerLoss):
             return  # what it left is the next daemon's
         if self.round.node not in fenced:
             with trio.fail_after(self.world.workload.patience):
@@ -415,7 +313,7 @@ class Trial:
         deaf = {blow.node for blow in blows if isinstance(blow, Cut | SshdDeath | PowerLoss)}
         return deaf | {
             blow.node
-            for blow in self._signals()
+            for blow in self.round.fault.signals
             if blow.role in (SESSION, "guard A") and blow.node != LOCALHOST
         }
 
@@ -424,13 +322,14 @@ class Trial:
         self.doing = "ending"
         self._order()
         await self._reap(BUDGET)
+        await self._bury()
 
     async def _bury(self) -> None:
         """Look at what an ended cluster has said, and forget it."""
         world = self.world
         assert world.cluster is not None
         self.doing = "looking at what is left"
-        if not self._lost_power:
+        if not self.round.fault.has(PowerLoss):
             await world.wait_gone(1)
         code, codes = world.cluster.keeper.poll(), self._exit_codes()
         if code not in codes:
@@ -455,17 +354,17 @@ class Trial:
         return codes
 
     def _check_logs(self) -> None:
-        if any(isinstance(blow, MemoryLimit | FullDisk) for blow in self.round.fault.blows):
+        if self.round.fault.has(MemoryLimit, FullDisk):
             return
         if found := self.world.tracebacks():
             raise StormError("\n".join(found))
 
     async def _sweep(self) -> None:
         """The next daemons on a machine that lost its power clean what that left."""
+        self.doing = "sweeping"
         world, node = self.world, self.round.fault.blows[0].node
         if world.cluster is not None and node != LOCALHOST:
             await self._end()
-            await world.forget()
         if world.cluster is None:
             await world.start()
         with trio.fail_after(world.workload.patience):
@@ -492,12 +391,19 @@ class Trial:
         self.world.clear_logs()
 
 
-def _key(info: WorkerInfo) -> tuple[str, int]:
-    return info.node, (info.max_model_len or 0) - CONTEXT - 1
-
-
-def _first_seen(role: str, at: str, node: str) -> tuple[str, str]:
-    return (role, at) if role and role != SESSION else ("guard A", node)
+async def _wait_ended(identities: Collection[Identity], within: float) -> None:
+    left = set(identities)
+    with trio.move_on_after(within):
+        while left := {one for one in left if is_running(one)}:
+            await trio.sleep(POLL / 3)
+        return
+    raise LeakError(
+        [
+            Leftover("process", f"{title_of(one.pid)!r} [{one.pid}]", "under the fault", one.pid)
+            for one in left
+        ],
+        within,
+    )
 
 
 def _check_alive(spared: Collection[Identity]) -> None:
