@@ -31,6 +31,7 @@ MAX_LINE = 64 * 1024
 LOG_CAP = 16 << 20
 RECORD_EVERY = 1.0
 SHM_EVERY = 5.0
+WAKE_EVERY = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)  # what /proc says of such a process
 # Shared memory that engines make for themselves; any other file there is somebody's data.
@@ -404,6 +405,8 @@ class Guard:
             if self.kill_at and now >= self.kill_at:
                 self._log("grace is over, killing")
                 return
+            if self.kill_at:  # whoever is frozen only now would sleep through his grace
+                send_signal(self.child, self.child_start, signal.SIGCONT)
             if now >= next_record:
                 next_record = now + RECORD_EVERY
                 self._adopt(now)
@@ -417,7 +420,7 @@ class Guard:
     def _timeout(self) -> float:
         now, limit = self.plan.now(), RECORD_EVERY
         if self.kill_at:
-            limit = min(limit, self.kill_at - now)
+            limit = min(limit, WAKE_EVERY, self.kill_at - now)
         elif self.plan.lease and not self.why:
             limit = min(limit, self.last_beat + self.plan.lease - now)
         return max(limit, 0)

@@ -214,6 +214,18 @@ HEARS_TERM = FREEZE.format("")
 IGNORES_TERM = FREEZE.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
 
 
+FREEZES_AT_TERM = """
+import os, signal, sys, time
+def end(*_):
+    time.sleep(0.2)  # the guard has sent all that it sends at once
+    os.kill(os.getpid(), signal.SIGSTOP)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+
+
 def wait_until_frozen(pid: int) -> None:
     wait_for(lambda: read_stat(pid).state == "T")
 
@@ -226,6 +238,16 @@ def test_a_frozen_command_is_woken_to_hear_of_its_end(leaks: LeakCheck) -> None:
         one.say("stop\n")
         assert one.wait() == 128 + signal.SIGTERM
         assert time.monotonic() - start < 1
+
+
+@slow
+def test_a_command_that_freezes_while_it_ends_is_woken(leaks: LeakCheck) -> None:
+    with guarded(code(FREEZES_AT_TERM), leaks, grace=10) as one:
+        one.hear()
+        start = time.monotonic()
+        one.say("stop\n")
+        assert one.wait() == 0
+        assert time.monotonic() - start < 3
 
 
 @slow

@@ -63,10 +63,10 @@ class BadLink:
 
     def remove(self) -> None:
         """Put the good one back, at once: what is under way is lost."""
-        outer = _names(self.port)[1]
-        _batch(self.switch, [f"link del {outer}", f"link set {self.port} promisc off master br0"])
         self._popen.kill()
         self._popen.communicate()
+        outer = _names(self.port)[1]
+        _batch(self.switch, [f"link del {outer}", f"link set {self.port} promisc off master br0"])
 
 
 def _names(port: str) -> tuple[str, str]:

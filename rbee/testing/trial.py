@@ -348,7 +348,10 @@ class Trial:
             role = blow.role
             if isinstance(blow, PowerLoss) and blow.node == LOCALHOST:
                 role = "keeper"
-            hit = Hit(role or "hive", number, self.round.moment)
+            moment = self.round.moment
+            if moment == "stopping" and not self._ordered:
+                moment = "idle"  # what was stopping is only a part
+            hit = Hit(role or "hive", number, moment)
             if not self._ordered or role in OWNERS:
                 codes |= set(hit.exit_codes())
         return codes
