@@ -32,6 +32,7 @@ from rbee.testing.rounds import Round
 from rbee.testing.scene import BROKEN, Request, Scene
 from rbee.testing.verdict import Fault as Hit
 from rbee.testing.world import POLL, World
+from rbee.wire.messages import HiveInfo
 
 ANSWER = 15.0  # seconds in which a request ends or goes on, whatever has happened
 HURT = 8.0  # seconds that a request may take in a cluster that is hurt
@@ -300,12 +301,15 @@ class Trial:
 
     async def _until_noticed(self, client: AsyncClient) -> None:
         """Wait until the queen has heard of each end, which takes her a moment."""
-        with trio.fail_after(NOTICED):
+        dead: list[HiveInfo] = []
+        with trio.move_on_after(NOTICED + (2 * LEASE if self.round.fault.silent else 0)):
             while True:
                 pids = {one.pid for one in self.world.census().placed}
-                if all(hive.pid in pids for hive in await client.hives()):
+                dead = [hive for hive in await client.hives() if hive.pid not in pids]
+                if not dead:
                     return
                 await trio.sleep(POLL)
+        raise StormError(f"the queen lists hives that have ended: {dead}")
 
     def _lost_touch(self) -> set[str]:
         """Return the nodes whose hive's end nobody has told to the queen."""
