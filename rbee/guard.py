@@ -284,6 +284,7 @@ class Plan:
     die_with_guard: whether the command, whatever it is, has PR_SET_PDEATHSIG (KILL) towards its
         guard. Not for one that has something to clean and hears of it by its lifeline's end.
     hold_interrupt: whether SIGINT waits until the command calls `release_interrupt`.
+    inner: whether it was started by another guard, which is woken at the end: nobody else could.
     adopt_grace: seconds that an orphan adopted while the command runs may live; 0 = till the end.
     name: what log lines call this guard. cap_log: whether it keeps the log short.
     """
@@ -301,6 +302,7 @@ class Plan:
         self.log: str = given.get("log", "")
         self.parent = int(given.get("parent", 0))
         self.die_with_guard = bool(given.get("die_with_guard", False))
+        self.inner = bool(given.get("inner", False))
         self.adopt_grace = float(given.get("adopt_grace", 0))
         self.hold_interrupt = bool(given.get("hold_interrupt", False))
         self.name: str = given.get("name", "guard")
@@ -331,6 +333,8 @@ class Guard:
     def __init__(self, plan: Plan, lifeline: int) -> None:
         self.plan = plan
         self.lifeline = lifeline
+        self.outer = os.getppid() if plan.inner else 0
+        self.outer_start = start_time(self.outer)
         self.child = 0
         self.child_start = 0
         self.child_in = -1  # write end of the command's lifeline
@@ -480,6 +484,8 @@ class Guard:
             remove_run_file(self.plan.run_file, self.child)
         if self.record_path:
             _unlink(self.record_path)
+        # Frozen on a node that its owner has left, it would stay for ever.
+        send_signal(self.outer, self.outer_start, signal.SIGCONT)
 
     def _kill_all(self) -> int:
         """STOP and KILL until the kernel says that we have no child: then nothing is below us.

@@ -379,6 +379,19 @@ def test_beats_reach_the_inner_guard_and_their_end_ends_it(leaks: LeakCheck) -> 
 
 
 @slow
+def test_an_outer_guard_that_is_frozen_is_woken_to_see_that_all_has_ended(
+    leaks: LeakCheck,
+) -> None:
+    """Its owner may be another machine that has gone."""
+    arguments = nested(code("print(1, flush=True)", NAP), leaks, lease=0.5, inner=True)
+    with guarded(**arguments, leaks=leaks) as one:
+        one.hear()
+        os.kill(one.pid, signal.SIGSTOP)
+        close(one)
+        one.wait(5)
+
+
+@slow
 def test_a_guard_that_was_frozen_reads_the_beats_before_it_looks_at_the_lease(
     leaks: LeakCheck,
 ) -> None:

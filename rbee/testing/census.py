@@ -28,7 +28,7 @@ from rbee.testing.processes import (
 SESSION = "ssh session"
 ON_NODE = PROCESSES[PROCESSES.index("guard A") :]
 OF_WORKER = PROCESSES[PROCESSES.index("worker guard") :]
-_OWNED = re.compile(r"[a-z][0-9a-f]{8}")  # the directory of a queen, a hive or a worker
+_OWNED = re.compile(r"\.?[a-z][0-9a-f]{8}")  # the directory of a queen, a hive or a worker
 _RECORD = re.compile(r"guard-\d+\.json")
 
 
