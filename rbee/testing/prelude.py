@@ -68,7 +68,7 @@ class Prelude:
         async with trio.open_nursery() as nursery:
             for info in await client.workers():
                 key = info.node, number_of(info)
-                if info.state == "ready" and key in missing and info.model == missing[key].model:
+                if info.state == "ready" and key in missing:
                     del missing[key]
                 elif info.state != "failed":
                     nursery.start_soon(client.stop_worker, info.worker_id)

@@ -327,6 +327,7 @@ class LeakCheck:
         venv: report orphans that have extension modules of this virtual environment mapped.
         ports: nobody may listen on them.
         marker: the variable that holds the nonce.
+        users: whose shared memory is looked at.
     """
 
     home: Home | None = None
@@ -335,6 +336,7 @@ class LeakCheck:
     venv: Path | None = attrs.field(factory=lambda: Path(sys.prefix))
     ports: Collection[int] = ()
     marker: str = "RBEE_NONCE"
+    users: Collection[int] = attrs.field(factory=lambda: (os.getuid(),))
     baseline: Baseline = attrs.field(factory=Baseline)
 
     def find(self, *, spare: Iterable[int] = ()) -> list[Leftover]:
@@ -446,7 +448,7 @@ class LeakCheck:
         new = {
             name
             for name in set(_listdir(SHM)) - self.baseline.shm
-            if name.startswith(SHM_PREFIXES) and _owner(SHM / name) == os.getuid()
+            if name.startswith(SHM_PREFIXES) and _owner(SHM / name) in self.users
         }
         if not new:
             return

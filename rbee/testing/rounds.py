@@ -49,8 +49,14 @@ class Round:
         return f"round --seed {self.seed}: {self.moment}, {where}: {self.fault}"
 
 
-def draw_round(seed: int, hosts: Sequence[str], faults: Sequence[str]) -> Round:
-    """Draw the round of a seed: the same from the same hosts and faults."""
+def draw_round(
+    seed: int, hosts: Sequence[str], faults: Sequence[str], *, most: int = MAX_WORKERS
+) -> Round:
+    """Draw the round of a seed: the same from the same hosts and faults.
+
+    Args:
+        most: how many workers there may be.
+    """
     rng = Random(seed)
     name = rng.choice(faults)
     # Mostly few: a hive takes a second of two cores to start, and faults are about one node.
@@ -59,10 +65,10 @@ def draw_round(seed: int, hosts: Sequence[str], faults: Sequence[str]) -> Round:
         nodes = (*nodes, LOCALHOST)
     moment = rng.choice(MOMENTS)
     fault = draw(name, Choice(rng, nodes))
-    workers = [rng.choice(nodes) for _ in range(rng.randint(0, MAX_WORKERS))]
+    workers = [rng.choice(nodes) for _ in range(rng.randint(0, most))]
     for blow in fault.blows:
         if blow.role in NEED_WORKER and blow.node not in workers and moment not in NEW:
-            workers = [*workers[: MAX_WORKERS - 1], blow.node]
+            workers = [*workers[: most - 1], blow.node]
     return Round(
         seed=seed,
         nodes=nodes,

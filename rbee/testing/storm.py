@@ -29,13 +29,14 @@ from rbee.testing.deaths import workload_of
 from rbee.testing.faults import FAULTS, NEED_NAMESPACES
 from rbee.testing.hosts import Hosts, open_hosts_sync, why_no_hosts
 from rbee.testing.network_deaths import client_home
-from rbee.testing.rounds import MAX_NODES, Round, draw_round
+from rbee.testing.rounds import MAX_NODES, MAX_WORKERS, Round, draw_round
 from rbee.testing.tally import Tally, product_commit, resumed
 from rbee.testing.trial import Outcome, run_round
 from rbee.testing.world import World, open_world
 
 NODES = tuple(f"n{number}" for number in range(MAX_NODES))
-AT_ONCE = 2
+AT_ONCE = {"echo": 2, "vllm": 1}  # each is a cluster of its own
+MOST = {"echo": MAX_WORKERS, "vllm": 2}  # workers of a round
 
 
 @attrs.frozen
@@ -52,7 +53,7 @@ class Storm:
     def ahead(self) -> Iterator[Round]:
         first = self.tally.seed + self.tally.rounds
         for number in range(self.rounds):
-            yield draw_round(first + number, NODES, self.faults)
+            yield draw_round(first + number, NODES, self.faults, most=MOST[self.engine])
 
     def note(self, outcome: Outcome) -> None:
         """Count a round, tell about it, and write it down."""
@@ -146,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--faults", default="*", help="names or patterns, divided by commas")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what came of it")
     parser.add_argument("--resume", action="store_true", help="go on where FILE ends")
-    parser.add_argument("--at-once", type=int, default=AT_ONCE, help="rounds at the same time")
+    parser.add_argument("--at-once", type=int, help="rounds at the same time")
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS",
                         help="begin no round after that")  # fmt: skip
     try:
@@ -162,7 +163,8 @@ def _run(options: argparse.Namespace) -> int:
     if why := why_no_hosts():
         raise BadInputError(f"no storm here: {why}")
     tally = _tally(options)
-    names = [f"{node}-{world}" for world in range(options.at_once) for node in NODES]
+    at_once = options.at_once or AT_ONCE[options.engine]
+    names = [f"{node}-{world}" for world in range(at_once) for node in NODES]
     with tempfile.TemporaryDirectory(prefix="rbee-tiny-") as directory:
         Path(directory).chmod(0o755)
         workload = workload_of(options.engine, Path(directory))

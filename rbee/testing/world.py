@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from rbee.testing.processes import LeakError, Leftover, is_running, title_of
 from rbee.testing.verdict import TRACEBACK
 
 POLL = 0.03
-DISK = "64m"  # of a host: all that it writes
+DISK = "256m"  # of a host: all that it writes
 RECORD = "storm"  # the model in each catalog
 GPU_SLACK = 64 << 20  # bytes that a driver keeps for itself, or another program takes
 
@@ -69,6 +70,8 @@ class World:
         opened = open_conversation(self.home, argv, variables=self.variables)
         try:
             async with opened as self.cluster:
+                users = {os.getuid(), *(host.uid for host in self.hosts.values())}
+                self.cluster.check = attrs.evolve(self.cluster.check, users=users)
                 task_status.started(self.cluster)
                 await self._over.wait()
         finally:
