@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ import trio
 
 from rbee.errors import BadInputError, RbeeError
 from rbee.gpus import all_gpus
-from rbee.testing.cluster import Workload
+from rbee.testing.cluster import Workload, hear_interrupts
 from rbee.testing.deaths import workload_of
 from rbee.testing.faults import FAULTS, NEED_NAMESPACES
 from rbee.testing.hosts import Hosts, open_hosts_sync, why_no_hosts
@@ -46,14 +47,13 @@ class Storm:
     tally: Tally
     rounds: int
     faults: tuple[str, ...]
-    engine: str
     limit: float = float("inf")
     file: Path | None = None
 
     def ahead(self) -> Iterator[Round]:
         first = self.tally.seed + self.tally.rounds
         for number in range(self.rounds):
-            yield draw_round(first + number, NODES, self.faults, most=MOST[self.engine])
+            yield draw_round(first + number, NODES, self.faults, most=MOST[self.tally.engine])
 
     def note(self, outcome: Outcome) -> None:
         """Count a round, tell about it, and write it down."""
@@ -72,7 +72,7 @@ class Storm:
         """Return the command that makes the same choices."""
         chosen = "" if len(self.faults) == len(FAULTS) else f" --faults '{','.join(self.faults)}'"
         return (
-            f"python -m rbee.testing.storm --engine {self.engine} --rounds 1 "
+            f"python -m rbee.testing.storm --engine {self.tally.engine} --rounds 1 "
             f"--seed {round.seed}{chosen}"
         )
 
@@ -150,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, help="rounds at the same time")
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS",
                         help="begin no round after that")  # fmt: skip
+    hear_interrupts()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is frozen is ours to end
     try:
         return _run(parser.parse_args(argv))
     except RbeeError as exc:
@@ -172,9 +174,7 @@ def _run(options: argparse.Namespace) -> int:
             why = hosts[names[0]].why_no_partition
             faults = chosen(options.faults, not why)
             _say_what_is_missing(why)
-            storm = Storm(
-                tally, options.rounds, faults, options.engine, options.limit, options.json
-            )
+            storm = Storm(tally, options.rounds, faults, options.limit, options.json)
             trio.run(partial(run_storm, storm, hosts, workload))
     sys.stdout.write(f"{tally.table()}\n")
     sys.stdout.write(
@@ -188,10 +188,10 @@ def _tally(options: argparse.Namespace) -> Tally:
     commit = product_commit()
     if not options.resume:
         seed = secrets.randbelow(1 << 31) if options.seed is None else options.seed
-        return Tally(seed, commit)
+        return Tally(seed, commit, options.engine)
     if options.json is None:
         raise BadInputError("--resume needs --json FILE, which it goes on with")
-    return resumed(options.json, commit)
+    return resumed(options.json, commit, options.engine)
 
 
 def _say_what_is_missing(why_no_partition: str) -> None:

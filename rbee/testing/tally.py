@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Tally:
 
     seed: int
     commit: str
+    engine: str
     rounds: int = 0
     leaks: int = 0
     seconds: dict[str, list[float]] = attrs.field(factory=dict)
@@ -49,6 +51,7 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         return {
             "rounds": self.rounds, "leaks": self.leaks, "seed": self.seed, "commit": self.commit,
+            "engine": self.engine,
             "faults": {name: summary(times) for name, times in sorted(self.seconds.items())},
             "failures": self.failures,
         }  # fmt: skip
@@ -83,31 +86,32 @@ def percentile(ordered: list[float], share: float) -> float | None:
     """Return the smallest value that ``share`` of all do not exceed; None of none."""
     if not ordered:
         return None
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def resumed(path: Path, commit: str) -> Tally:
+def resumed(path: Path, commit: str, engine: str) -> Tally:
     """Read the tally to go on with.
 
     Raises:
         BadInputError: there is none in the file.
-        ConflictError: it is of another commit's code.
+        ConflictError: it is of another commit's code, or of another engine.
     """
     again = f"python -m rbee.testing.storm --json {path}   # without --resume: from the beginning"
     try:
         told = json.loads(path.read_text())
         tally = Tally(
-            int(told["seed"]), str(told["commit"]), int(told["rounds"]), int(told["leaks"]),
+            int(told["seed"]), str(told["commit"]), str(told["engine"]), int(told["rounds"]),
+            int(told["leaks"]),
             {name: list(one["seconds"]) for name, one in told["faults"].items()},
             list(told["failures"]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         raise BadInputError(f"{path} holds no storm to go on with: {exc!r}", hint=again) from exc
-    if tally.commit != commit:
+    if (tally.commit, tally.engine) != (commit, engine):
         raise ConflictError(
-            f"the storm in {path} is of commit {tally.commit}, this is {commit}: rounds add up "
-            "only over one commit's code",
-            code="other_commit",
+            f"the storm in {path} is of commit {tally.commit} with {tally.engine}, this one is of "
+            f"{commit} with {engine}: rounds add up only over one commit's code and one engine",
+            code="other_storm",
             hint=again,
         )
     return tally
