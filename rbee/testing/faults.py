@@ -64,6 +64,19 @@ class Fault:
         return [blow.role for blow in self.signals if blow.freezes]
 
     @property
+    def unswept(self) -> set[str]:
+        """Return the machines on which nobody is left to clean: the next daemon there does it.
+
+        On its own machine a queen sweeps after a hive, and a keeper after a queen.
+        """
+        killed = {(b.role, b.node) for b in self.signals if b.number == signal.SIGKILL}
+        found = {blow.node for blow in self.blows if isinstance(blow, PowerLoss)}
+        if {("keeper", LOCALHOST), ("queen guard", LOCALHOST)} <= killed:
+            found.add(LOCALHOST)
+        nodes = {node for role, node in killed if node != LOCALHOST}
+        return found | {n for n in nodes if {("guard A", n), ("guard B", n)} <= killed}
+
+    @property
     def aim(self) -> Reach:
         """How much of the cluster is below the first of what it hits, whatever becomes of that."""
         first = self.blows[0]

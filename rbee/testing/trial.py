@@ -113,7 +113,7 @@ class Trial:
     async def _conclude(self) -> None:
         if self._gone:
             await self._bury()
-        if self.round.fault.has(PowerLoss):
+        if self.round.fault.unswept:
             await self._sweep()
         elif self.round.is_last and self.world.cluster is not None:
             await self._end()
@@ -191,13 +191,13 @@ class Trial:
         self._gone = True
 
     async def _wait_dark(self, within: float) -> None:
-        """After a power loss files stay, for the next daemon to sweep."""
+        """Wait for the processes only: the files stay, for the next daemon to sweep."""
         await self.world.wait_known_gone(within)
         if left := [one for one in self.world.left() if one.kind == "process"]:
             raise LeakError(left, within)
 
     async def _reap(self, within: float) -> None:
-        if self.round.fault.has(PowerLoss):
+        if self.round.fault.unswept:
             await self._wait_dark(within)
         else:
             await self.world.wait_gone(within)
@@ -237,7 +237,8 @@ class Trial:
         owned = [one.identity for one in placed if one.role not in (*above, SESSION)]
         began = trio.current_time()
         await _wait_ended(owned, LEASE + KILLING)
-        self.seconds = trio.current_time() - began
+        if owned:
+            self.seconds = trio.current_time() - began
 
     async def _wait_part(self, lost: Collection[Identity], began: float) -> None:
         await _wait_ended(lost, KILLING + (LEASE if self.round.fault.silent else 0))
@@ -286,7 +287,7 @@ class Trial:
         fenced = self._lost_touch()
         for node in fenced:
             self.world.fenced[node] = trio.current_time() + FENCED
-        if self.round.fault.has(PowerLoss):
+        if self.round.fault.unswept:
             return  # what it left is the next daemon's
         if self.round.node not in fenced:
             with trio.fail_after(self.world.workload.patience):
@@ -333,7 +334,7 @@ class Trial:
         world = self.world
         assert world.cluster is not None
         self.doing = "looking at what is left"
-        if not self.round.fault.has(PowerLoss):
+        if not self.round.fault.unswept:
             await world.wait_gone(1)
         code, codes = world.cluster.keeper.poll(), self._exit_codes()
         if code not in codes:
@@ -367,16 +368,17 @@ class Trial:
             raise StormError("\n".join(found))
 
     async def _sweep(self) -> None:
-        """The next daemons on a machine that lost its power clean what that left."""
+        """The next daemons on a machine clean what nobody was left to clean."""
         self.doing = "sweeping"
-        world, node = self.world, self.round.fault.blows[0].node
-        if world.cluster is not None and node != LOCALHOST:
-            await self._end()
+        world = self.world
+        if world.cluster is not None and self.round.fault.unswept != {LOCALHOST}:
+            await self._end()  # a new queen knows of no fence
         if world.cluster is None:
             await world.start()
         with trio.fail_after(world.workload.patience):
             client = await world.connect()
-            await client.start_hive(node)
+            for node in self.round.fault.unswept:
+                await client.start_hive(node)
         with trio.fail_after(BUDGET + 5):
             await world.wait_balanced(BUDGET)
 

@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 from pathlib import Path
+from signal import SIGKILL
 
 import pytest
 from hypothesis import given
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from rbee.errors import BadInputError, ConflictError
 from rbee.model import LOCALHOST
-from rbee.testing.faults import FAULTS, NEED_NAMESPACES
+from rbee.testing.blows import PowerLoss, Signal
+from rbee.testing.faults import FAULTS, NEED_NAMESPACES, Fault
 from rbee.testing.hosts import why_no_hosts
 from rbee.testing.rounds import MAX_NODES, MAX_WORKERS, MOMENTS, NEED_WORKER, NEW, draw_round
 from rbee.testing.storm import NODES, chosen
@@ -54,6 +56,17 @@ def test_every_fault_comes_at_every_moment() -> None:
     assert {(one.fault.name, one.moment) for one in rounds} == {
         (fault, moment) for fault in FAULTS for moment in MOMENTS
     }
+
+
+def test_where_all_who_would_clean_are_killed_the_next_daemon_sweeps() -> None:
+    def killed(*places: tuple[str, str]) -> set[str]:
+        return Fault("", tuple(Signal(SIGKILL, *place) for place in places)).unswept
+
+    assert killed(("guard A", "n1"), ("guard B", "n1")) == {"n1"}
+    assert killed(("guard A", "n1"), ("guard B", "n2")) == set()
+    assert killed(("guard A", LOCALHOST), ("guard B", LOCALHOST)) == set()
+    assert killed(("keeper", LOCALHOST), ("queen guard", LOCALHOST)) == {LOCALHOST}
+    assert Fault("", (PowerLoss("n1"),)).unswept == {"n1"}
 
 
 def test_faults_are_chosen_by_pattern() -> None:
