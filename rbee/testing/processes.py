@@ -284,7 +284,7 @@ class Leftover:
     """One thing that should have gone.
 
     ``kind`` is ``process``, ``zombie`` (ended, but its living parent does not reap it), ``socket``,
-    ``file`` or ``shm``.
+    ``file``, ``shm``, or ``memory`` of a GPU.
     """
 
     kind: str

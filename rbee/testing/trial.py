@@ -37,6 +37,7 @@ from rbee.wire.messages import HiveInfo
 ANSWER = 15.0  # seconds in which a request ends or goes on, whatever has happened
 HURT = 8.0  # seconds that a request may take in a cluster that is hurt
 FENCED = LEASE + KILLING + 1.0
+HIVE = ("guard A", "guard B", "hive")
 FROZEN = 0.5  # seconds in which something that is frozen would have died
 NOTICED = 2.0  # seconds in which a queen hears that a hive has ended
 NOBODY = AsyncClient("http://127.0.0.1:9")  # while there is no queen yet
@@ -157,17 +158,18 @@ class Trial:
         return lost, self._spared(census, lost)
 
     def _spared(self, census: Census, lost: Collection[Identity]) -> list[Identity]:
-        """Return who has nothing to do with it: the owners, other nodes' hives."""
-        stopping = self.round.moment == "stopping"
+        """Return who is not to end: owners, hives, and all on nodes that are not hit."""
+        fault, stopping = self.round.fault, self.round.moment == "stopping"
+        hit = {self.round.node, *(blow.node for blow in fault.blows)}
         # What sshd does at a signal is its own affair; a bad network may be as good as none.
-        blows = self.round.fault.blows
-        hit = {b.node for b in blows if stopping or b.role == SESSION or isinstance(b, Impairment)}
+        unsure = {b.node for b in fault.blows if b.role == SESSION or isinstance(b, Impairment)}
+        unsure |= hit if stopping else set()
         return [
             one.identity
             for one in census.placed
             if one.identity not in lost
-            and one.role in (*OWNERS, "guard A", "guard B", "hive")
-            and (one.node not in hit or one.role in OWNERS)
+            and one.role != SESSION
+            and (one.role in OWNERS or one.node not in (unsure if one.role in HIVE else hit))
         ]
 
     def _order(self) -> None:
@@ -266,6 +268,10 @@ class Trial:
         for stream, seen in zip(scene.streams, before, strict=True):
             if self._is_stalled(stream, seen):
                 raise StormError(f"{stream.what} neither goes on nor ends: {stream}")
+        safe = {one.pid for one in spared}
+        for stream in scene.streams:
+            if stream.worker in safe and stream.end not in ("", "end") and not self._gone:
+                raise StormError(f"{stream.what} was not hit, and ended with {stream.error}")
         for request in (*scene.requests, *scene.streams):
             if request.end == BROKEN and not self._may_break:
                 raise StormError(f"{request.what} ended without its terminal event")
