@@ -123,20 +123,22 @@ def test_a_storm_goes_on_only_with_its_own_commit(tmp_path: Path) -> None:
 # a storm ----------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("seed", "rounds"),
-    [(FIXED_SEED, FIXED_ROUNDS), (secrets.randbelow(1 << 31), RANDOM_ROUNDS)],
+    ("seed", "rounds", "limit"),
+    [(FIXED_SEED, FIXED_ROUNDS, 60), (secrets.randbelow(1 << 31), RANDOM_ROUNDS, 20)],
     ids=["fixed", "random"],
 )
-def test_nothing_is_left_by_a_storm(seed: int, rounds: int, tmp_path: Path) -> None:
+def test_nothing_is_left_by_a_storm(seed: int, rounds: int, limit: int, tmp_path: Path) -> None:
+    """A machine that is slow, or busy, begins no round after ``limit`` seconds."""
     if why := why_no_hosts():
         pytest.skip(why)
     file = tmp_path / "storm.json"
     argv = [sys.executable, "-m", "rbee.testing.storm", "--seed", str(seed), "--json", str(file)]
     done = subprocess.run(
-        [*argv, "--rounds", str(rounds)],
+        [*argv, "--rounds", str(rounds), "--limit", str(limit)],
         env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr + done.stdout
     told = json.loads(file.read_text())
-    assert (told["rounds"], told["leaks"], told["failures"]) == (rounds, 0, [])
+    assert 1 <= told["rounds"] <= rounds
+    assert (told["leaks"], told["failures"]) == (0, [])
