@@ -168,8 +168,9 @@ def _run(options: argparse.Namespace) -> int:
     at_once = options.at_once or AT_ONCE[options.engine]
     names = [f"{node}-{world}" for world in range(at_once) for node in NODES]
     with tempfile.TemporaryDirectory(prefix="rbee-tiny-") as directory:
-        Path(directory).chmod(0o755)
         workload = workload_of(options.engine, Path(directory))
+        for path in (Path(directory), *Path(directory).rglob("*")):
+            path.chmod(0o755)  # the hosts' user reads the model
         with open_hosts_sync(*names, readable=[Path(directory)]) as hosts:
             why = hosts[names[0]].why_no_partition
             faults = chosen(options.faults, not why)
