@@ -31,6 +31,7 @@ MAX_LINE = 64 * 1024
 LOG_CAP = 16 << 20
 RECORD_EVERY = 1.0
 SHM_EVERY = 5.0
+WAKE_EVERY = 0.5
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GONE = (FileNotFoundError, ProcessLookupError, PermissionError)  # what /proc says of such a process
 # Shared memory that engines make for themselves; any other file there is somebody's data.
@@ -341,6 +342,7 @@ class Plan:
     die_with_guard: whether the command, whatever it is, has PR_SET_PDEATHSIG (KILL) towards its
         guard. Not for one that has something to clean and hears of it by its lifeline's end.
     hold_interrupt: whether SIGINT waits until the command calls `release_interrupt`.
+    inner: whether it was started by another guard, which is woken at the end: nobody else could.
     adopt_grace: seconds that an orphan adopted while the command runs may live; 0 = till the end.
     name: what log lines call this guard. cap_log: whether it keeps the log short.
     """
@@ -358,6 +360,7 @@ class Plan:
         self.log: str = given.get("log", "")
         self.parent = int(given.get("parent", 0))
         self.die_with_guard = bool(given.get("die_with_guard", False))
+        self.inner = bool(given.get("inner", False))
         self.adopt_grace = float(given.get("adopt_grace", 0))
         self.hold_interrupt = bool(given.get("hold_interrupt", False))
         self.name: str = given.get("name", "guard")
@@ -389,6 +392,8 @@ class Guard:
         self.plan = plan
         self.lifeline = lifeline
         self.me = (os.getpid(), start_time(os.getpid()))
+        self.outer = os.getppid() if plan.inner else 0
+        self.outer_start = start_time(self.outer)
         self.child = 0
         self.child_start = 0
         self.child_in = -1  # write end of the command's lifeline
@@ -400,6 +405,7 @@ class Guard:
         self.shm: set[str] = set()
         self.adopted: dict[int, float] = {}
         self.recorded = ""
+        self.complaint = ""
         self.record_path = ""
 
     # life ------------------------------------------------------------------------------------
@@ -462,6 +468,8 @@ class Guard:
             if self.kill_at and now >= self.kill_at:
                 self._log("grace is over, killing")
                 return
+            if self.kill_at:  # whoever is frozen only now would sleep through his grace
+                send_signal(self.child, self.child_start, signal.SIGCONT)
             if now >= next_record:
                 next_record = now + RECORD_EVERY
                 self._adopt(now)
@@ -475,7 +483,7 @@ class Guard:
     def _timeout(self) -> float:
         now, limit = self.plan.now(), RECORD_EVERY
         if self.kill_at:
-            limit = min(limit, self.kill_at - now)
+            limit = min(limit, WAKE_EVERY, self.kill_at - now)
         elif self.plan.lease and not self.why:
             limit = min(limit, self.last_beat + self.plan.lease - now)
         return max(limit, 0)
@@ -535,6 +543,8 @@ class Guard:
             remove_run_file(self.plan.run_file, self.child)
         if self.record_path:
             _unlink(self.record_path)
+        # Frozen on a node that its owner has left, it would stay for ever.
+        send_signal(self.outer, self.outer_start, signal.SIGCONT)
 
     def _kill_all(self) -> int:
         """STOP and KILL until the kernel says that we have no child: then nothing is below us.
@@ -626,18 +636,22 @@ class Guard:
         text = json.dumps(record)
         if text != self.recorded:
             self.record_path = f"{self.plan.record}/guard-{me}.json"
-            self._replace(self.record_path, text)
-            self.recorded = text
+            # Again until it is there: without it nobody could end this tree for us.
+            self.recorded = text if self._replace(self.record_path, text) else ""
 
-    def _replace(self, path: str, text: str) -> None:
+    def _replace(self, path: str, text: str) -> bool:
         try:
             with open(path + "~", "w") as file:
                 file.write(text)
             os.rename(path + "~", path)
         except FileNotFoundError:
-            pass  # the inner guard has removed the directory already
+            return True  # the inner guard has removed the directory already
         except OSError as exc:  # a full disk must not end the tree
-            self._log(f"cannot write {path}: {exc}")
+            if str(exc) != self.complaint:  # this comes every second
+                self._log(f"cannot write {path}: {exc}")
+            self.complaint = str(exc)
+            return False
+        return True
 
     def _pass_on(self, line: str) -> None:
         if self.child_in >= 0:

@@ -271,6 +271,7 @@ def guard_lines(
             "grace": graces[depth],
             "log": str(log_file),
             "parent": parent if depth == 0 else 0,
+            "inner": depth > 0,
             "adopt_grace": adopt_grace if innermost else 0,
             "cap_log": innermost,
             "hold_interrupt": hold_interrupt or not innermost,

@@ -196,8 +196,12 @@ def claim(directory: Path) -> None:
     temporary = directory.with_name(f".{directory.name}")
     temporary.mkdir(mode=0o700)
     pid = os.getpid()
-    (temporary / "owner").write_text(f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
-    temporary.rename(directory)  # nobody sees it without its owner
+    try:
+        (temporary / "owner").write_text(f"{guard.boot_id()} {pid} {guard.start_time(pid)}\n")
+        temporary.rename(directory)  # nobody sees it without its owner
+    except OSError:
+        guard.remove_tree(str(temporary))
+        raise
 
 
 def retire(directory: Path) -> None:

@@ -103,7 +103,7 @@ def test_only_an_engines_own_shared_memory_is_cleaned(path: str, ours: bool) -> 
     assert guard.is_engines_shm(path) is ours
 
 
-def test_a_full_disk_costs_no_file_descriptors(
+def test_what_a_full_disk_did_not_take_is_written_later(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     one = Guard(Plan({"argv": ["x"], "record": str(tmp_path)}), 0)
@@ -114,7 +114,10 @@ def test_a_full_disk_costs_no_file_descriptors(
         one.child = number
         one._write_record()
     assert len(os.listdir("/proc/self/fd")) == before
-    assert capfd.readouterr().err.count("No space left") == 5
+    assert capfd.readouterr().err.count("No space left") == 1
+    Path(f"{path}~").unlink()
+    one._write_record()
+    assert json.loads(path.read_text())["child"]["pid"] == 4
 
 
 # the ends of a tree ---------------------------------------------------------------------------
@@ -212,6 +215,18 @@ HEARS_TERM = FREEZE.format("")
 IGNORES_TERM = FREEZE.format("signal.signal(signal.SIGTERM, signal.SIG_IGN)")
 
 
+FREEZES_AT_TERM = """
+import os, signal, sys, time
+def end(*_):
+    time.sleep(0.2)  # the guard has sent all that it sends at once
+    os.kill(os.getpid(), signal.SIGSTOP)
+    sys.exit()
+signal.signal(signal.SIGTERM, end)
+print(os.getpid(), flush=True)
+signal.pause()
+"""
+
+
 def wait_until_frozen(pid: int) -> None:
     wait_for(lambda: read_stat(pid).state == "T")
 
@@ -224,6 +239,16 @@ def test_a_frozen_command_is_woken_to_hear_of_its_end(leaks: LeakCheck) -> None:
         one.say("stop\n")
         assert one.wait() == 128 + signal.SIGTERM
         assert time.monotonic() - start < 1
+
+
+@slow
+def test_a_command_that_freezes_while_it_ends_is_woken(leaks: LeakCheck) -> None:
+    with guarded(code(FREEZES_AT_TERM), leaks, grace=10) as one:
+        one.hear()
+        start = time.monotonic()
+        one.say("stop\n")
+        assert one.wait() == 0
+        assert time.monotonic() - start < 3
 
 
 @slow
@@ -352,6 +377,19 @@ def test_beats_reach_the_inner_guard_and_their_end_ends_it(leaks: LeakCheck) -> 
         assert one.wait(3) == 143
         assert time.monotonic() - start >= 0.3
         assert "stopping: lease over (0.5 s without a beat)" in one.log()
+
+
+@slow
+def test_an_outer_guard_that_is_frozen_is_woken_to_see_that_all_has_ended(
+    leaks: LeakCheck,
+) -> None:
+    """Its owner may be another machine that has gone."""
+    arguments = nested(code("print(1, flush=True)", NAP), leaks, lease=0.5, inner=True)
+    with guarded(**arguments, leaks=leaks) as one:
+        one.hear()
+        os.kill(one.pid, signal.SIGSTOP)
+        close(one)
+        one.wait(5)
 
 
 @slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from rbee import guard, sweep
 from rbee.errors import MachineError
 from rbee.home import Home
+from rbee.ssh import boot
 from rbee.sweep import Identity, abandoned, claim, records, retire, sweep_abandoned
 from rbee.testing.processes import LeakCheck
 from tests.journal import DEAD, planted, process, write
@@ -177,6 +179,16 @@ def test_a_claimed_directory_is_private_and_names_this_process(home: Home) -> No
     assert (directory / "owner").read_text().split() == [
         guard.boot_id(), str(pid), str(guard.start_time(pid)),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "make", [claim, lambda directory: boot.make_run("/", str(directory))], ids=["here", "on a node"]
+)
+def test_a_claim_that_fails_leaves_nothing(home: Home, make: Callable[[Path], object]) -> None:
+    (home.run / "hive-1" / "in-the-way").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        make(home.run / "hive-1")
+    assert os.listdir(home.run) == ["hive-1"]
 
 
 @pytest.mark.parametrize("text", ["", "one", "a b c", f"{guard.boot_id()} x y", "\udcff"])

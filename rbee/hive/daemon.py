@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
-import attrs
 import httpx
 import trio
 
@@ -22,7 +21,7 @@ from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers
 from rbee.hive.zygotes import Zygotes
 from rbee.process import own_environment
-from rbee.scopes import open_service
+from rbee.scopes import TaskOwner, open_service
 from rbee.sweep import claim, retire, sweep_abandoned
 from rbee.web.client import call, open_client
 from rbee.web.server import open_listener, serve_http, url_of
@@ -56,6 +55,7 @@ async def serve(
     )
     workers.url = url_of(listener)
     owners = Owners(workers.stop_owned_by)
+    callbacks = ReadyCallbacks(setup, owners)
     pulse = Pulse(setup, workers)
     serving = partial(
         serve_http, make_app(setup, workers, owners, pulse, stop), listener, grace=0.5
@@ -66,30 +66,33 @@ async def serve(
         open_service(serving) as url,
         workers.open(),
         owners.open(),
+        callbacks.open(),
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(pulse.keep_beating)
-        workers.on_ready = ReadyCallbacks(setup, owners, nursery).send
+        workers.on_ready = callbacks.send
         task_status.started(
             Hello("hive", setup.id, __version__, os.getpid(), url, {"node": setup.node})
         )
         await trio.sleep_forever()
 
 
-@attrs.define(eq=False)
-class ReadyCallbacks:
+class ReadyCallbacks(TaskOwner):
     """Passes a worker's ready callback on to the queen that asked for it."""
 
-    _setup: HiveSetup
-    _owners: Owners
-    _nursery: trio.Nursery
+    def __init__(self, setup: HiveSetup, owners: Owners) -> None:
+        self._setup = setup
+        self._owners = owners
 
     def send(self, info: WorkerInfo) -> None:
+        """Send it, unless the hive is ending: no queen wants that worker any more."""
+        if not self.takes_tasks:
+            return
         owner = self._owners.get(info.owner)
         if owner is not None:
-            self._nursery.start_soon(_post_ready, owner.lease.url, owner.lease.token, info)
+            self.tasks.start_soon(_post_ready, owner.lease.url, owner.lease.token, info)
         elif self._setup.queen_url:
-            self._nursery.start_soon(_post_ready, self._setup.queen_url, self._setup.token, info)
+            self.tasks.start_soon(_post_ready, self._setup.queen_url, self._setup.token, info)
 
 
 async def _post_ready(url: str, token: str, info: WorkerInfo) -> None:

@@ -87,14 +87,17 @@ class Zygote:
 
     def _serve_one(self) -> bool:
         space = socket.CMSG_LEN(4 * array.array("i").itemsize)
-        data, ancillary, _, _ = self.sock.recvmsg(MAX_MESSAGE, space)
+        try:
+            data, ancillary, _, _ = self.sock.recvmsg(MAX_MESSAGE, space)
+        except ConnectionResetError:  # it has gone without reading all that we told it
+            return False
         if not data:
             return False
         message, fds = unpack(data, ancillary)
         try:
             self._fork(message, *fds)
         except (OSError, RuntimeError) as exc:
-            send(self.sock, {"error": message["config"]["spec"]["id"], "message": str(exc)})
+            self._tell({"error": message["config"]["spec"]["id"], "message": str(exc)})
         finally:
             for fd in fds:
                 os.close(fd)
@@ -108,7 +111,7 @@ class Zygote:
             become_guard(message, lifeline, log_fd, me)
         self.guards[pid] = str(message["fork"].get("record", ""))
         pidfd = os.pidfd_open(pid)
-        send(self.sock, {"forked": message["config"]["spec"]["id"], "pid": pid}, (pidfd,))
+        self._tell({"forked": message["config"]["spec"]["id"], "pid": pid}, pidfd)
         os.close(pidfd)
 
     def _reap(self) -> None:
@@ -132,9 +135,9 @@ class Zygote:
         for pid, code in ended:
             self._tell({"exited": pid, "status": code})
 
-    def _tell(self, message: dict[str, Any]) -> None:
+    def _tell(self, message: dict[str, Any], *fds: int) -> None:
         try:
-            send(self.sock, message)
+            send(self.sock, message, fds)
         except OSError as exc:
             log.warning("hive is gone: %s", exc)
 

@@ -19,7 +19,7 @@ from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
 from rbee.queen.starts import Starts
-from rbee.web.narrated import Tell, narrated
+from rbee.web.narrated import Tell, Works
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import (
@@ -40,6 +40,7 @@ def make_app(
     hives: Hives,
     jobs: Jobs,
     starts: Starts,
+    works: Works,
     aliases: Aliases,
     stop: Callable[[str], None],
     allowed_origins: Sequence[str] = (),
@@ -74,7 +75,7 @@ def make_app(
             return (await hives.get(body.node, tell)).told()
 
         if request.accepts_events():
-            return narrated(work)
+            return works.narrated(work)
         return json_response(await work(lambda narration: None))
 
     async def stop_hive(request: Request) -> Response:
@@ -91,7 +92,7 @@ def make_app(
     async def start_worker(request: Request) -> Response | Stream:
         body = await read_start(request)
         if request.accepts_events():
-            return narrated(partial(starts.until_ready, body))
+            return works.narrated(partial(starts.until_ready, body))
         return json_response(await starts.ask(body, lambda narration: None), 202)
 
     async def explain_start(request: Request) -> Response:
@@ -109,7 +110,7 @@ def make_app(
 
     async def pull_model(request: Request) -> Stream:
         body = aliases.spell_out(await request.read(PullModel))
-        return narrated(partial(models.pull, body))
+        return works.narrated(partial(models.pull, body))
 
     async def remove_model(request: Request) -> Response:
         await models.remove(request.params["node"], request.params["model"])

@@ -26,6 +26,7 @@ from rbee.queen.starts import Starts
 from rbee.queen.views import Views
 from rbee.scopes import open_service
 from rbee.sweep import claim, retire, sweep_abandoned
+from rbee.web.narrated import Works
 from rbee.web.server import open_listener, serve_http, url_of
 from rbee.wire.messages import Hello
 
@@ -62,16 +63,17 @@ async def serve(
     needed = counting(setup.home, aliases.meanings)
     places = Places(views.look, attempts, needed, aliases.meanings)
     jobs = Jobs(hives, places, aliases, ending)
-    starts = Starts(hives, places, jobs)
-    app = make_app(setup, hives, jobs, starts, aliases, stop, allowed_origins)
+    starts, works = Starts(hives, places, jobs), Works(ending)
+    app = make_app(setup, hives, jobs, starts, works, aliases, stop, allowed_origins)
     serving = partial(serve_http, app, listener, grace=0.5)
-    # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
+    # HTTP outlives the jobs: each open stream still gets its last event. SSH outlives hives.
     async with (
         open_service(serving) as url,
         machines.open(),
         hives.open(),
         attempts.open(),
         jobs.open(),
+        works.open(),
     ):
         task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
         await trio.sleep_forever()

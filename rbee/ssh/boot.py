@@ -166,9 +166,13 @@ def make_run(home: Any, name: Any) -> Any:
         path = os.path.join(run, name)
     hidden = os.path.join(os.path.dirname(path), "." + os.path.basename(path))
     os.mkdir(hidden, 0o700)
-    with open(os.path.join(hidden, "owner"), "w") as file:
-        file.write(f"{boot_id()} {os.getpid()} {start_time(os.getpid())}\n")
-    os.rename(hidden, path)
+    try:
+        with open(os.path.join(hidden, "owner"), "w") as file:
+            file.write(f"{boot_id()} {os.getpid()} {start_time(os.getpid())}\n")
+        os.rename(hidden, path)
+    except OSError:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
     return path
 
 

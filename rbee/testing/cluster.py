@@ -158,22 +158,40 @@ async def open_cluster(
         prepare: fills the home before the keeper starts.
     """
     base = Path(tempfile.mkdtemp(prefix="rbee-d-", dir="/tmp"))
+    try:
+        home = open_home_in(base)
+        if prepare is not None:
+            await prepare(home)
+        argv = [*keeper_argv("run", workload.model_for(state), workload), *more]
+        async with open_conversation(home, argv, variables=variables) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def open_home_in(base: Path) -> Home:
+    """Make a home in ``base``, a short path, with its run directory beside it."""
+    return open_home(base / "home", {"XDG_RUNTIME_DIR": str(base)})
+
+
+@asynccontextmanager
+async def open_conversation(
+    home: Home, argv: Sequence[str], *, variables: Mapping[str, str] | None = None
+) -> AsyncGenerator[Cluster, None]:
+    """Start a conversation in a home of `open_home_in`; what is left of it afterwards is killed."""
     nonce = secrets.token_hex(8)
     environ = {
-        **os.environ, "RBEE_HOME": str(base / "home"), "XDG_RUNTIME_DIR": str(base),
+        **os.environ, "RBEE_HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.run.parent),
         "RBEE_NONCE": nonce, "SPT_NOENV": "1", "PYTHONUNBUFFERED": "1", **(variables or {}),
     }  # fmt: skip
-    home = open_home(base / "home", environ)
-    if prepare is not None:
-        await prepare(home)
     with Tree() as tree:
         # No look at the virtual environment: another cell's keeper between fork and exec has no
         # nonce yet, somebody else's daemon has none at all, and `check.kill` would end them.
         check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=None)
         hear_interrupts()
-        with (base / "keeper.log").open("wb") as stderr:
+        with (home.root.parent / "keeper.log").open("wb") as stderr:
             keeper = subprocess.Popen(
-                [*keeper_argv("run", workload.model_for(state), workload), *more],
+                argv,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -193,7 +211,6 @@ async def open_cluster(
             for pipe in (keeper.stdin, keeper.stdout):
                 if pipe:
                     pipe.close()
-            shutil.rmtree(base, ignore_errors=True)
 
 
 def hear_interrupts() -> None:

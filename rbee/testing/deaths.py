@@ -328,7 +328,7 @@ def main() -> int:
     cells = rotated_cells() if options.rotated else all_cells()
     cells = [cell for cell in cells if options.only in str(cell)]
     with tempfile.TemporaryDirectory(prefix="rbee-tiny-") as directory:
-        workload = _workload(options.engine, Path(directory))
+        workload = workload_of(options.engine, Path(directory))
         results = trio.run(_run_and_report, cells, workload, options.at_once)
     sys.stdout.write(table(results) + "\n")
     if options.json:
@@ -338,7 +338,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _workload(engine: str, directory: Path) -> Workload:
+def workload_of(engine: str, directory: Path) -> Workload:
     if engine == "echo":
         return Workload.echo()
     from rbee.testing.tiny_model import write_tiny_model

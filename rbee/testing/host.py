@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ import trio
 from rbee import guard
 from rbee.errors import MachineError
 from rbee.testing import namespaces
+from rbee.testing.bad_link import BadLink
 from rbee.testing.host_init import START_SSHD, read_pid
 from rbee.testing.processes import (
     Identity,
@@ -65,16 +66,35 @@ class Link:
     """
 
     ends: Mapping[Direction, tuple[int, str]]
-    shape: str = ""
     cut: frozenset[Direction] = frozenset()
+    _shape: str = ""
+    _bad: BadLink | None = None
 
-    def set(self, cut: frozenset[Direction], shape: str) -> None:
+    def cut_off(self, cut: frozenset[Direction]) -> None:
+        self.cut = cut
+        self._set_queues()
+
+    def impair(self, delay: float, loss: float) -> None:
+        """Delay and lose; without ``netem`` in the kernel a program of ours does it."""
+        if self._bad is not None:
+            self._bad.remove()
+            self._bad = None
+        is_bad = bool(delay or loss)
+        kernel_can = namespaces.has_netem()
+        if is_bad and not kernel_can:
+            pid, port = self.ends["to"]
+            self._bad = BadLink.splice(pid, port, delay=delay, loss=loss)
+        self._shape = (
+            f"netem delay {delay * 1000:g}ms loss {loss * 100:g}%" if is_bad and kernel_can else ""
+        )
+        self._set_queues()
+
+    def _set_queues(self) -> None:
         for direction, (pid, interface) in self.ends.items():
             # A black hole swallows silently: no RST, no FIN, no error for who sends.
-            queue = "blackhole" if direction in cut else shape or "pfifo"
+            queue = "blackhole" if direction in self.cut else self._shape or "pfifo"
             in_network = ["nsenter", "-t", str(pid), "-n", find_program("tc")]
             _run([*in_network, "qdisc", "replace", "dev", interface, "root", *queue.split()])
-        self.cut, self.shape = cut, shape
 
 
 @attrs.frozen(eq=False)
@@ -161,14 +181,7 @@ class Host:
         With namespaces that is all in the host's network and all below its first process; on
         loopback the latter.
         """
-        stats = scan()
-        found = {*descendants(self.init.pid, stats), *self._in_network(stats)} - {self.init.pid}
-        boot = boot_id()
-        return [
-            HostProcess(Identity(pid, stat.start, boot), stat.parent, title_of(pid))
-            for pid in sorted(found)
-            if (stat := stats.get(pid)) and not stat.is_zombie and (sshd or not _is_sshd(pid))
-        ]
+        return all_processes([self], sshd=sshd)[self]
 
     async def wait_empty(self, within: float) -> float:
         """Wait until nothing but sshd runs on the host and return the seconds that took.
@@ -184,17 +197,17 @@ class Host:
             await trio.sleep(POLL)
         return trio.current_time() - start
 
-    def _in_network(self, stats: Mapping[int, Stat]) -> set[int]:
-        if not self.network:
-            return set()
-        return {pid for pid in stats if namespaces.network_of(pid) == self.network}
-
     # its sshd -----------------------------------------------------------------------------------
+    def sessions(self) -> list[HostProcess]:
+        """List the sshd processes of all connections, not the listener."""
+        return [one for one in self.processes(sshd=True) if self.is_session(one)]
+
+    def is_session(self, process: HostProcess) -> bool:
+        return _is_sshd(process.pid) and process.pid != read_pid(self.place)
+
     def kill_sessions(self) -> int:
         """Kill -9 the sshd processes of all connections, not the listener; return how many."""
-        listener = read_pid(self.place)
-        found = [p for p in self.processes(sshd=True) if _is_sshd(p.pid) and p.pid != listener]
-        return sum(process.signal() for process in found)
+        return sum(process.signal() for process in self.sessions())
 
     def stop_sshd(self) -> None:
         """Kill -9 the listener: nobody can connect any more, connections go on."""
@@ -223,29 +236,48 @@ class Host:
         Raises:
             MachineError: it cannot be cut off, see `why_no_partition`.
         """
-        self._change(frozenset(directions or BOTH), self.link.shape)
+        self._check_cable()
+        self.link.cut_off(frozenset(directions or BOTH))
 
     def heal(self) -> None:
         """End a partition, at once; where there can be none, there is none to end."""
         if self.can_partition:
-            self._change(frozenset(), self.link.shape)
+            self.link.cut_off(frozenset())
 
     def impair(self, *, delay: float = 0.0, loss: float = 0.0) -> None:
         """Delay all it sends and receives by ``delay`` seconds, lose a share ``loss`` of it.
 
         Raises:
-            MachineError: the kernel has no ``netem``, or see `why_no_partition`.
+            MachineError: see `why_no_partition`.
         """
-        shape = f"netem delay {delay * 1000:g}ms loss {loss * 100:g}%" if delay or loss else ""
-        self._change(self.link.cut, shape)
+        self._check_cable()
+        self.link.impair(delay, loss)
 
-    def _change(self, cut: frozenset[Direction], shape: str) -> None:
+    def _check_cable(self) -> None:
         if self.why_no_partition:
             raise MachineError(
                 f"the network of {self.name} cannot be cut: {self.why_no_partition}",
                 hint="run the tests as root",
             )
-        self.link.set(cut, shape)
+
+
+def all_processes(hosts: Iterable[Host], *, sshd: bool = False) -> dict[Host, list[HostProcess]]:
+    """Do as `Host.processes` for many hosts in one look."""
+    stats = {pid: stat for pid, stat in scan().items() if not stat.is_zombie}
+    in_network: dict[int, set[int]] = {}
+    for pid in stats:
+        in_network.setdefault(namespaces.network_of(pid), set()).add(pid)
+    return {host: list(_found_on(host, stats, in_network, sshd)) for host in hosts}
+
+
+def _found_on(
+    host: Host, stats: Mapping[int, Stat], in_network: Mapping[int, set[int]], sshd: bool
+) -> Iterator[HostProcess]:
+    there = in_network.get(host.network, set()) if host.network else set()
+    boot = boot_id()
+    for pid in sorted({*descendants(host.init.pid, stats), *there} - {host.init.pid}):
+        if (stat := stats.get(pid)) and (sshd or not _is_sshd(pid)):
+            yield HostProcess(Identity(pid, stat.start, boot), stat.parent, title_of(pid))
 
 
 def _is_sshd(pid: int) -> bool:
@@ -258,8 +290,7 @@ def _is_sshd(pid: int) -> bool:
 def _run(argv: Sequence[str]) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        hint = "modprobe sch_netem" if "netem" in argv else ""
-        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}", hint=hint)
+        raise MachineError(f"{' '.join(argv)} failed: {done.stderr.strip()}")
 
 
 def _wait_for(happened: Callable[[], bool], otherwise: str) -> None:

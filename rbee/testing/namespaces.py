@@ -7,6 +7,7 @@ kernel itself removes it, with its interfaces, when the last one is killed.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,17 +114,27 @@ def why_none() -> str:
 
 def _try_out() -> str:
     """Make one of each in a process whose end removes them."""
-    script = (
+    said = _try_apart(
         "ip link add br0 type bridge && ip link add v0 type veth peer name v1 && "
         "tc qdisc replace dev v0 root blackhole"
     )
+    return f"this machine makes no network namespaces: {said}" if said is not None else ""
+
+
+@functools.cache
+def has_netem() -> bool:
+    """Tell whether the kernel itself can delay and lose what is sent."""
+    return _try_apart("tc qdisc add dev lo root netem delay 1ms") is None
+
+
+def _try_apart(script: str) -> str | None:
+    """Run a script in namespaces of its own; return what it said if it failed."""
     path = f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
     done = subprocess.run(
         ["unshare", "-nmu", "sh", "-c", script],
         env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
-    said = done.stderr.strip()
-    return f"this machine makes no network namespaces: {said}" if done.returncode else ""
+    return done.stderr.strip() if done.returncode else None
 
 
 def network_of(pid: int) -> int:

@@ -246,14 +246,18 @@ def read_guard_records(run: Path) -> set[Identity]:
     """Return every process that a ``guard-*.json`` at or below ``run`` tells of."""
     found: set[Identity] = set()
     for path in _walk(run):
-        if not path.match("guard-*.json"):
-            continue
-        try:
-            record = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            continue  # just removed, or just being written
-        found |= _identities(record, _boot_of(record) or boot_id())
+        if path.match("guard-*.json"):
+            found |= read_guard_record(path)
     return found
+
+
+def read_guard_record(path: Path) -> set[Identity]:
+    """Return every process that one ``guard-*.json`` tells of; none if it has just gone."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return set()  # just removed, or just being written
+    return _identities(record, _boot_of(record) or boot_id())
 
 
 def _boot_of(record: Any) -> str:
@@ -280,7 +284,7 @@ class Leftover:
     """One thing that should have gone.
 
     ``kind`` is ``process``, ``zombie`` (ended, but its living parent does not reap it), ``socket``,
-    ``file`` or ``shm``.
+    ``file``, ``shm``, or ``memory`` of a GPU.
     """
 
     kind: str
@@ -323,6 +327,7 @@ class LeakCheck:
         venv: report orphans that have extension modules of this virtual environment mapped.
         ports: nobody may listen on them.
         marker: the variable that holds the nonce.
+        users: whose shared memory is looked at.
     """
 
     home: Home | None = None
@@ -331,6 +336,7 @@ class LeakCheck:
     venv: Path | None = attrs.field(factory=lambda: Path(sys.prefix))
     ports: Collection[int] = ()
     marker: str = "RBEE_NONCE"
+    users: Collection[int] = attrs.field(factory=lambda: (os.getuid(),))
     baseline: Baseline = attrs.field(factory=Baseline)
 
     def find(self, *, spare: Iterable[int] = ()) -> list[Leftover]:
@@ -442,7 +448,7 @@ class LeakCheck:
         new = {
             name
             for name in set(_listdir(SHM)) - self.baseline.shm
-            if name.startswith(SHM_PREFIXES) and _owner(SHM / name) == os.getuid()
+            if name.startswith(SHM_PREFIXES) and _owner(SHM / name) in self.users
         }
         if not new:
             return

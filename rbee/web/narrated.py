@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
+import attrs
 import trio
 
 from rbee.errors import MachineError, RbeeError, leaves
@@ -43,6 +45,45 @@ def narrated(work: Work) -> Stream:
         await emit(sse.encode(last))
 
     return Stream(run)
+
+
+@attrs.define(eq=False)
+class Works:
+    """The narrated works of one daemon: also when that stops, each gets its one last event.
+
+    Attributes:
+        ending: makes the error that says why they end.
+    """
+
+    ending: Callable[[], RbeeError]
+    _scopes: set[trio.CancelScope] = attrs.field(factory=set)
+    _is_over: bool = False
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Let works run while the body does; HTTP has to outlive it."""
+        try:
+            yield
+        finally:
+            self._is_over = True
+            for scope in self._scopes:
+                scope.cancel(reason="the daemon stops")
+
+    def narrated(self, work: Work) -> Stream:
+        """Do as `narrated`, until the daemon stops."""
+
+        async def work_on(tell: Tell) -> Any:
+            if self._is_over:
+                raise self.ending()
+            with trio.CancelScope() as scope:
+                self._scopes.add(scope)
+                try:
+                    return await work(tell)
+                finally:
+                    self._scopes.discard(scope)
+            raise self.ending()
+
+        return narrated(work_on)
 
 
 async def _emit_all(narrations: trio.MemoryReceiveChannel[Narration], emit: Emit) -> None:

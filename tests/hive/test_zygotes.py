@@ -259,12 +259,29 @@ async def test_a_worker_is_executed_where_it_must_not_be_forked(
 
 
 def test_a_process_with_threads_refuses_to_fork() -> None:
+    with another_thread(), pytest.raises(RuntimeError, match="the zygote has other threads"):
+        protocol.refuse_unsafe_fork()
+
+
+def test_a_zygote_whose_hive_has_gone_meanwhile_answers_nobody_and_ends() -> None:
+    """As one that was frozen does when it is woken."""
+    hive, ours = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    zygote = protocol.Zygote(ours, "")
+    with hive:
+        fds = (hive.fileno(), hive.fileno())
+        protocol.send(hive, {"config": {"spec": {"id": "worker-1"}}}, fds)
+    with ours, another_thread():
+        assert zygote._serve_one()
+        assert not zygote._serve_one()
+
+
+@contextmanager
+def another_thread() -> Iterator[None]:
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
     thread.start()
     try:
-        with pytest.raises(RuntimeError, match="the zygote has other threads"):
-            protocol.refuse_unsafe_fork()
+        yield
     finally:
         stop.set()
         thread.join()

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from rbee.errors import InsufficientError
-from rbee.web.narrated import BUFFER, Tell, Work, narrated
+from rbee.errors import InsufficientError, UnavailableError
+from rbee.web.narrated import BUFFER, Tell, Work, Works, narrated
+from rbee.web.router import Stream
 from rbee.wire import sse
 from rbee.wire.messages import Narration, Pulled
 
 FETCH = Narration("hive", "fetch", "it", 0.5)
 
 
-async def read(work: Work) -> list[tuple[str, str]]:
+async def read(work: Work, narrate: Callable[[Work], Stream] = narrated) -> list[tuple[str, str]]:
     sent: list[bytes] = []
 
     async def emit(chunk: bytes) -> None:
         await trio.lowlevel.checkpoint()
         sent.append(chunk)
 
-    await narrated(work).run(emit)
+    await narrate(work).run(emit)
     return list(sse.Decoder().feed(b"".join(sent)))
 
 
@@ -55,6 +57,27 @@ async def test_a_failure_is_the_last_event(error: Exception, told: str) -> None:
     events = await read(work)
     assert [name for name, _ in events] == ["narration", "error"]
     assert told in events[-1][1]
+
+
+async def test_a_daemon_that_stops_still_has_a_last_event_for_each(autojump_clock: Any) -> None:
+    works = Works(lambda: UnavailableError("the queen is stopping", code="queen_stopping"))
+    ended: list[list[tuple[str, str]]] = []
+
+    async def work(tell: Tell) -> Any:
+        tell(FETCH)
+        await trio.sleep_forever()
+
+    async def one() -> None:
+        ended.append(await read(work, works.narrated))
+
+    async with trio.open_nursery() as nursery:
+        async with works.open():
+            nursery.start_soon(one)
+            await wait_all_tasks_blocked()
+        nursery.start_soon(one)  # one that comes too late
+    told = [[name for name, _ in events] for events in ended]
+    assert sorted(told) == [["error"], ["narration", "error"]]
+    assert all("queen_stopping" in events[-1][1] for events in ended)
 
 
 async def test_what_is_told_faster_than_it_is_read_is_lost_but_never_the_end() -> None:
