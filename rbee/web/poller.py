@@ -13,6 +13,8 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
+from rbee.scopes import open_service
+
 log = logging.getLogger(__name__)
 
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
@@ -50,7 +52,8 @@ class Poller:
             with suppress(OSError):
                 self._epoll.unregister(fd)
 
-    async def _run(self) -> None:
+    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
         ready = self._ready
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
@@ -68,12 +71,8 @@ class Poller:
 
 @asynccontextmanager
 async def open_poller() -> AsyncGenerator[Poller, None]:
-    """Watch while the body runs; whoever adds a descriptor removes it."""
+    """Watch until the body has ended; whoever adds a descriptor removes it."""
     with select.epoll() as epoll:
         poller = Poller(epoll)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(poller._run)
-            try:
-                yield poller
-            finally:
-                nursery.cancel_scope.cancel(reason="its users have ended")
+        async with open_service(poller._run):
+            yield poller

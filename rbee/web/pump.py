@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from rbee.errors import PeerError, RbeeError
+from rbee.scopes import open_service
 from rbee.web.body import LAST_CHUNK, Body, chunk
 from rbee.web.events import WholeEvents
 from rbee.web.poller import HUNG_UP, IN, OUT, Poller
@@ -47,7 +48,8 @@ class Pump:
     def __len__(self) -> int:
         return len(self._relays)
 
-    async def _keep_looking(self) -> None:
+    async def _keep_looking(self, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
         while True:
             await trio.sleep(min(LOOK, self.stall_limit / 2))
             now = time.monotonic()
@@ -57,14 +59,10 @@ class Pump:
 
 @asynccontextmanager
 async def open_pump(poller: Poller, stall_limit: float) -> AsyncGenerator[Pump, None]:
-    """Run a pump while the body runs."""
+    """Run a pump until the body has ended."""
     pump = Pump(poller, stall_limit)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(pump._keep_looking)
-        try:
-            yield pump
-        finally:
-            nursery.cancel_scope.cancel(reason="its users have ended")
+    async with open_service(pump._keep_looking):
+        yield pump
 
 
 class Relay:

@@ -22,17 +22,8 @@ from rbee.errors import (
 )
 from rbee.home import default_root
 from rbee.model import WorkerConfig, WorkerState, new_id
-from rbee.web.router import (
-    App,
-    Emit,
-    Receive,
-    Request,
-    Response,
-    Scope,
-    Send,
-    Stream,
-    json_response,
-)
+from rbee.web.out import Receive, Send
+from rbee.web.router import App, Emit, Request, Response, Scope, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import ExecuteRequest, Health, ReadyState, StopWorker
 from rbee.worker.engine import Engine

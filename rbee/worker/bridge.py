@@ -9,7 +9,8 @@ from typing import Any
 import trio
 
 from rbee.aio import Aio, Outbox
-from rbee.web.router import Receive, Scope, Send
+from rbee.web.out import Receive, Send
+from rbee.web.router import Scope
 from rbee.worker.engine import ASGIApp
 
 Message = MutableMapping[str, Any]
