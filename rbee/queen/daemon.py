@@ -16,6 +16,7 @@ from rbee.guard import remove_tree
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
+from rbee.queen.assignments import Assignments
 from rbee.queen.attempts import Attempts
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
@@ -62,8 +63,9 @@ async def serve(
     views = Views(setup.home, hives, attempts, machines.store, machines.fenced_for)
     needed = counting(setup.home, aliases.meanings)
     places = Places(views.look, attempts, needed, aliases.meanings)
-    jobs = Jobs(hives, places, aliases, ending)
-    starts = Starts(hives, places, jobs)
+    assignments = Assignments(hives, places, aliases)
+    jobs = Jobs(assignments, aliases, ending)
+    starts = Starts(hives, places, assignments)
     app = make_app(setup, hives, jobs, starts, aliases, stop, allowed_origins)
     serving = partial(serve_http, app, listener, grace=0.5)
     # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
