@@ -27,7 +27,7 @@ from rbee.queen.attempts import Narrate
 from rbee.queen.backoff import Backoff
 from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
-from rbee.queen.placement import choose, start_for
+from rbee.queen.placement import choose, is_called, start_for
 from rbee.queen.places import Places
 from rbee.queen.turns import Turns
 from rbee.queen.where import located
@@ -60,11 +60,21 @@ class Assignments:
             QueueFullError: too many wait for one already.
             RbeeError: why there is none.
         """
-        ready = self._choose(request)
-        if ready is not None and ready.state == WorkerState.READY.value:
+        if (ready := self.ready_for(request)) is not None:
             return ready
         with self._waiting_for(request.model):
             return await self._wait_for_worker(request, narrate)
+
+    def ready_for(self, request: TaskRequest) -> WorkerInfo | None:
+        """Return a worker that is ready now."""
+        found = self._choose(request)
+        is_ready = found is not None and found.state == WorkerState.READY.value
+        return found if is_ready else None
+
+    def engine_of(self, model: str) -> str | None:
+        """Return the engine of a worker that serves a name, for who does not care which."""
+        names = self._aliases.meanings(model)
+        return next((one.engine for one in self._hives.workers if is_called(one, names)), None)
 
     @contextmanager
     def at(self, worker: WorkerInfo) -> Iterator[tuple[Hive, trio.CancelScope]]:

@@ -23,13 +23,21 @@ from rbee.queen.jobs import Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
 from rbee.queen.needs import counting
+from rbee.queen.offer import Offer
+from rbee.queen.openai import Passages
 from rbee.queen.places import Places
 from rbee.queen.starts import Starts
 from rbee.queen.views import Views
 from rbee.scopes import open_service
 from rbee.sweep import claim, sweep_abandoned
+from rbee.web.front import Front
+from rbee.web.poller import open_poller
+from rbee.web.pump import open_pump
 from rbee.web.server import open_listener, serve_http, url_of
+from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import Hello
+
+STALL_LIMIT = 30.0  # seconds for which a client may take nothing of his answer
 
 
 def stopping() -> RbeeError:
@@ -66,18 +74,25 @@ async def serve(
     assignments = Assignments(hives, places, aliases)
     jobs = Jobs(assignments, aliases, ending)
     starts = Starts(hives, places, assignments)
-    app = make_app(setup, hives, jobs, starts, aliases, stop, allowed_origins)
-    serving = partial(serve_http, app, listener, grace=0.5)
     # HTTP outlives the jobs: each open stream still gets its terminal event. SSH outlives hives.
     async with (
-        open_service(serving) as url,
-        machines.open(),
-        hives.open(),
-        attempts.open(),
-        jobs.open(),
+        open_poller() as poller,
+        open_pump(poller, STALL_LIMIT) as pump,
+        open_upstreams(poller) as upstreams,
     ):
-        task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
-        await trio.sleep_forever()
+        passages = Passages(assignments, Offer(aliases, views.look), upstreams, ending)
+        app = make_app(setup, hives, jobs, starts, passages, aliases, stop, allowed_origins)
+        serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))
+        async with (
+            open_service(serving) as url,
+            machines.open(),
+            hives.open(),
+            attempts.open(),
+            jobs.open(),
+            passages.open(),
+        ):
+            task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
+            await trio.sleep_forever()
 
 
 async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence[str] = ()) -> None:

@@ -32,6 +32,11 @@ def fits(
     )
 
 
+def is_called(worker: WorkerInfo, names: Collection[str]) -> bool:
+    """Tell whether a worker serves one of the names, as far as it tells itself."""
+    return not {worker.model, *worker.served_names}.isdisjoint(names)
+
+
 def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
     """Return what a worker is called: before its model is found, all that it may turn out to be."""
     return {worker.model, *worker.served_names, *meanings(worker.model)}

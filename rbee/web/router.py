@@ -74,10 +74,14 @@ class Request:
 
     async def read(self, kind: type[T]) -> T:
         """Read the body as JSON of the given wire class."""
+        return codec.loads(await self.json(), kind)
+
+    async def json(self) -> bytes:
+        """Read the body, which says that it is JSON."""
         media = self.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if media != b"application/json":
             raise UnsupportedMediaError("the body must be application/json")
-        return codec.loads(await self.body(), kind)
+        return await self.body()
 
     def accepts_events(self) -> bool:
         return sse.CONTENT_TYPE in self.headers.get(b"accept", b"")
@@ -137,13 +141,23 @@ def error_response(error: RbeeError) -> Response:
         message=error.message,
         hint=error.hint,
         details=error.details,
-        correlation_id=secrets.token_hex(4),
+        correlation_id=note_refusal(error),
     )
+    return refusal(error, codec.dumps(messages.ErrorBody(detail)))
+
+
+def note_refusal(error: RbeeError) -> str:
+    """Log an error that is told to a client; return what both are found by."""
+    correlation_id = secrets.token_hex(4)
     # A flood of them is answered, but does not fill the log.
     level = logging.DEBUG if isinstance(error, TooManyFailuresError) else logging.INFO
-    log.log(level, "refused [%s]: %s: %s", detail.correlation_id, error.code, error)
-    headers = ERROR_HEADERS.get(error.http_status, ())
-    return Response(codec.dumps(messages.ErrorBody(detail)), error.http_status, headers=headers)
+    log.log(level, "refused [%s]: %s: %s", correlation_id, error.code, error)
+    return correlation_id
+
+
+def refusal(error: RbeeError, body: bytes) -> Response:
+    """Make the answer that tells an error in words of the caller's."""
+    return Response(body, error.http_status, headers=ERROR_HEADERS.get(error.http_status, ()))
 
 
 @attrs.frozen

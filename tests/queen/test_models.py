@@ -20,6 +20,7 @@ from rbee.queen.app import make_app
 from rbee.queen.hive import Hive
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
+from rbee.queen.openai import Passages
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.web.router import App, Emit, Request, Stream
 from rbee.web.server import open_listener, serve_http
@@ -76,7 +77,8 @@ async def open_queen(home: Home, far: Home) -> AsyncGenerator[Queen, None]:
     """Serve a queen with two nodes while the body runs; each has a home of its own."""
     setup = QueenSetup(id="queen-1", home=home, run_dir=home.run, token=TOKEN, nonce="n")
     hives, unneeded = FakeHives(Machines(setup)), None
-    app = make_app(setup, hives, unneeded, unneeded, Aliases(home.config_file), unneeded)
+    passages = Passages(unneeded, unneeded, unneeded, unneeded)
+    app = make_app(setup, hives, unneeded, unneeded, passages, Aliases(home.config_file), unneeded)
     async with (
         open_hive(home, "localhost") as near_client,
         open_hive(far, "far") as far_client,
