@@ -458,7 +458,7 @@ async def test_a_worker_is_started_on_demand() -> None:
         queen.hives.workers.remove("worker-0")
 
         async def make_ready() -> None:
-            await queen.hives.hive.asked.wait()
+            await queen.hives.workers.wait_until(lambda: queen.hives.workers.get("worker-1"))
             (start,) = queen.hives.hive.started
             assert (start.model, start.engine) == ("smollm2-135m", "vllm")
             info = WorkerInfo(

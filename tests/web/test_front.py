@@ -17,7 +17,6 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from rbee.errors import NotFoundError, PeerError
-from rbee.web import front as front_module
 from rbee.web.exchange import Address
 from rbee.web.front import Front
 from rbee.web.head import MAX_HEAD
@@ -303,8 +302,8 @@ async def test_a_hostile_request_is_refused_and_the_connection_closed(
 async def test_who_sends_too_slowly_is_refused(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front_module, "HEAD", 0.1)
-    monkeypatch.setattr(front_module, "BODY", 0.1)
+    monkeypatch.setattr("rbee.web.connection.HEAD", 0.1)
+    monkeypatch.setattr("rbee.web.connection.BODY", 0.1)
     async with serving() as server:
         answer = await server.ask(sent)
         assert status_of(answer) == 408
@@ -312,7 +311,7 @@ async def test_who_sends_too_slowly_is_refused(
 
 
 async def test_who_says_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(front_module, "KEEP_ALIVE", 0.1)
+    monkeypatch.setattr("rbee.web.front.KEEP_ALIVE", 0.1)
     async with serving() as server:
         assert await server.ask() == b""
         assert (await server.ask(post(b"/echo", b"abc"))).endswith(b"abc")
