@@ -131,7 +131,7 @@ def make_app(
         return _metrics(hives, jobs, passages)
 
     app.add("GET", messages.HEALTH, health, is_open=True)
-    app.add("POST", messages.TASKS, start_task)
+    app.add("POST", messages.TASKS, start_task, is_data=True)
     app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
     add_openai_routes(app, passages)
     add_node_routes(app, setup.home, hives.machines.probe)

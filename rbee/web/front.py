@@ -97,7 +97,7 @@ class Front:
         body = RequestBody(connection, head)
         out = SocketOut(connection.stream, self.pump, partial(self._may_keep, head, body))
         client = connection.stream.socket.getpeername()
-        asked = Asked(head.method, head.path.decode("ascii"), head.headers, client, body.receive)
+        asked = Asked(head.method, head.path, head.headers, client, body.receive)
         await self.app.respond(asked, out)
         if not out.keeps and not out.is_lost:
             await connection.linger()

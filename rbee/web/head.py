@@ -66,8 +66,9 @@ class RequestHead:
     upgrades: bool = False
 
     @property
-    def path(self) -> bytes:
-        return self.target.partition(b"?")[0]
+    def path(self) -> str:
+        """The target without its query, as it was sent."""
+        return self.target.partition(b"?")[0].decode("ascii")
 
 
 @attrs.frozen

@@ -200,7 +200,7 @@ class App:
     ) -> None:
         self._door = Door(token, hosts, allowed_origins)
         self._routes: list[Route] = []
-        self._data: set[tuple[str, bytes]] = set()
+        self._data: dict[tuple[str, str], Route] = {}
         self.fallback = fallback
 
     def add(self, method: str, path: str, handler: Handler, **options: Any) -> None:
@@ -208,9 +208,9 @@ class App:
         route = Route(method, tuple(path.strip("/").split("/")), handler, **options)
         self._routes.append(route)
         if route.is_data:
-            self._data.add((method, path.encode()))
+            self._data[method, path] = route
 
-    def has_data(self, method: str, path: bytes) -> bool:
+    def has_data(self, method: str, path: str) -> bool:
         """Tell whether a request is for a data route, spelled as it was added."""
         return (method, path) in self._data
 
@@ -281,6 +281,8 @@ class App:
         self, method: str, path: str
     ) -> tuple[tuple[Route, dict[str, str]] | None, list[str]]:
         """Find the route; without one, the methods that the path does take."""
+        if (data := self._data.get((method, path))) is not None:
+            return (data, {}), []
         parts = path.strip("/").split("/")
         others: list[str] = []
         for route in self._routes:
