@@ -129,9 +129,8 @@ def make_passages(url: str, upstreams: Any) -> Passages:
     aliases = Aliases(Path("/nowhere/config.toml"))
     unneeded: Any = None
     assignments = Assignments(hive, unneeded, aliases)
-    return Passages(
-        assignments, Offer(aliases, unneeded), upstreams, lambda: UnavailableError("it ends")
-    )
+    offer = Offer(aliases, unneeded)
+    return Passages(assignments, aliases, offer, upstreams, lambda: UnavailableError("it ends"))
 
 
 async def pass_by_httpx(client: httpx.AsyncClient, request: Request) -> Passing:

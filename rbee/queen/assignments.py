@@ -20,7 +20,7 @@ from rbee.errors import (
     from_wire,
 )
 from rbee.hints import logs_of
-from rbee.model import LOCALHOST, WorkerId, WorkerState
+from rbee.model import DEFAULT_ENGINE, LOCALHOST, WorkerId, WorkerState
 from rbee.models.reference import shown
 from rbee.queen.aliases import Aliases
 from rbee.queen.attempts import Narrate
@@ -41,6 +41,10 @@ WAITING = 64  # requests that may wait for workers of one model
 TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
 
 
+Asked = TaskRequest | StartWorker
+"""What a worker is wanted for; a `StartWorker` is the one to start if there is none."""
+
+
 class Assignments:
     """Finds the workers of one queen for its requests, and knows how many each is at."""
 
@@ -53,7 +57,7 @@ class Assignments:
         self._waiting: Counter[str] = Counter()
         self._backoff = Backoff()
 
-    async def worker_for(self, request: TaskRequest, narrate: Narrate) -> WorkerInfo:
+    async def worker_for(self, request: Asked, narrate: Narrate) -> WorkerInfo:
         """Return a ready worker, started if there is none.
 
         Raises:
@@ -65,16 +69,16 @@ class Assignments:
         with self._waiting_for(request.model):
             return await self._wait_for_worker(request, narrate)
 
-    def ready_for(self, request: TaskRequest) -> WorkerInfo | None:
+    def ready_for(self, request: Asked) -> WorkerInfo | None:
         """Return a worker that is ready now."""
         found = self._choose(request)
         is_ready = found is not None and found.state == WorkerState.READY.value
         return found if is_ready else None
 
-    def engine_of(self, model: str) -> str | None:
-        """Return the engine of a worker that serves a name, for who does not care which."""
+    def served(self, model: str) -> WorkerInfo | None:
+        """Return any worker that serves a name, for who does not care how."""
         names = self._aliases.meanings(model)
-        return next((one.engine for one in self._hives.workers if is_called(one, names)), None)
+        return next((one for one in self._hives.workers if is_called(one, names)), None)
 
     @contextmanager
     def at(self, worker: WorkerInfo) -> Iterator[tuple[Hive, trio.CancelScope]]:
@@ -136,8 +140,8 @@ class Assignments:
             self._waiting[model] -= 1
             self._waiting += Counter()  # drops what is at 0
 
-    async def _wait_for_worker(self, request: TaskRequest, narrate: Narrate) -> WorkerInfo:
-        start = self._aliases.spell_out(start_for(request, self._hives.queen_id))
+    async def _wait_for_worker(self, request: Asked, narrate: Narrate) -> WorkerInfo:
+        start = self._aliases.spell_out(self._start_for(request))
         with self._hives.narrations.subscribe() as narrations:
             worker = await self._have_worker(request, start, narrate)
             try:
@@ -148,8 +152,14 @@ class Assignments:
             self._backoff.note_success(start)
             return ready
 
+    def _start_for(self, request: Asked) -> StartWorker:
+        if isinstance(request, TaskRequest):
+            return start_for(request, self._hives.queen_id)
+        engine = request.engine or DEFAULT_ENGINE
+        return attrs.evolve(request, owner=self._hives.queen_id, engine=engine)
+
     async def _have_worker(
-        self, request: TaskRequest, start: StartWorker, narrate: Narrate
+        self, request: Asked, start: StartWorker, narrate: Narrate
     ) -> WorkerInfo:
         """Return a worker that is on its way at least."""
         names = {(start.node, name) for name in self._aliases.meanings(start.model)}
@@ -157,11 +167,11 @@ class Assignments:
         async with self._turns.take(names):  # two requests for one model are one start
             return self._choose(request) or await self._start(request, start, asked, narrate)
 
-    def _choose(self, request: TaskRequest) -> WorkerInfo | None:
+    def _choose(self, request: Asked) -> WorkerInfo | None:
         return choose(self._hives.workers, request, self._aliases.meanings, self._at)
 
     async def _start(
-        self, request: TaskRequest, start: StartWorker, asked: float, narrate: Narrate
+        self, request: Asked, start: StartWorker, asked: float, narrate: Narrate
     ) -> WorkerInfo:
         self._backoff.check(start)
 

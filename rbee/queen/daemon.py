@@ -80,7 +80,7 @@ async def serve(
         open_pump(poller, STALL_LIMIT) as pump,
         open_upstreams(poller) as upstreams,
     ):
-        passages = Passages(assignments, Offer(aliases, views.look), upstreams, ending)
+        passages = Passages(assignments, aliases, Offer(aliases, views.look), upstreams, ending)
         app = make_app(setup, hives, jobs, starts, passages, aliases, stop, allowed_origins)
         serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))
         async with (

@@ -23,9 +23,11 @@ from rbee.errors import (
     RbeeError,
     UnavailableError,
 )
+from rbee.queen.aliases import Aliases
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.offer import Offer
+from rbee.queen.placement import GENERATE
 from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
 from rbee.web.client import answering_within
 from rbee.web.exchange import Address
@@ -34,15 +36,15 @@ from rbee.web.out import Out, headers_of, read_all
 from rbee.web.router import App, Passing, Request, Response
 from rbee.web.upstream import Answer, Upstreams
 from rbee.wire import messages
-from rbee.wire.messages import Narration, TaskRequest, WorkerInfo
+from rbee.wire.messages import Narration, StartWorker, WorkerInfo
 
-ROUTES = (
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses",
-    "/tokenize", "/detokenize",
-)  # fmt: skip
+EMBEDDINGS = "/v1/embeddings"
+ANY_TASK = ("/tokenize", "/detokenize")
+ROUTES = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses", *ANY_TASK)
 ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
 MODELS = "/v1/models"
 REQUEST_ID = b"x-request-id"
+EMBED = "embed"
 
 STALL = 65.0  # seconds of silence in a stream; a worker itself gives up after 60 without a token
 TRIES = 3  # workers that may be gone when a request comes to them
@@ -72,7 +74,7 @@ class Call:
     path: str
     headers: Headers
     body: bytes
-    request: TaskRequest
+    start: StartWorker
     streams: bool
     shape: Shape
     id: bytes
@@ -90,11 +92,13 @@ class Passages:
     def __init__(
         self,
         assignments: Assignments,
+        aliases: Aliases,
         offer: Offer,
         upstreams: Upstreams,
         ending: Callable[[], RbeeError],
     ) -> None:
         self._assignments = assignments
+        self._aliases = aliases
         self._offer = offer
         self._upstreams = upstreams
         self._ending = ending
@@ -130,19 +134,32 @@ class Passages:
         asked = await decode(body)
         if not asked.model:
             raise BadInputError("the request names no model", param="model")
-        engine = self._assignments.engine_of(asked.model)
-        if engine is None:
-            await self._offer.check(asked.model)
         call = Call(
             request.path,
             end_to_end(tuple(request.headers.items()), without=KEPT_BACK),
             body,
-            TaskRequest(asked.model, engine=engine, priority=asked.priority or 0),
+            await self._start(request.path, asked.model),
             bool(asked.stream),
             shape,
             request.headers.get(REQUEST_ID) or b"req-" + secrets.token_hex(8).encode(),
         )
         return Passing(partial(self._run, call))
+
+    async def _start(self, path: str, model: str) -> StartWorker:
+        """Say which worker is wanted, and what to start if there is none.
+
+        Raises:
+            NotFoundError: the name means nothing.
+            ConfigError: config.toml is wrong.
+        """
+        served = self._assignments.served(model)
+        if served is None:
+            await self._offer.check(model)
+        task = EMBED if path == EMBEDDINGS else GENERATE
+        if served is not None and path in ANY_TASK:
+            task = served.task
+        start = StartWorker(model, engine=served.engine if served else "", task=task)
+        return self._aliases.fill_start(start)
 
     @contextmanager
     def _in_progress(self) -> Iterator[trio.CancelScope]:
@@ -172,7 +189,7 @@ class Passages:
         await out.end_with(call.shape.event(error))
 
     async def _pass(self, call: Call, out: Out) -> None:
-        worker = await self._assignments.worker_for(call.request, _say_nothing)
+        worker = await self._assignments.worker_for(call.start, _say_nothing)
         has_died = False
         for left in reversed(range(TRIES)):
             try:
@@ -184,10 +201,10 @@ class Passages:
                 self._assignments.note_absent(worker, exc)
                 is_death = isinstance(exc, PeerError) and not self._assignments.is_forwarded(worker)
                 if not is_death:
-                    worker = await self._assignments.worker_for(call.request, _say_nothing)
+                    worker = await self._assignments.worker_for(call.start, _say_nothing)
                     continue
                 # It died of the request, for all we know: one other may try, if it runs anyway.
-                other = None if has_died else self._assignments.ready_for(call.request)
+                other = None if has_died else self._assignments.ready_for(call.start)
                 if other is None:
                     raise await self._assignments.broken(worker) from exc
                 worker, has_died = other, True
@@ -214,7 +231,7 @@ class Passages:
             (REQUEST_ID, call.id),
             *call.headers,
         )
-        body = for_worker(call.body, call.request.model, worker)
+        body = for_worker(call.body, call.start.model, worker)
         asking = self._upstreams.ask(address, "POST", call.path.encode(), headers, body, what)
         async with AsyncExitStack() as stack:
             with answering_within(silence, what):

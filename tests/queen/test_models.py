@@ -77,7 +77,7 @@ async def open_queen(home: Home, far: Home) -> AsyncGenerator[Queen, None]:
     """Serve a queen with two nodes while the body runs; each has a home of its own."""
     setup = QueenSetup(id="queen-1", home=home, run_dir=home.run, token=TOKEN, nonce="n")
     hives, unneeded = FakeHives(Machines(setup)), None
-    passages = Passages(unneeded, unneeded, unneeded, unneeded)
+    passages = Passages(unneeded, unneeded, unneeded, unneeded, unneeded)
     app = make_app(setup, hives, unneeded, unneeded, passages, Aliases(home.config_file), unneeded)
     async with (
         open_hive(home, "localhost") as near_client,

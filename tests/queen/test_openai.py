@@ -184,7 +184,7 @@ async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
             (listening,) = await nursery.start(partial(trio.serve_tcp, worker, 0, host="127.0.0.1"))
             worker.url = f"http://127.0.0.1:{listening.socket.getsockname()[1]}"
             hives.put(f"worker-{number}", "ready", worker.url)
-        passages = Passages(assignments, Offer(aliases, look), upstreams, ending)
+        passages = Passages(assignments, aliases, Offer(aliases, look), upstreams, ending)
         add_openai_routes(app, passages)
         front = Front(app, pump)
         url = await nursery.start(partial(serve_http, app, listener, grace=0.3, front=front))
@@ -256,6 +256,8 @@ async def test_bytes_are_untouched_both_ways(path: str) -> None:
     got = b'{"a" : 1.50, "b":"\\u00e9"}\n'
     worker = FakeWorker([whole(got, b"200 OK")])
     async with open_queen(worker) as queen:
+        if path == "/v1/embeddings":
+            queen.hives.put("worker-0", "ready", worker.url, task="embed")
         headers = {"content-type": "application/json"}
         answer = await queen.post(path, content=sent, headers=headers, json=None)
         assert answer.content == got
@@ -470,6 +472,21 @@ async def test_a_worker_is_started_on_demand() -> None:
             nursery.start_soon(make_ready)
             answer = await queen.post(json={"model": "smollm2-135m"})
         assert answer.json() == CHAT
+
+
+async def test_embeddings_are_not_asked_of_a_worker_that_generates() -> None:
+    generates, embeds = FakeWorker(), FakeWorker([whole({"data": []})])
+    async with open_queen(generates, embeds) as queen:
+        queen.hives.put("worker-1", "ready", embeds.url, task="embed")
+        for path, asked in [
+            ("/v1/embeddings", embeds), ("/v1/completions", generates), ("/tokenize", generates),
+        ]:  # fmt: skip
+            before = len(asked.bodies)
+            await queen.post(path)
+            assert len(asked.bodies) == before + 1
+        queen.hives.workers.remove("worker-0")
+        await queen.post("/tokenize")
+        assert len(embeds.bodies) == 2
 
 
 async def test_every_open_stream_is_told_when_the_queen_stops() -> None:
