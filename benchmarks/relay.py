@@ -1,14 +1,16 @@
 """What the queen's data plane costs: CPU per token and per request, and how late each token comes.
 
-    python benchmarks/relay.py [--rounds N] [--also NAME=PORT:PID]… >figures.json
+    python benchmarks/relay.py [--rounds N] [--also 'NAME=COMMAND']… >figures.json
 
 A worker and clients in C (benchmarks/relay/, built with cc) leave the relay as the only thing that
 takes time. Measured are, in turns: ``queen``, its routes with door, assignments, front and pump
 and a registry filled by hand; ``hypercorn``, the same without the front, as a client gets it who
 has begun with a control route; ``httpx``, hypercorn with httpx as the client of the workers.
-``--also`` names another relay that runs already, on loopback, with the worker at the port of
-``--worker-port`` behind it. CPU is that of the relay's process; that of a token is taken while all
-streams run. The medians go to stdout as JSON and to stderr as a table.
+``--also`` names another relay and how it is started, with {port} for its own port and {worker} for
+the worker's. CPU is that of the relay's processes; that of a token is taken while all streams run.
+The medians go to stdout as JSON and to stderr as a table.
+
+    --also 'vllm-router=vllm-router --port {port} --worker-urls http://127.0.0.1:{worker}'
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import partial
@@ -48,6 +53,7 @@ from rbee.wire.messages import WorkerInfo
 
 HERE = Path(__file__).parent / "relay"
 TOKEN = "benchmark"
+STARTS = 60.0  # seconds for another relay
 OURS = ("queen", "hypercorn", "httpx")
 
 
@@ -161,15 +167,20 @@ class Relay:
     pid: int
 
     def cpu(self) -> float:
-        """Return the CPU seconds of its process, all threads."""
-        tasks = Path(f"/proc/{self.pid}/task").iterdir()
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        """Return the CPU seconds of its processes, all threads."""
+        return sum(map(_cpu, _tree(self.pid)))
 
-    def memory(self) -> int:
-        """Return its resident bytes."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf(
-            "SC_PAGE_SIZE"
-        )
+
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from _tree(int(child))
+
+
+def _cpu(pid: int) -> float:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 @attrs.define
@@ -222,7 +233,7 @@ def measure(relay: Relay, load: Load, program: Path, figures: Figures) -> None:
 def per_token(seen: Sequence[tuple[int, float]]) -> float:
     """Return the CPU microseconds of one token while all streams run."""
     (begun, cpu), (until, later) = seen[len(seen) * 3 // 10], seen[len(seen) * 9 // 10]
-    return (later - cpu) / (until - begun) * 1e6
+    return (later - cpu) / max(until - begun, 1) * 1e6
 
 
 def build(directory: Path) -> Callable[[str], Path]:
@@ -234,8 +245,8 @@ def build(directory: Path) -> Callable[[str], Path]:
 
 
 @contextmanager
-def running(argv: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+def running(argv: Sequence[str], stdout: Any = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(argv, stdout=stdout, text=True) as process:
         try:
             yield process
         finally:
@@ -243,20 +254,40 @@ def running(argv: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
 
 
 @contextmanager
-def relays(worker_port: int, others: Sequence[str]) -> Iterator[list[Relay]]:
-    """Run our relays beside those that run already."""
-    found = []
-    for other in others:
-        name, _, place = other.partition("=")
-        port, _, pid = place.partition(":")
-        found.append(Relay(name, int(port), int(pid)))
+def relays(worker: int, others: Sequence[str]) -> Iterator[list[Relay]]:
+    """Run all relays in front of one worker."""
     with ExitStack() as stack:
+        found = []
         for kind in OURS:
-            argv = [sys.executable, __file__, "--serve", kind, "--worker-port", str(worker_port)]
+            argv = [sys.executable, __file__, "--serve", kind, "--worker", str(worker)]
             process = stack.enter_context(running(argv))
             assert process.stdout is not None
-            found.insert(OURS.index(kind), Relay(kind, int(process.stdout.readline()), process.pid))
+            found.append(Relay(kind, int(process.stdout.readline()), process.pid))
+        for other in others:
+            name, _, command = other.partition("=")
+            port = free_port()
+            argv = shlex.split(command.format(port=port, worker=worker))
+            process = stack.enter_context(running(argv, stdout=sys.stderr))
+            wait_listening(port)
+            found.append(Relay(name, port, process.pid))
         yield found
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def wait_listening(port: int) -> None:
+    until = time.monotonic() + STARTS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:
@@ -274,19 +305,20 @@ def table(medians: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker-port", type=int, default=19_553)
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=PORT:PID")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--serve", choices=OURS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        trio.run(serve, options.serve, options.worker_port)
+        trio.run(serve, options.serve, options.worker)
         return
     figures = Figures()
     with tempfile.TemporaryDirectory() as place:
         program = build(Path(place))
+        worker = free_port()
         with (
-            running([str(program("worker")), str(options.worker_port)]),
-            relays(options.worker_port, options.also) as measured,
+            running([str(program("worker")), str(worker)]),
+            relays(worker, options.also) as measured,
         ):
             for number in range(options.rounds):
                 for load in LOADS:

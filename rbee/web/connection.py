@@ -8,10 +8,10 @@ from typing import Any
 
 import trio
 
-from rbee.errors import BadInputError, TooLargeError
+from rbee.errors import BadInputError
 from rbee.web.body import body_of_request
 from rbee.web.head import RequestHead, TooSlowError, find_head
-from rbee.web.router import MAX_BODY
+from rbee.web.router import MAX_BODY, too_large
 
 HEAD = 10.0  # seconds for a head, once it has begun
 BODY = 30.0  # seconds without a byte of a body
@@ -87,7 +87,7 @@ class RequestBody:
             TooSlowError: nothing came for 30 s.
         """
         if self._length > MAX_BODY:
-            raise TooLargeError(f"a request has at most {MAX_BODY >> 20} MiB; this one is larger")
+            raise too_large()
         connection = self._connection
         data = b""
         while not data and not self._body.done:

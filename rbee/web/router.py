@@ -45,6 +45,13 @@ class UnsupportedMediaError(RbeeError):
     http_status = 415
 
 
+def too_large() -> TooLargeError:
+    return TooLargeError(
+        f"a request has at most {MAX_BODY >> 20} MiB; this one is larger",
+        hint=f"head -c 1000000 FILE | {infer(prompt='-')}",
+    )
+
+
 @attrs.define(eq=False)
 class Request:
     """One request: ``params`` come from the route's ``{names}``."""
@@ -65,10 +72,7 @@ class Request:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > MAX_BODY:
-                raise TooLargeError(
-                    f"a request has at most {MAX_BODY >> 20} MiB; this one is larger",
-                    hint=f"head -c 1000000 FILE | {infer(prompt='-')}",
-                )
+                raise too_large()
             more = message.get("more_body", False)
         return b"".join(parts)
 
