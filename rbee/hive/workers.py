@@ -238,7 +238,7 @@ class Workers(TaskOwner):
         info = WorkerInfo(
             worker_id=spec.id, model=request.model, served_names=(request.model,),
             state=WorkerState.STARTED.value, engine=spec.engine, backend=spec.backend,
-            device=spec.device, owner=request.owner, node=spec.node,
+            device=spec.device, task=spec.task, owner=request.owner, node=spec.node,
             max_model_len=request.max_model_len, dtype=request.dtype,
             kv_cache_bytes=request.kv_cache_bytes, max_num_seqs=request.max_num_seqs,
             engine_args=request.engine_args, keep_alive=spec.keep_alive,

@@ -10,7 +10,7 @@ import attrs
 
 from rbee.alias import Defaults
 from rbee.config import Config, load_config
-from rbee.models.reference import meaning_of, meanings
+from rbee.models.reference import meaning_of, meanings, parse
 from rbee.wire.messages import Message, PullModel, StartWorker, TaskRequest
 
 OPTIONS = ("max_model_len", "dtype", "max_num_seqs", "backend", "device", "engine", "keep_alive")
@@ -92,6 +92,16 @@ class Aliases:
             return request
         meaning = meaning_of(request.model, self._read().aliases)
         return attrs.evolve(request, alias=meaning.alias, sources=meaning.sources)
+
+    def check(self, name: str) -> None:
+        """Refuse a name that means nothing here; looks at the disk.
+
+        Raises:
+            NotFoundError: there is no such alias or path, and it is no name of another sort.
+            BadInputError: it is of a sort but malformed.
+            ConfigError: the file is wrong.
+        """
+        parse(name, self._read().aliases)
 
     def meanings(self, name: str) -> frozenset[str]:
         """Return every name of what ``name`` means, as the file was when it was last read."""

@@ -18,6 +18,7 @@ from rbee.queen.jobs import Job, Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
+from rbee.queen.openai import Passages, add_openai_routes
 from rbee.queen.starts import Starts
 from rbee.web.narrated import Tell, Works
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
@@ -41,6 +42,7 @@ def make_app(
     jobs: Jobs,
     starts: Starts,
     works: Works,
+    passages: Passages,
     aliases: Aliases,
     stop: Callable[[str], None],
     allowed_origins: Sequence[str] = (),
@@ -131,11 +133,12 @@ def make_app(
         return Response(status=202)
 
     async def metrics(request: Request) -> Response:
-        return _metrics(hives, jobs)
+        return _metrics(hives, jobs, passages)
 
     app.add("GET", messages.HEALTH, health, is_open=True)
-    app.add("POST", messages.TASKS, start_task)
+    app.add("POST", messages.TASKS, start_task, is_data=True)
     app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
+    add_openai_routes(app, passages)
     add_node_routes(app, setup.home, hives.machines.probe)
     app.add("GET", messages.QUEEN_HIVES, list_hives)
     app.add("POST", messages.QUEEN_HIVES, start_hive)
@@ -178,7 +181,7 @@ def _worker(hives: Hives, worker_id: str) -> messages.WorkerInfo:
     return info
 
 
-def _metrics(hives: Hives, jobs: Jobs) -> Response:
+def _metrics(hives: Hives, jobs: Jobs, passages: Passages) -> Response:
     counts: dict[str, int] = {}
     for info in hives.workers:
         counts[info.state] = counts.get(info.state, 0) + 1
@@ -186,6 +189,9 @@ def _metrics(hives: Hives, jobs: Jobs) -> Response:
         "# HELP rbee_queen_jobs Jobs that have not ended.",
         "# TYPE rbee_queen_jobs gauge",
         f"rbee_queen_jobs {len(jobs)}",
+        "# HELP rbee_queen_passages Requests of other APIs that are passed on and have not ended.",
+        "# TYPE rbee_queen_passages gauge",
+        f"rbee_queen_passages {len(passages)}",
         "# HELP rbee_queen_workers Workers by state.",
         "# TYPE rbee_queen_workers gauge",
         *(f'rbee_queen_workers{{state="{state}"}} {n}' for state, n in sorted(counts.items())),

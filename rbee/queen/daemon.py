@@ -15,20 +15,29 @@ from rbee.errors import OwnerGoneError, RbeeError, UnavailableError
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
+from rbee.queen.assignments import Assignments
 from rbee.queen.attempts import Attempts
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
 from rbee.queen.needs import counting
+from rbee.queen.offer import Offer
+from rbee.queen.openai import Passages
 from rbee.queen.places import Places
 from rbee.queen.starts import Starts
 from rbee.queen.views import Views
 from rbee.scopes import open_service
 from rbee.sweep import claim, retire, sweep_abandoned
+from rbee.web.front import Front
 from rbee.web.narrated import Works
+from rbee.web.poller import open_poller
+from rbee.web.pump import open_pump
 from rbee.web.server import open_listener, serve_http, url_of
+from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import Hello
+
+STALL_LIMIT = 30.0  # seconds for which a client may take nothing of his answer
 
 
 def stopping() -> RbeeError:
@@ -62,21 +71,29 @@ async def serve(
     views = Views(setup.home, hives, attempts, machines.store, machines.fenced_for)
     needed = counting(setup.home, aliases.meanings)
     places = Places(views.look, attempts, needed, aliases.meanings)
-    jobs = Jobs(hives, places, aliases, ending)
-    starts, works = Starts(hives, places, jobs), Works(ending)
-    app = make_app(setup, hives, jobs, starts, works, aliases, stop, allowed_origins)
-    serving = partial(serve_http, app, listener, grace=0.5)
+    assignments = Assignments(hives, places, aliases)
+    jobs = Jobs(assignments, aliases, ending)
+    starts, works = Starts(hives, places, assignments), Works(ending)
     # HTTP outlives the jobs: each open stream still gets its last event. SSH outlives hives.
     async with (
-        open_service(serving) as url,
-        machines.open(),
-        hives.open(),
-        attempts.open(),
-        jobs.open(),
-        works.open(),
+        open_poller() as poller,
+        open_pump(poller, STALL_LIMIT) as pump,
+        open_upstreams(poller) as upstreams,
     ):
-        task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
-        await trio.sleep_forever()
+        passages = Passages(assignments, aliases, Offer(aliases, views.look), upstreams, ending)
+        app = make_app(setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins)
+        serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))
+        async with (
+            open_service(serving) as url,
+            machines.open(),
+            hives.open(),
+            attempts.open(),
+            jobs.open(),
+            passages.open(),
+            works.open(),
+        ):
+            task_status.started(Hello("queen", setup.id, __version__, os.getpid(), url))
+            await trio.sleep_forever()
 
 
 async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence[str] = ()) -> None:

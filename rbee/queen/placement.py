@@ -9,6 +9,7 @@ from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
 Meanings = Callable[[str], Collection[str]]
 """All names of what a name means, itself among them."""
+GENERATE = "generate"
 OPTIONS = ("max_model_len", "dtype", "kv_cache_bytes", "max_num_seqs")
 _ORDER = (WorkerState.READY.value, WorkerState.LOADING.value, WorkerState.STARTED.value)
 
@@ -24,12 +25,18 @@ def fits(
     return (
         not _names(worker, meanings).isdisjoint(meanings(request.model))
         and worker.state in _ORDER
+        and worker.task == (request.task if isinstance(request, StartWorker) else GENERATE)
         and (request.node is None or worker.node == request.node)
         and (request.engine or DEFAULT_ENGINE) == worker.engine
         and (request.backend is None or worker.backend == request.backend)
         and (request.device is None or worker.device == request.device)
         and _was_started_so(worker, request)
     )
+
+
+def is_called(worker: WorkerInfo, names: Collection[str]) -> bool:
+    """Tell whether a worker serves one of the names, as far as it tells itself."""
+    return not {worker.model, *worker.served_names}.isdisjoint(names)
 
 
 def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
@@ -47,7 +54,7 @@ def _was_started_so(worker: WorkerInfo, request: TaskRequest | StartWorker) -> b
 
 def choose(
     workers: Iterable[WorkerInfo],
-    request: TaskRequest,
+    request: TaskRequest | StartWorker,
     meanings: Meanings = itself,
     running: Mapping[str, int] | None = None,
 ) -> WorkerInfo | None:

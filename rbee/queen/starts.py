@@ -5,9 +5,9 @@ from __future__ import annotations
 import attrs
 
 from rbee.models.reference import shown
+from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
-from rbee.queen.jobs import Jobs
 from rbee.queen.places import Places
 from rbee.web.narrated import Tell
 from rbee.wire.messages import Narration, NodeChoice, StartWorker, WorkerInfo
@@ -19,7 +19,7 @@ class Starts:
 
     hives: Hives
     places: Places
-    jobs: Jobs
+    assignments: Assignments
 
     async def ask(self, request: StartWorker, tell: Tell) -> WorkerInfo:
         """Have a hive start a worker; it is on its way when this returns."""
@@ -40,7 +40,7 @@ class Starts:
         with self.hives.narrations.subscribe() as narrations:
             info = await self.ask(request, tell)
             tell(Narration("queen", "start", f"{info.worker_id} for {shown(request.model)}"))
-            return await self.jobs.until_ready(info.worker_id, narrations, tell)
+            return await self.assignments.until_ready(info.worker_id, narrations, tell)
 
     async def explain(self, request: StartWorker) -> list[NodeChoice]:
         """Tell where it would be started, and why."""

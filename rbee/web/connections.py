@@ -21,6 +21,7 @@ from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
 
 from rbee.errors import leaves
+from rbee.web.front import Front
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +32,20 @@ async def serve_connections(
     listener: socket.socket,
     closing: Callable[[], Awaitable[object]],
     *,
+    front: Front | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve an ASGI app until ``closing`` returns, then give what runs the graceful timeout.
 
     The listener is taken over, and closed when ``closing`` returns.
+
+    Args:
+        front: gets each connection first and hands over what is not its own.
     """
     context = WorkerContext(None)
     connect = partial(_serve_one, ASGIWrapper(app), config, context)
+    if front is not None:
+        connect = partial(front.serve, hand_over=connect)
     sockets = [trio.SocketListener(trio.socket.from_stdlib_socket(listener))]
     async with trio.open_nursery() as connections:
         accept = partial(trio.serve_listeners, connect, sockets, handler_nursery=connections)
@@ -47,6 +54,8 @@ async def serve_connections(
             task_status.started()
             await closing()
             accepting.cancel_scope.cancel(reason="closing")
+        if front is not None:
+            front.close_idle()
         await context.terminated.set()
         connections.cancel_scope.deadline = trio.current_time() + config.graceful_timeout
 

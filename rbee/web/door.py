@@ -28,7 +28,7 @@ from rbee.errors import (
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
-ONCE = (b"host", b"origin", b"authorization", b"content-type")
+ONCE = (b"host", b"origin", b"authorization", b"x-api-key", b"content-type")
 CORS: Headers = (
     (b"access-control-allow-methods", b"GET, POST, PATCH, PUT, DELETE"),
     (b"access-control-allow-headers", b"authorization, content-type"),
@@ -146,6 +146,14 @@ def one_each(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
         if counts[name] > 1:
             raise BadInputError(f"the header {name.decode()} came {counts[name]} times")
     return dict(pairs)
+
+
+def with_key(headers: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:
+    """Return headers with the token of ``x-api-key``, where Anthropic's clients send it."""
+    key = headers.get(b"x-api-key")
+    if key is None or b"authorization" in headers:
+        return headers
+    return {**headers, b"authorization": b"Bearer " + key}
 
 
 def is_preflight(method: str, headers: Mapping[bytes, bytes]) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import attrs
-import trio
 
 from rbee.errors import (
     BadInputError,
@@ -18,15 +17,14 @@ from rbee.errors import (
     TooManyFailuresError,
 )
 from rbee.hints import infer
-from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, peer_of
+from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, peer_of, with_key
+from rbee.web.out import STREAM, AsgiOut, Out, Receive, Send
 from rbee.wire import codec, messages, sse
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Emit = Callable[[bytes], Awaitable[None]]
 
 MAX_BODY = 32 << 20
@@ -45,6 +43,13 @@ class MethodNotAllowedError(RbeeError):
 class UnsupportedMediaError(RbeeError):
     code = "unsupported_media"
     http_status = 415
+
+
+def too_large() -> TooLargeError:
+    return TooLargeError(
+        f"a request has at most {MAX_BODY >> 20} MiB; this one is larger",
+        hint=f"head -c 1000000 FILE | {infer(prompt='-')}",
+    )
 
 
 @attrs.define(eq=False)
@@ -67,19 +72,20 @@ class Request:
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > MAX_BODY:
-                raise TooLargeError(
-                    f"a request has at most {MAX_BODY >> 20} MiB; this one is larger",
-                    hint=f"head -c 1000000 FILE | {infer(prompt='-')}",
-                )
+                raise too_large()
             more = message.get("more_body", False)
         return b"".join(parts)
 
     async def read(self, kind: type[T]) -> T:
         """Read the body as JSON of the given wire class."""
+        return codec.loads(await self.json(), kind)
+
+    async def json(self) -> bytes:
+        """Read the body, which says that it is JSON."""
         media = self.headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if media != b"application/json":
             raise UnsupportedMediaError("the body must be application/json")
-        return codec.loads(await self.body(), kind)
+        return await self.body()
 
     def accepts_events(self) -> bool:
         return sse.CONTENT_TYPE in self.headers.get(b"accept", b"")
@@ -104,7 +110,29 @@ class Stream:
     headers: Headers = ()
 
 
-Handler = Callable[[Request], Awaitable[Response | Stream]]
+@attrs.frozen
+class Passing:
+    """An answer that is had from elsewhere: ``run(out)`` is cancelled when the client goes away.
+
+    An `RbeeError` before the head is sent becomes a plain error response.
+    """
+
+    run: Callable[[Out], Awaitable[None]]
+
+
+Handler = Callable[[Request], Awaitable[Response | Stream | Passing]]
+Refuse = Callable[[RbeeError], Response]
+
+
+@attrs.frozen
+class Asked:
+    """One request as it came; ``client``: its address and port."""
+
+    method: str
+    path: str
+    headers: Sequence[tuple[bytes, bytes]]
+    client: Any
+    receive: Receive
 
 
 def json_response(message: Any, status: int = 200) -> Response:
@@ -117,13 +145,43 @@ def error_response(error: RbeeError) -> Response:
         message=error.message,
         hint=error.hint,
         details=error.details,
-        correlation_id=secrets.token_hex(4),
+        correlation_id=note_refusal(error),
     )
+    return refusal(error, codec.dumps(messages.ErrorBody(detail)))
+
+
+def note_refusal(error: RbeeError) -> str:
+    """Log an error that is told to a client; return what both are found by."""
+    correlation_id = secrets.token_hex(4)
     # A flood of them is answered, but does not fill the log.
     level = logging.DEBUG if isinstance(error, TooManyFailuresError) else logging.INFO
-    log.log(level, "refused [%s]: %s: %s", detail.correlation_id, error.code, error)
-    headers = ERROR_HEADERS.get(error.http_status, ())
-    return Response(codec.dumps(messages.ErrorBody(detail)), error.http_status, headers=headers)
+    log.log(level, "refused [%s]: %s: %s", correlation_id, error.code, error)
+    return correlation_id
+
+
+def refusal(error: RbeeError, body: bytes) -> Response:
+    """Make the answer that tells an error in words of the caller's."""
+    return Response(body, error.http_status, headers=ERROR_HEADERS.get(error.http_status, ()))
+
+
+@attrs.frozen
+class Route:
+    """One route of an `App`.
+
+    Attributes:
+        is_open: whether it needs no token.
+        is_data: whether it may be served without the server for everything.
+        takes_key: whether the token may come as ``x-api-key``.
+        refuse: makes the answers to what is refused.
+    """
+
+    method: str
+    parts: tuple[str, ...]
+    handler: Handler
+    is_open: bool = False
+    is_data: bool = False
+    takes_key: bool = False
+    refuse: Refuse = error_response
 
 
 class App:
@@ -145,78 +203,107 @@ class App:
         fallback: Any | None = None,
     ) -> None:
         self._door = Door(token, hosts, allowed_origins)
-        self._routes: list[tuple[str, list[str], Handler, bool]] = []
+        self._routes: list[Route] = []
+        self._data: dict[tuple[str, str], Route] = {}
         self.fallback = fallback
 
-    def add(self, method: str, path: str, handler: Handler, *, is_open: bool = False) -> None:
-        self._routes.append((method, path.strip("/").split("/"), handler, is_open))
+    def add(self, method: str, path: str, handler: Handler, **options: Any) -> None:
+        """Add a route; ``options`` are those of `Route`."""
+        route = Route(method, tuple(path.strip("/").split("/")), handler, **options)
+        self._routes.append(route)
+        if route.is_data:
+            self._data[method, path] = route
+
+    def has_data(self, method: str, path: str) -> bool:
+        """Tell whether a request is for a data route, spelled as it was added."""
+        return (method, path) in self._data
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self._http(scope, receive, send)
-        else:
+        if scope["type"] != "http":
             await send({"type": "websocket.close"})
+            return
+        out = AsgiOut(receive, send)
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: Response | Stream | None
+        async def fall_back() -> None:
+            assert self.fallback is not None
+            await self.fallback(scope, receive, _sending(send, out.extra))
+
+        asked = Asked(
+            scope["method"], scope["path"], scope["headers"], scope.get("client"), receive
+        )
+        await self.respond(asked, out, None if self.fallback is None else fall_back)
+
+    async def respond(
+        self, asked: Asked, out: Out, fall_back: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        """Answer one request; ``fall_back`` takes what no route matches."""
+        answer: Response | Stream | Passing | None
+        route, others = self._match(asked.method, asked.path)
+        refuse = error_response if route is None else route[0].refuse
         try:
-            headers = one_each(scope["headers"])
-            send = _sending(send, self._door.cors(headers))
-            answer = await self._answer(scope, headers, receive, send)
+            headers = one_each(asked.headers)
+            out.extra = self._door.cors(headers)
+            answer = await self._answer(asked, headers, route, others, fall_back)
         except RbeeError as error:
-            answer = error_response(error)
+            answer = refuse(error)
         except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
-            answer = error_response(RbeeError("internal error, see the log"))
-        if isinstance(answer, Stream):
-            await _send_stream(answer, receive, send)
+            log.exception("%s %s failed", asked.method, asked.path)
+            answer = refuse(RbeeError("internal error, see the log"))
+        if isinstance(answer, Response):
+            await _send_response(answer, out)
         elif answer is not None:
-            await _send_response(answer, send)
+            await _send_going(answer, out, refuse)
 
     async def _answer(
-        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
-    ) -> Response | Stream | None:
+        self,
+        asked: Asked,
+        headers: dict[bytes, bytes],
+        found: tuple[Route, dict[str, str]] | None,
+        others: Sequence[str],
+        fall_back: Callable[[], Awaitable[None]] | None,
+    ) -> Response | Stream | Passing | None:
         """Let the request in and return its answer; None if the fallback has sent it."""
-        method, path = scope["method"], scope["path"]
         self._door.admit(headers)
-        if is_preflight(method, headers):
+        if is_preflight(asked.method, headers):
             return Response(status=204, headers=CORS)
-        route, others = self._match(method, path)
-        if route is None or not route[2]:
-            self._door.authorize(headers, peer_of(scope.get("client")))
-        if route is not None:
-            handler, params, _ = route
-            return await handler(Request(method, path, params, headers, receive))
+        if found is None or not found[0].is_open:
+            sent = with_key(headers) if found is not None and found[0].takes_key else headers
+            self._door.authorize(sent, peer_of(asked.client))
+        if found is not None:
+            route, params = found
+            return await route.handler(
+                Request(asked.method, asked.path, params, headers, asked.receive)
+            )
         if others:
-            raise _wrong_method(scope, others)
-        if self.fallback is None:
-            raise NotFoundError(f"no route {method} {path}")
-        await self.fallback(scope, receive, send)
+            raise _wrong_method(asked, others)
+        if fall_back is None:
+            raise NotFoundError(f"no route {asked.method} {asked.path}")
+        await fall_back()
         return None
 
     def _match(
         self, method: str, path: str
-    ) -> tuple[tuple[Handler, dict[str, str], bool] | None, list[str]]:
+    ) -> tuple[tuple[Route, dict[str, str]] | None, list[str]]:
         """Find the route; without one, the methods that the path does take."""
+        if (data := self._data.get((method, path))) is not None:
+            return (data, {}), []
         parts = path.strip("/").split("/")
         others: list[str] = []
-        for route_method, pattern, handler, is_open in self._routes:
-            params = _match_parts(pattern, parts)
+        for route in self._routes:
+            params = _match_parts(route.parts, parts)
             if params is None:
                 continue
-            if route_method == method:
-                return (handler, params, is_open), []
-            others.append(route_method)
+            if route.method == method:
+                return (route, params), []
+            others.append(route.method)
         return None, others
 
 
-def _wrong_method(scope: Scope, others: list[str]) -> MethodNotAllowedError:
-    return MethodNotAllowedError(
-        f"{scope['path']} takes {', '.join(others)}, not {scope['method']}"
-    )
+def _wrong_method(asked: Asked, others: Sequence[str]) -> MethodNotAllowedError:
+    return MethodNotAllowedError(f"{asked.path} takes {', '.join(others)}, not {asked.method}")
 
 
-def _match_parts(pattern: list[str], parts: list[str]) -> dict[str, str] | None:
+def _match_parts(pattern: Sequence[str], parts: list[str]) -> dict[str, str] | None:
     if len(pattern) != len(parts):
         return None
     params = {}
@@ -241,49 +328,36 @@ def _sending(send: Send, headers: Headers) -> Send:
     return send_with
 
 
-async def _send_response(answer: Response, send: Send) -> None:
-    headers = [(b"content-length", str(len(answer.body)).encode()), *answer.headers]
+async def _send_response(answer: Response, out: Out) -> None:
+    headers = answer.headers
     if answer.body:
-        headers.append((b"content-type", answer.content_type))
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-    await send({"type": "http.response.body", "body": answer.body})
+        headers = (*headers, (b"content-type", answer.content_type))
+    await out.whole(answer.status, headers, answer.body)
 
 
-async def _send_stream(answer: Stream, receive: Receive, send: Send) -> None:
-    headers = [
-        (b"content-type", sse.CONTENT_TYPE),
-        (b"cache-control", b"no-store"),
-        (b"x-accel-buffering", b"no"),
-        *answer.headers,
-    ]
-    begun = False
-
-    async def emit(chunk: bytes) -> None:
-        nonlocal begun
-        if not begun:
-            begun = True
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": chunk, "more_body": True})
-
+async def _send_going(answer: Stream | Passing, out: Out, refuse: Refuse) -> None:
     refused: RbeeError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_disconnect, receive, nursery.cancel_scope)
+    async with out.watching():
         try:
-            await answer.run(emit)
+            if isinstance(answer, Passing):
+                await answer.run(out)
+            else:
+                await _run_stream(answer, out)
         except RbeeError as error:
-            if begun:
+            if out.begun:
                 raise
             refused = error
-        else:
-            if not begun:
-                await emit(b"")
-            await send({"type": "http.response.body", "body": b""})
-        nursery.cancel_scope.cancel(reason="stream finished")
     if refused is not None:
-        await _send_response(error_response(refused), send)
+        await _send_response(refuse(refused), out)
 
 
-async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel(reason="client disconnected")
+async def _run_stream(answer: Stream, out: Out) -> None:
+    async def emit(chunk: bytes) -> None:
+        if not out.begun:
+            await out.begin(200, (*STREAM, *answer.headers))
+        await out.emit(chunk)
+
+    await answer.run(emit)
+    if not out.begun:
+        await emit(b"")
+    await out.end()

@@ -15,6 +15,7 @@ from hypercorn.config import Config
 
 from rbee.errors import BadInputError, ConflictError, MachineError
 from rbee.web.connections import serve_connections
+from rbee.web.front import Front
 from rbee.web.holder import find_holder
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ async def serve_http(
     *,
     stall_limit: float = 30.0,
     grace: float = 1.0,
+    front: Front | None = None,
     task_status: trio.TaskStatus[str] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve ``app`` on ``listener`` (taken over) until cancelled; started with the base URL.
@@ -83,12 +85,15 @@ async def serve_http(
     Cancelling closes the listener at once and gives running answers ``grace`` seconds; whoever
     has not read his answer by then is cut off, for hypercorn shields its writes without a
     deadline and one stalled reader would block the cascade for ever.
+
+    Args:
+        front: serves the data routes of ``app`` itself.
     """
     url, address = url_of(listener), listener.getsockname()
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_limit * 1000))
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     closing = trio.Event()
-    serve = partial(serve_connections, app, _config(grace), listener, closing.wait)
+    serve = partial(serve_connections, app, _config(grace), listener, closing.wait, front=front)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_set_when_cancelled, closing)
         # Not a shield around work: the end is ordered through `closing` and bounded by `grace`.

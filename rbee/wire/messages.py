@@ -271,6 +271,7 @@ class WorkerInfo:
     Attributes:
         state: a `rbee.model.WorkerState` value.
         progress, share: what the loading is at, and how much of that is done (0 … 1), if known.
+        task: ``generate`` or ``embed``.
         max_model_len, dtype, kv_cache_bytes, max_num_seqs, engine_args: as they were asked for.
         keep_alive: seconds that it stays without work; negative: for ever.
         running: requests that it is at, as last seen.
@@ -290,6 +291,7 @@ class WorkerInfo:
     pid: int = 0
     progress: str = ""
     share: float | None = None
+    task: str = "generate"
     max_model_len: int | None = None
     dtype: str | None = None
     kv_cache_bytes: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -22,17 +23,8 @@ from rbee.errors import (
 )
 from rbee.home import default_root
 from rbee.model import WorkerConfig, WorkerState, new_id
-from rbee.web.router import (
-    App,
-    Emit,
-    Receive,
-    Request,
-    Response,
-    Scope,
-    Send,
-    Stream,
-    json_response,
-)
+from rbee.web.out import Receive, Send
+from rbee.web.router import App, Emit, Request, Response, Scope, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import ExecuteRequest, Health, ReadyState, StopWorker
 from rbee.worker.engine import Engine
@@ -134,7 +126,7 @@ async def health(worker: Worker, request: Request) -> Response:
 
 
 async def ready(worker: Worker, request: Request) -> Response:
-    check_addressee(worker, request)
+    check_addressee(worker, request.headers)
     state = worker.ready_state()
     if worker.state is WorkerState.READY:
         return json_response(state)
@@ -149,7 +141,7 @@ async def execute(worker: Worker, request: Request) -> Stream:
             "it generates nothing",
             hint="POST /v1/embeddings",
         )
-    check_addressee(worker, request)
+    check_addressee(worker, request.headers)
     body = await request.read(ExecuteRequest)
     if not body.job_id:
         body = attrs.evolve(body, job_id=new_id("job"))
@@ -166,9 +158,9 @@ async def execute(worker: Worker, request: Request) -> Stream:
     return Stream(run, ((name, body.job_id.encode("ascii")),))
 
 
-def check_addressee(worker: Worker, request: Request) -> None:
+def check_addressee(worker: Worker, headers: Mapping[bytes, bytes]) -> None:
     """Refuse what was meant for a worker that had this port before us."""
-    meant = request.headers.get(messages.WORKER_ID_HEADER.encode(), b"").decode("latin-1")
+    meant = headers.get(messages.WORKER_ID_HEADER.encode(), b"").decode("latin-1")
     if meant not in ("", worker.config.spec.id):
         raise ConflictError(
             f"this is worker {worker.config.spec.id}, not {meant[:100]}", code="other_worker"
@@ -182,7 +174,7 @@ async def cancel(worker: Worker, request: Request) -> Response:
 
 
 async def shutdown(worker: Worker, request: Request) -> Response:
-    check_addressee(worker, request)
+    check_addressee(worker, request.headers)
     asked = await request.read(StopWorker) if b"content-type" in request.headers else StopWorker()
     if asked.if_idle and worker.jobs:
         raise ConflictError(
@@ -204,6 +196,7 @@ async def metrics(worker: Worker, request: Request) -> Response:
 
 async def call_engine_app(worker: Worker, scope: Scope, receive: Receive, send: Send) -> None:
     """Hand a request to the engine's own app; like a job, it ends when the worker does."""
+    check_addressee(worker, dict(scope["headers"]))
     app = worker.engine.app
     if app is None:
         raise NotFoundError(f"no route {scope['method']} {scope['path']}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
 
 import trio
 
 from rbee.aio import Aio, Outbox
-from rbee.web.router import Receive, Scope, Send
+from rbee.web.out import Receive, Send
+from rbee.web.router import Scope
 from rbee.worker.engine import ASGIApp
 
 Message = MutableMapping[str, Any]
@@ -18,8 +20,16 @@ Message = MutableMapping[str, Any]
 DROPPED = ("state", "extensions")
 
 
+LEAVE = 0.1  # seconds for an app to end by itself once its client has gone
+
+
 class AioApp:
-    """An asyncio ASGI app as a trio one. Cancelling a call cancels the app's task."""
+    """An asyncio ASGI app as a trio one. Cancelling a call tells the app that its client has gone,
+    then cancels its task.
+
+    The one does not replace the other: vLLM generates an answer that is no stream in a task of its
+    own, which ends at a disconnect but would outlive the cancelled one that waits for it.
+    """
 
     def __init__(self, aio: Aio, app: ASGIApp) -> None:
         self._aio = aio
@@ -37,6 +47,10 @@ class AioApp:
                 await task.wait()
                 nursery.cancel_scope.cancel(reason="answered")
         finally:
+            self._aio.soon(inbox.put_nowait, {"type": "http.disconnect"})
+            # Cleanup: bounded, because the app may not listen.
+            with trio.move_on_after(LEAVE, shield=True), suppress(Exception):
+                await task.wait()
             await task.aclose()
 
     async def _run(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
+from rbee.daemon import read_run_file
 from rbee.home import Home
 from rbee.testing.processes import LeakCheck, carriers, title_of
 from rbee.testing.tiny_model import write_tiny_model
@@ -83,7 +88,14 @@ def test_a_real_model_answers_and_its_worker_stays_warm(queen: Home, nonce: str)
     assert times[-1] - times[0] > 0.05
 
     assert [w["pid"] for w in workers()] == [worker["pid"]]
-    assert "Paris" in ask_openai(worker["url"], queen)
+    found = read_run_file(queen.queen_file)
+    assert found is not None
+    token = queen.token_file.read_text().strip()
+    ask_by_openai(found.url, token)
+    ask_by_anthropic(found.url, token)
+    for streams in (True, False, False, False):
+        leave_in_the_middle(found.url, worker["url"], token, streams=streams)
+    assert [w["pid"] for w in workers()] == [worker["pid"]]
 
 
 def test_of_two_models_with_room_for_one_the_idle_one_goes(
@@ -110,16 +122,67 @@ def test_of_two_models_with_room_for_one_the_idle_one_goes(
     assert [worker["pid"] for worker in workers()] == pids[-1:]  # in vain it does not go
 
 
-def ask_openai(url: str, home: Home) -> str:
-    """Ask through vLLM's own API, which the worker serves beside ours."""
-    body = {
-        "model": "smollm2-135m",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "temperature": 0,
-    }
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode())
-    request.add_header("Content-Type", "application/json")
-    request.add_header("Authorization", f"Bearer {home.token_file.read_text().strip()}")
-    with urllib.request.urlopen(request, timeout=60) as response:
-        answer = json.load(response)
-    return str(answer["choices"][0]["message"]["content"])
+MESSAGES: Any = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def ask_by_openai(url: str, token: str) -> None:
+    """Ask the queen what OpenAI's own client can ask."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=token, max_retries=0) as client:
+        chat = partial(
+            client.chat.completions.create, model="smollm2-135m", messages=MESSAGES, temperature=0
+        )
+        whole = chat(logprobs=True, top_logprobs=2)
+        assert "Paris" in str(whole.choices[0].message.content)
+        assert whole.choices[0].logprobs is not None
+        assert len(chat(n=2, temperature=1, max_tokens=3).choices) == 2
+        parts = list(chat(stream=True, stream_options={"include_usage": True}))
+        assert "Paris" in "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+        assert parts[-1].usage.completion_tokens > 0
+        schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+        kind: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+        said = chat(response_format=kind, max_tokens=200).choices[0].message.content
+        assert isinstance(json.loads(str(said))["a"], bool)
+        done = client.responses.create(model="smollm2-135m", input="hello", stream=True)
+        assert list(done)[-1].type == "response.completed"
+        assert client.completions.create(model="smollm2-135m", prompt="a").choices[0].text
+        assert "smollm2-135m" in [model.id for model in client.models.list()]
+        with pytest.raises(openai.BadRequestError):
+            chat(max_tokens=-3)
+
+
+def ask_by_anthropic(url: str, token: str) -> None:
+    with anthropic.Anthropic(base_url=url, api_key=token, max_retries=0) as client:
+        ask = partial(
+            client.messages.create, model="smollm2-135m", max_tokens=20, messages=MESSAGES
+        )
+        assert "Paris" in ask(extra_body={"temperature": 0}).content[0].text
+        assert [event.type for event in ask(stream=True)][-1] == "message_stop"
+
+
+def leave_in_the_middle(url: str, worker: str, token: str, *, streams: bool) -> None:
+    """Leave a long answer; the engine is free within 0.3 s."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    body = {"model": "smollm2-135m", "messages": MESSAGES, "max_tokens": 1500, "stream": streams}
+    data = json.dumps({**body, "ignore_eos": True}).encode()
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer "
+            + token.encode()
+            + b"\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(data)
+            + data
+        )
+        wait_for_requests(worker, token, 1, 5)
+    wait_for_requests(worker, token, 0, 0.3)
+
+
+def wait_for_requests(worker: str, token: str, count: int, limit: float) -> None:
+    """Wait until so many requests are in a worker's engine."""
+    request = urllib.request.Request(f"{worker}/metrics")
+    request.add_header("Authorization", f"Bearer {token}")
+    until = time.monotonic() + limit
+    while True:
+        asked = time.monotonic()
+        with urllib.request.urlopen(request, timeout=10) as response:
+            if f"\nrbee_engine_requests {count}\n" in response.read().decode():
+                return
+        assert asked < until, f"not {count} after {limit} s"

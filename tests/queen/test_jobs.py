@@ -25,10 +25,11 @@ from rbee.errors import (
 )
 from rbee.home import Home
 from rbee.queen.aliases import Aliases
+from rbee.queen.assignments import WAITING, Assignments
 from rbee.queen.attempts import PATIENCE, Attempts
 from rbee.queen.candidates import NodeView
 from rbee.queen.hives import Hives
-from rbee.queen.jobs import BUFFER, WAITING, Job, Jobs, open_job
+from rbee.queen.jobs import BUFFER, Job, Jobs, open_job
 from rbee.queen.places import Places
 from rbee.registry import Registry
 from rbee.wire import sse
@@ -153,10 +154,11 @@ async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, Fa
 
     hives = FakeHives()
     attempts = Attempts(hives.get)
+    aliases = Aliases(Path("/nowhere/config.toml"))
+    places = Places(hives.look, attempts, nobody_knows)
     jobs = Jobs(
-        hives,
-        Places(hives.look, attempts, nobody_knows),
-        Aliases(Path("/nowhere/config.toml")),
+        Assignments(hives, places, aliases),
+        aliases,
         ending=lambda: OwnerGoneError("the queen ended"),
     )
     async with trio.open_nursery() as nursery:

@@ -20,6 +20,7 @@ from rbee.queen.app import make_app
 from rbee.queen.hive import Hive
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
+from rbee.queen.openai import Passages
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.web.narrated import Works
 from rbee.web.router import App, Emit, Request, Stream
@@ -78,7 +79,10 @@ async def open_queen(home: Home, far: Home) -> AsyncGenerator[Queen, None]:
     setup = QueenSetup(id="queen-1", home=home, run_dir=home.run, token=TOKEN, nonce="n")
     hives, unneeded = FakeHives(Machines(setup)), None
     works = Works(lambda: RbeeError("it stops"))
-    app = make_app(setup, hives, unneeded, unneeded, works, Aliases(home.config_file), unneeded)
+    passages = Passages(unneeded, unneeded, unneeded, unneeded, unneeded)
+    app = make_app(
+        setup, hives, unneeded, unneeded, works, passages, Aliases(home.config_file), unneeded
+    )
     async with (
         open_hive(home, "localhost") as near_client,
         open_hive(far, "far") as far_client,

@@ -101,6 +101,44 @@ async def test_a_client_that_leaves_cancels_the_app(how):
             await cancelled.wait()
 
 
+@pytest.mark.parametrize("how", ["disconnect", "cancel"])
+async def test_a_client_that_leaves_ends_what_the_app_does_in_a_task_of_its_own(how):
+    """As vLLM answers: one task works, one waits for the disconnect that cancels it."""
+    cancelled = trio.Event()
+
+    async def work():
+        try:
+            token.run_sync_soon(begun.set)
+            await asyncio.sleep(60)
+        finally:
+            token.run_sync_soon(cancelled.set)
+
+    async def app(scope, receive, send):
+        working = asyncio.ensure_future(work())
+        leaving = asyncio.ensure_future(receive())
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        working.cancel()
+
+    token = trio.lowlevel.current_trio_token()
+    begun = trio.Event()
+
+    async def receive():
+        await begun.wait()
+        if how == "cancel":
+            await trio.sleep_forever()
+        return {"type": "http.disconnect"}
+
+    with trio.fail_after(5):
+        async with open_aio() as aio:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(AioApp(aio, app), {"type": "http"}, receive, None)
+                await begun.wait()
+                if how == "cancel":
+                    nursery.cancel_scope.cancel()
+            with trio.fail_after(0.3):
+                await cancelled.wait()
+
+
 async def test_it_serves_real_http():
     with trio.fail_after(10):
         async with open_aio() as aio, trio.open_nursery() as nursery:

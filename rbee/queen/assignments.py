@@ -1,0 +1,241 @@
+"""Assignments: for each request the worker that does it, started if there is none."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeVar
+
+import attrs
+import trio
+
+from rbee.errors import (
+    BadInputError,
+    ChildExitedError,
+    QueueFullError,
+    RbeeError,
+    UnavailableError,
+    from_wire,
+)
+from rbee.hints import logs_of
+from rbee.model import DEFAULT_ENGINE, LOCALHOST, WorkerId, WorkerState
+from rbee.models.reference import shown
+from rbee.queen.aliases import Aliases
+from rbee.queen.attempts import Narrate
+from rbee.queen.backoff import Backoff
+from rbee.queen.hive import Hive
+from rbee.queen.hives import Hives
+from rbee.queen.placement import choose, is_called, start_for
+from rbee.queen.places import Places
+from rbee.queen.turns import Turns
+from rbee.queen.where import located
+from rbee.remains import LEFT
+from rbee.wire.messages import Narration, StartWorker, TaskRequest, WorkerInfo, WorkerNarration
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+LOG_LINES = 12
+WAITING = 64  # requests that may wait for workers of one model
+TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
+
+
+Asked = TaskRequest | StartWorker
+"""What a worker is wanted for; a `StartWorker` is the one to start if there is none."""
+
+
+class Assignments:
+    """Finds the workers of one queen for its requests, and knows how many each is at."""
+
+    def __init__(self, hives: Hives, places: Places, aliases: Aliases) -> None:
+        self._hives = hives
+        self._places = places
+        self._aliases = aliases
+        self._turns = Turns()
+        self._at: Counter[str] = Counter()
+        self._waiting: Counter[str] = Counter()
+        self._backoff = Backoff()
+
+    async def worker_for(self, request: Asked, narrate: Narrate) -> WorkerInfo:
+        """Return a ready worker, started if there is none.
+
+        Raises:
+            QueueFullError: too many wait for one already.
+            RbeeError: why there is none.
+        """
+        if (ready := self.ready_for(request)) is not None:
+            return ready
+        with self._waiting_for(request.model):
+            return await self._wait_for_worker(request, narrate)
+
+    def ready_for(self, request: Asked) -> WorkerInfo | None:
+        """Return a worker that is ready now."""
+        found = self._choose(request)
+        is_ready = found is not None and found.state == WorkerState.READY.value
+        return found if is_ready else None
+
+    def served(self, model: str) -> WorkerInfo | None:
+        """Return any worker that serves a name, for who does not care how."""
+        names = self._aliases.meanings(model)
+        return next((one for one in self._hives.workers if is_called(one, names)), None)
+
+    @contextmanager
+    def at(self, worker: WorkerInfo) -> Iterator[tuple[Hive, trio.CancelScope]]:
+        """Count a request of a worker, and cancel it when its node is lost.
+
+        Raises:
+            UnavailableError: it is lost already.
+        """
+        hive = self._hives.running(worker.node)
+        if hive is None:
+            raise UnavailableError(f"the hive on {worker.node} is gone", code="hive_lost")
+        self._at[worker.worker_id] += 1
+        try:
+            with hive.relaying() as scope:
+                yield hive, scope
+        finally:
+            self._at[worker.worker_id] -= 1
+            self._at += Counter()  # drops what is at 0
+
+    def is_forwarded(self, worker: WorkerInfo) -> bool:
+        """Tell whether its node's connections are taken by a forward, whatever is behind it."""
+        hive = self._hives.running(worker.node)
+        return hive is not None and hive.way_to(worker.url) != worker.url
+
+    def note_absent(self, worker: WorkerInfo, error: RbeeError) -> None:
+        """Use a worker no more that is not where it was: another may have its port by now."""
+        log.info("worker %s is not there: %s", worker.worker_id, error)
+        self._hives.workers.remove(WorkerId(worker.worker_id))
+
+    async def broken(self, worker: WorkerInfo) -> RbeeError:
+        """Make the error of an answer that broke off, with the worker's own end if it is told."""
+        error: RbeeError = ChildExitedError(
+            f"worker {worker.worker_id} on {worker.node} ended in the middle of the answer",
+            code="worker_died",
+            hint=logs_of(worker.worker_id, worker.node),
+        )
+        with trio.move_on_after(TOLD_WITHIN):
+            ended = await self._hives.workers.wait_until(lambda: self._over(worker.worker_id))
+            error.message += f": {_failure(ended).message}"
+        return error
+
+    def _over(self, worker_id: str) -> WorkerInfo | None:
+        worker = self._hives.workers.get(WorkerId(worker_id))
+        if worker is not None:
+            return worker if worker.state in LEFT else None
+        return self._hives.failures.get(worker_id)
+
+    # finding one ------------------------------------------------------------------------------
+    @contextmanager
+    def _waiting_for(self, model: str) -> Iterator[None]:
+        if self._waiting[model] >= WAITING:
+            raise QueueFullError(
+                f"{WAITING} requests wait for {shown(model)} to be loaded; no more can",
+                hint="rbee-keeper worker list",
+            )
+        self._waiting[model] += 1
+        try:
+            yield
+        finally:
+            self._waiting[model] -= 1
+            self._waiting += Counter()  # drops what is at 0
+
+    async def _wait_for_worker(self, request: Asked, narrate: Narrate) -> WorkerInfo:
+        start = self._aliases.spell_out(self._start_for(request))
+        with self._hives.narrations.subscribe() as narrations:
+            worker = await self._have_worker(request, start, narrate)
+            try:
+                ready = await self.until_ready(worker.worker_id, narrations, narrate)
+            except RbeeError as exc:
+                self._backoff.note_failure(start, worker.worker_id, exc)
+                raise
+            self._backoff.note_success(start)
+            return ready
+
+    def _start_for(self, request: Asked) -> StartWorker:
+        if isinstance(request, TaskRequest):
+            return start_for(request, self._hives.queen_id)
+        engine = request.engine or DEFAULT_ENGINE
+        return attrs.evolve(request, owner=self._hives.queen_id, engine=engine)
+
+    async def _have_worker(
+        self, request: Asked, start: StartWorker, narrate: Narrate
+    ) -> WorkerInfo:
+        """Return a worker that is on its way at least."""
+        names = {(start.node, name) for name in self._aliases.meanings(start.model)}
+        asked = trio.current_time()
+        async with self._turns.take(names):  # two requests for one model are one start
+            return self._choose(request) or await self._start(request, start, asked, narrate)
+
+    def _choose(self, request: Asked) -> WorkerInfo | None:
+        return choose(self._hives.workers, request, self._aliases.meanings, self._at)
+
+    async def _start(
+        self, request: Asked, start: StartWorker, asked: float, narrate: Narrate
+    ) -> WorkerInfo:
+        self._backoff.check(start)
+
+        async def begin(hive: Hive) -> WorkerInfo:
+            async with hive.starting:  # the node may have been asked for by name as well
+                there = attrs.evolve(request, node=hive.info.node)
+                return self._choose(there) or await self._start_on(hive, start, narrate)
+
+        return await self._places.start(start, narrate, begin, since=asked)
+
+    async def _start_on(self, hive: Hive, start: StartWorker, narrate: Narrate) -> WorkerInfo:
+        where = "" if hive.info.node == LOCALHOST else f" on {hive.info.node}"
+        narrate(Narration("queen", "start", f"a worker for {shown(start.model)}{where}"))
+        worker = await hive.start_worker(start)
+        self._hives.note_started(worker)
+        return worker
+
+    async def until_ready(
+        self,
+        worker_id: str,
+        narrations: trio.MemoryReceiveChannel[WorkerNarration],
+        narrate: Narrate,
+    ) -> WorkerInfo:
+        """Wait for a worker, telling how it goes on; raise why it did not become ready."""
+        began = trio.current_time()
+
+        def forward(item: WorkerNarration) -> None:
+            if item.worker_id == worker_id:
+                narrate(Narration(item.actor, item.action, item.text, item.share))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_for_each, narrations, forward)
+            worker = await self._hives.workers.wait_until(lambda: self._settled(worker_id))
+            nursery.cancel_scope.cancel(reason="worker settled")
+        with suppress(trio.WouldBlock, trio.EndOfChannel):
+            while True:  # what was told before it settled
+                forward(narrations.receive_nowait())
+        if worker.state != WorkerState.READY.value:
+            raise located(_failure(worker), worker.node)
+        narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
+        return worker
+
+    def _settled(self, worker_id: str) -> WorkerInfo | None:
+        worker = self._hives.workers.get(WorkerId(worker_id))
+        if worker is None:
+            return self._hives.failures.get(worker_id)
+        return worker if worker.state in (WorkerState.READY.value, *LEFT) else None
+
+
+async def _for_each(items: trio.MemoryReceiveChannel[T], take: Callable[[T], None]) -> None:
+    async for item in items:
+        take(item)
+
+
+def _failure(worker: WorkerInfo) -> RbeeError:
+    """Make the error of a worker that did not become ready, with the end of its log."""
+    detail = worker.error
+    if detail is None:
+        return UnavailableError(f"worker {worker.worker_id} was stopped", code="worker_stopped")
+    message = detail.message
+    lines = str(detail.details.get("log", "")).splitlines()[-LOG_LINES:]
+    if lines and detail.code != BadInputError.code:
+        message += "\nthe end of its log:\n  " + "\n  ".join(lines)
+    hint = detail.hint or logs_of(worker.worker_id, worker.node)
+    return from_wire(detail.code, message, hint=hint, details=detail.details)

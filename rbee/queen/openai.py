@@ -1,0 +1,299 @@
+"""The routes of OpenAI's and Anthropic's APIs: passed through to a worker that has the model.
+
+What such a request says is the worker's business: of its body only ``model``, ``stream`` and
+``priority`` are looked at, and the bytes go untouched both ways.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
+
+import attrs
+import msgspec
+import trio
+
+from rbee.errors import (
+    BadInputError,
+    PeerError,
+    RbeeError,
+    UnavailableError,
+)
+from rbee.queen.aliases import Aliases
+from rbee.queen.assignments import Assignments
+from rbee.queen.hive import Hive
+from rbee.queen.offer import Offer
+from rbee.queen.placement import GENERATE
+from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
+from rbee.web.client import answering_within
+from rbee.web.exchange import Address
+from rbee.web.head import Headers, end_to_end
+from rbee.web.out import Out, headers_of, read_all
+from rbee.web.router import App, Passing, Request, Response
+from rbee.web.upstream import Answer, Upstreams
+from rbee.wire import messages
+from rbee.wire.messages import Narration, StartWorker, WorkerInfo
+
+EMBEDDINGS = "/v1/embeddings"
+ANY_TASK = ("/tokenize", "/detokenize")
+ROUTES = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses", *ANY_TASK)
+ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
+MODELS = "/v1/models"
+REQUEST_ID = b"x-request-id"
+EMBED = "embed"
+
+STALL = 65.0  # seconds of silence in a stream; a worker itself gives up after 60 without a token
+TRIES = 3  # workers that may be gone when a request comes to them
+BIG = 1 << 20  # bytes of a body beyond which it is decoded in a thread
+# A worker is not there any more, or will not be; another may have its port and refuse our token.
+GONE = frozenset({"unauthorized", "too_many_failures", "other_worker"})
+LEAVING = frozenset({"worker_stopping", "worker_failed", "worker_stopped", "starting"})
+# Of this client and this connection, not for the worker. Its answer must not be compressed.
+KEPT_BACK = frozenset(
+    {b"host", b"authorization", b"x-api-key", b"cookie", b"origin", b"referer", b"expect",
+     b"accept-encoding", b"x-rbee-worker-id", REQUEST_ID}
+)  # fmt: skip
+
+
+class Envelope(msgspec.Struct):
+    """What is looked at in a request."""
+
+    model: str = ""
+    stream: bool | None = None
+    priority: int | None = None
+
+
+@attrs.frozen
+class Call:
+    """One request to be passed on."""
+
+    path: str
+    headers: Headers
+    body: bytes
+    start: StartWorker
+    streams: bool
+    shape: Shape
+    id: bytes
+
+
+class WorkerGoneError(UnavailableError):
+    """It was not there, or takes nothing new: nothing of the request was done."""
+
+    code = "worker_gone"
+
+
+class Passages:
+    """All requests of one queen that are passed on; they end when the body of `open` does."""
+
+    def __init__(
+        self,
+        assignments: Assignments,
+        aliases: Aliases,
+        offer: Offer,
+        upstreams: Upstreams,
+        ending: Callable[[], RbeeError],
+    ) -> None:
+        self._assignments = assignments
+        self._aliases = aliases
+        self._offer = offer
+        self._upstreams = upstreams
+        self._ending = ending
+        self._is_open = False
+        self._running: set[trio.CancelScope] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Take requests while the body runs; then each that is open is told of the end."""
+        self._is_open = True
+        try:
+            yield
+        finally:
+            self._is_open = False
+            for scope in self._running:
+                scope.cancel(reason="the queen stops")
+
+    async def models(self, request: Request) -> Response:
+        """List what can be asked for."""
+        now = int(time.time())
+        items = [
+            {"id": name, "object": "model", "created": now, "owned_by": "rbee"}
+            for name in await self._offer.names()
+        ]
+        return Response(json.dumps({"object": "list", "data": items}).encode())
+
+    async def take(self, request: Request, *, shape: Shape) -> Passing:
+        """Read a request and say how it is answered."""
+        body = await request.json()
+        asked = await decode(body)
+        if not asked.model:
+            raise BadInputError("the request names no model", param="model")
+        call = Call(
+            request.path,
+            end_to_end(tuple(request.headers.items()), without=KEPT_BACK),
+            body,
+            await self._start(request.path, asked.model),
+            bool(asked.stream),
+            shape,
+            request.headers.get(REQUEST_ID) or b"req-" + secrets.token_hex(8).encode(),
+        )
+        return Passing(partial(self._run, call))
+
+    async def _start(self, path: str, model: str) -> StartWorker:
+        """Say which worker is wanted, and what to start if there is none.
+
+        Raises:
+            NotFoundError: the name means nothing.
+            ConfigError: config.toml is wrong.
+        """
+        served = self._assignments.served(model)
+        if served is None:
+            await self._offer.check(model)
+        task = EMBED if path == EMBEDDINGS else GENERATE
+        if served is not None and path in ANY_TASK:
+            task = served.task
+        start = StartWorker(model, engine=served.engine if served else "", task=task)
+        return self._aliases.fill_start(start)
+
+    @contextmanager
+    def _in_progress(self) -> Iterator[trio.CancelScope]:
+        if not self._is_open:
+            raise self._ending()
+        with trio.CancelScope() as scope:
+            self._running.add(scope)
+            try:
+                yield scope
+            finally:
+                self._running.discard(scope)
+
+    async def _run(self, call: Call, out: Out) -> None:
+        """Answer; what goes wrong once the answer has begun is its last event."""
+        error: RbeeError | None = None
+        with self._in_progress() as scope:
+            try:
+                await self._pass(call, out)
+            except RbeeError as exc:
+                error = exc
+        if scope.cancelled_caught:
+            error = self._ending()
+        if error is None:
+            return
+        if not out.begun:
+            raise error
+        await out.end_with(call.shape.event(error))
+
+    async def _pass(self, call: Call, out: Out) -> None:
+        worker = await self._assignments.worker_for(call.start, _say_nothing)
+        has_died = False
+        for left in reversed(range(TRIES)):
+            try:
+                await self._pass_from(worker, call, out)
+                return
+            except (UnavailableError, PeerError) as exc:
+                if out.begun or not left or exc.code == "unresponsive":
+                    raise
+                self._assignments.note_absent(worker, exc)
+                is_death = isinstance(exc, PeerError) and not self._assignments.is_forwarded(worker)
+                if not is_death:
+                    worker = await self._assignments.worker_for(call.start, _say_nothing)
+                    continue
+                # It died of the request, for all we know: one other may try, if it runs anyway.
+                other = None if has_died else self._assignments.ready_for(call.start)
+                if other is None:
+                    raise await self._assignments.broken(worker) from exc
+                worker, has_died = other, True
+
+    async def _pass_from(self, worker: WorkerInfo, call: Call, out: Out) -> None:
+        with self._assignments.at(worker) as (hive, scope):
+            try:
+                await self._ask(hive, worker, call, out)
+            except PeerError as exc:
+                if not out.begun or exc.code == "stalled":
+                    raise
+                raise await self._assignments.broken(worker) from exc
+        if scope.cancelled_caught:
+            raise await self._assignments.broken(worker)
+
+    async def _ask(self, hive: Hive, worker: WorkerInfo, call: Call, out: Out) -> None:
+        address = Address.parse(hive.way_to(worker.url))
+        what = f"worker {worker.worker_id}"
+        silence = STALL if call.streams else float("inf")
+        headers = (
+            (b"host", address.authority.encode()),
+            (b"authorization", b"Bearer " + hive.token.encode()),
+            (messages.WORKER_ID_HEADER.encode(), worker.worker_id.encode()),
+            (REQUEST_ID, call.id),
+            *call.headers,
+        )
+        body = for_worker(call.body, call.start.model, worker)
+        asking = self._upstreams.ask(address, "POST", call.path.encode(), headers, body, what)
+        async with AsyncExitStack() as stack:
+            with answering_within(silence, what):
+                answer = await stack.enter_async_context(asking)
+            await self._answer(call, answer, out, silence)
+
+    async def _answer(self, call: Call, answer: Answer, out: Out, silence: float) -> None:
+        headers = headers_of(answer)
+        if not any(name == REQUEST_ID for name, _ in headers):
+            headers = (*headers, (REQUEST_ID, call.id))
+        if call.streams:
+            headers = (*headers, (b"x-accel-buffering", b"no"))
+        if answer.head.status not in (401, 409, 503):
+            await out.pass_on(answer, headers, silence=silence)
+            return
+        body = await read_all(answer)
+        if (code := _code(body)) in GONE | LEAVING:
+            raise WorkerGoneError(f"the worker takes nothing: {code}")
+        await out.whole(answer.head.status, headers, body)
+
+
+async def decode(body: bytes) -> Envelope:
+    """Look at what a request asks for.
+
+    Raises:
+        BadInputError: it is no JSON object, or a field that is looked at is of a wrong type.
+    """
+    try:
+        if len(body) < BIG:
+            return msgspec.json.decode(body, type=Envelope)
+        return await trio.to_thread.run_sync(partial(msgspec.json.decode, body, type=Envelope))
+    except msgspec.DecodeError as exc:
+        raise BadInputError(f"the body is not a request: {exc}") from exc
+
+
+def for_worker(body: bytes, model: str, worker: WorkerInfo) -> bytes:
+    """Return the body as a worker understands it: untouched, unless it has another name for that.
+
+    Then the name alone is replaced; of several that mean the same model it may know just some.
+    """
+    if model in (worker.model, *worker.served_names):
+        return body
+    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    fields["model"] = msgspec.Raw(msgspec.json.encode(worker.model))
+    return msgspec.json.encode(fields)
+
+
+def _code(body: bytes) -> str:
+    """Return the code of an error of ours; "" of any other answer."""
+    try:
+        return str(json.loads(body)["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+def _say_nothing(narration: Narration) -> None:
+    pass
+
+
+def add_openai_routes(app: App, passages: Passages) -> None:
+    app.add("GET", MODELS, passages.models, is_data=True, takes_key=True, refuse=OPENAI.refuse)
+    for paths, shape in ((ROUTES, OPENAI), (ANTHROPIC_ROUTES, ANTHROPIC)):
+        for path in paths:
+            take = partial(passages.take, shape=shape)
+            app.add("POST", path, take, is_data=True, takes_key=True, refuse=shape.refuse)

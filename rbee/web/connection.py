@@ -1,0 +1,108 @@
+"""A client's connection: requests are read from it, one after the other, with a limit on each."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from contextlib import suppress
+from typing import Any
+
+import trio
+
+from rbee.errors import BadInputError
+from rbee.web.body import body_of_request
+from rbee.web.head import RequestHead, TooSlowError, find_head
+from rbee.web.router import MAX_BODY, too_large
+
+HEAD = 10.0  # seconds for a head, once it has begun
+BODY = 30.0  # seconds without a byte of a body
+LINGER = 1.0  # seconds in which a client who was refused may read why
+PIECE = 1 << 16
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Connection:
+    """One connection.
+
+    Attributes:
+        ahead: what has been received and belongs to nobody yet.
+    """
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.ahead = b""
+
+    async def read_ahead(self) -> bool:
+        """Receive something; False at the connection's end."""
+        data = await self.stream.receive_some(PIECE)
+        self.ahead += data
+        return bool(data)
+
+    async def read_head(self) -> bytes:
+        """Return the head that has begun, which stays in ``ahead`` as well; b"" if it breaks off.
+
+        Raises:
+            BadInputError: it is none, or too long.
+            TooSlowError: it has not come within 10 s.
+        """
+        if size := self._find_head():
+            return self.ahead[:size]
+        with trio.move_on_after(HEAD):
+            while await self.read_ahead():
+                if size := self._find_head():
+                    return self.ahead[:size]
+            return b""
+        raise TooSlowError(f"the head of a request must come within {HEAD:.0f} s")
+
+    def _find_head(self) -> int:
+        self.ahead = self.ahead.lstrip(b"\r\n")
+        return find_head(self.ahead)
+
+    async def linger(self) -> None:
+        """Take what still comes for a moment: a reset would take the answer from the client."""
+        with trio.move_on_after(LINGER), suppress(trio.BrokenResourceError):
+            await self.stream.send_eof()
+            while await self.stream.receive_some(PIECE):
+                pass
+
+
+class RequestBody:
+    """The body of the request that is answered now, received when it is asked for."""
+
+    def __init__(self, connection: Connection, head: RequestHead) -> None:
+        self._connection = connection
+        self._length = head.length or 0
+        self._body = body_of_request(head.length)
+        self._awaits_word = (b"expect", b"100-continue") in head.headers
+
+    @property
+    def is_read(self) -> bool:
+        return self._body.done and not self._body.rest
+
+    async def receive(self) -> MutableMapping[str, Any]:
+        """Return the next part, as ASGI has it.
+
+        Raises:
+            BadInputError: it is badly framed, or another request came before the answer.
+            TooLargeError: its head says that it is larger than any may be.
+            TooSlowError: nothing came for 30 s.
+        """
+        if self._length > MAX_BODY:
+            raise too_large()
+        connection = self._connection
+        data = b""
+        while not data and not self._body.done:
+            if not connection.ahead and not await self._read_ahead():
+                return {"type": "http.disconnect"}
+            data = self._body.feed(connection.ahead)
+            connection.ahead = b""
+        if self._body.rest or connection.ahead:
+            raise BadInputError("a request came before the one before it was answered")
+        return {"type": "http.request", "body": data, "more_body": not self._body.done}
+
+    async def _read_ahead(self) -> bool:
+        if self._awaits_word:
+            self._awaits_word = False
+            await self._connection.stream.send_all(CONTINUE)
+        with trio.move_on_after(BODY):
+            return await self._connection.read_ahead()
+        raise TooSlowError(f"nothing of the body came for {BODY:.0f} s")

@@ -1,0 +1,166 @@
+"""Where an answer goes: to hypercorn (`AsgiOut`) or straight to a socket (`rbee.web.front`)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, Protocol
+
+import trio
+
+from rbee.errors import PeerError
+from rbee.web.door import Headers
+from rbee.web.events import WholeEvents
+from rbee.web.head import end_to_end
+from rbee.web.upstream import Answer
+from rbee.wire import sse
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+STREAM: Headers = (
+    (b"content-type", sse.CONTENT_TYPE),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+)
+WHOLE = 64 << 10  # bytes of a body up to which it is had in full before its head is sent
+
+
+class Out(Protocol):
+    """One answer on its way.
+
+    Attributes:
+        extra: headers that it gets whatever it is.
+        begun: whether its head is sent, so that it cannot be another any more.
+    """
+
+    extra: Headers
+    begun: bool
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send an answer whose body is here."""
+        ...
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        """Send the head of an answer whose length is not known."""
+        ...
+
+    async def emit(self, data: bytes) -> None:
+        """Send a part of the body."""
+        ...
+
+    async def end(self) -> None:
+        """End the body."""
+        ...
+
+    async def pass_on(self, answer: Answer, headers: Headers, *, silence: float) -> None:
+        """Send what another has answered, to its end; ``headers`` instead of its own.
+
+        Raises:
+            PeerError: it breaks off, or nothing comes for ``silence`` seconds; `end_with` can
+                follow if ``begun``.
+        """
+        ...
+
+    async def end_with(self, last: bytes) -> None:
+        """End an answer that broke off, with one event more.
+
+        It is cut instead, so that the client sees that something is missing, if it is no stream of
+        events or if one of them is torn.
+        """
+        ...
+
+    def watching(self) -> AbstractAsyncContextManager[None]:
+        """Cancel the body of the ``async with``, and swallow that, when the client goes away."""
+        ...
+
+
+def headers_of(answer: Answer) -> Headers:
+    """Return the headers of an answer that can be passed on."""
+    return end_to_end(answer.head.headers)
+
+
+def has_events(headers: Headers) -> bool:
+    return any(
+        name == b"content-type" and value.lower().startswith(sse.CONTENT_TYPE)
+        for name, value in headers
+    )
+
+
+def is_short(answer: Answer) -> bool:
+    """Tell whether a body is to be had in full before its head is sent: it may break off."""
+    length = answer.head.length
+    return answer.body.done or (length is not None and length <= WHOLE)
+
+
+async def read_all(answer: Answer) -> bytes:
+    parts = []
+    while part := await answer.chunk():
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class AsgiOut:
+    """An answer that an ASGI server sends."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._events: WholeEvents | None = None
+        self.extra: Headers = ()
+        self.begun = False
+
+    async def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        await self.begin(status, ((b"content-length", b"%d" % len(body)), *headers))
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def begin(self, status: int, headers: Headers) -> None:
+        self.begun = True
+        start = {"type": "http.response.start", "status": status}
+        await self._send({**start, "headers": [*headers, *self.extra]})
+
+    async def emit(self, data: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def pass_on(self, answer: Answer, headers: Headers, *, silence: float) -> None:
+        if is_short(answer):
+            await self.whole(answer.head.status, headers, await read_all(answer))
+            return
+        events = self._events = WholeEvents() if has_events(headers) else None
+        await self.begin(answer.head.status, headers)
+        try:
+            while data := await self._next(answer, silence):
+                if data := events.feed(data) if events else data:
+                    await self.emit(data)
+        except PeerError:
+            if events is None or not events.is_done:  # else all but the last chunk came
+                raise
+        if events and (rest := events.rest()):
+            await self.emit(rest)
+        await self.end()
+
+    async def _next(self, answer: Answer, silence: float) -> bytes:
+        with trio.move_on_after(silence):
+            return await answer.chunk()
+        raise PeerError(f"nothing came for {silence:g} s", code="stalled")
+
+    async def end_with(self, last: bytes) -> None:
+        if self._events is not None and not self._events.torn:
+            await self.emit(last)
+            await self.end()
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncGenerator[None, None]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_disconnect, self._receive, nursery.cancel_scope)
+            yield
+            nursery.cancel_scope.cancel(reason="answered")
+
+
+async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel(reason="client disconnected")

@@ -1,0 +1,230 @@
+"""Requests to workers on connections that stay: taken and given back in O(1), the last one first.
+
+httpx's pool looks at every connection at every request, and wedges for good when requests are
+cancelled while others queue for it; this is what token streams use instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import attrs
+import trio
+
+from rbee.errors import PeerError, UnavailableError
+from rbee.web.body import Body, body_of_answer
+from rbee.web.exchange import BROKEN, CONNECT, Address
+from rbee.web.head import MAX_HEAD, AnswerHead, Headers, encode_request, parse_answer
+from rbee.web.poller import HUNG_UP, IN, Poller
+
+IDLE = 30.0  # seconds after which a connection is not used again
+KEPT = 256  # idle connections to one worker
+PIECE = 1 << 16
+
+
+@attrs.define(eq=False)
+class Answer:
+    """The answer to one request: its head is here, its body comes.
+
+    Whoever reads the body by other means than `chunk` goes on from ``first`` with ``body``.
+    """
+
+    head: AnswerHead
+    body: Body
+    first: bytes
+    _stream: trio.SocketStream
+    _what: str
+
+    def fileno(self) -> int:
+        """Return the descriptor that the rest of the body comes from."""
+        return self._stream.socket.fileno()
+
+    async def chunk(self) -> bytes:
+        """Return what has come of the body, b"" at its end.
+
+        Raises:
+            PeerError: it breaks off.
+        """
+        data, self.first = self.first, b""
+        while not data and not self.body.done:
+            data = await self._receive()
+        return data
+
+    async def _receive(self) -> bytes:
+        try:
+            data = await self._stream.receive_some(PIECE)
+        except trio.BrokenResourceError as exc:
+            raise PeerError(f"{self._what} broke the connection", code=BROKEN) from exc
+        if data:
+            return self.body.feed(bytes(data))
+        if not self.body.ends_with_connection:
+            raise PeerError(f"{self._what} ended in the middle of the answer", code=BROKEN)
+        self.body.done = True
+        return b""
+
+
+class _Idle:
+    """A connection that waits for its next request."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self.stream = stream
+        self.since = trio.current_time()
+
+
+class Upstreams:
+    """The connections of one server to its workers; made by `open_upstreams`."""
+
+    def __init__(self, poller: Poller) -> None:
+        self._poller = poller
+        self._idle: dict[tuple[str, int], list[_Idle]] = {}
+
+    @asynccontextmanager
+    async def ask(
+        self, address: Address, method: str, target: bytes, headers: Headers, body: bytes, what: str
+    ) -> AsyncGenerator[Answer, None]:
+        """Send a request; the ``async with`` runs once the answer's head is there.
+
+        Leaving it before the body has ended closes the connection, which is how a worker learns
+        that nobody wants the rest. A request is sent again, once, only if a connection that had
+        been used before ended without a byte of an answer.
+
+        Raises:
+            UnavailableError: nobody answers at the address within 5 s; nothing was sent.
+            PeerError: whoever answers breaks off or does not speak HTTP.
+        """
+        head = encode_request(method, target, (*headers, (b"content-length", b"%d" % len(body))))
+        stream, answer = await self._exchange(address, head + body, what)
+        is_kept = False
+        try:
+            yield answer
+            is_kept = answer.body.done and not answer.body.rest and answer.head.keeps_alive
+        finally:
+            if is_kept:
+                self._keep(address, stream)
+            else:
+                stream.socket.close()
+
+    async def _exchange(
+        self, address: Address, request: bytes, what: str
+    ) -> tuple[trio.SocketStream, Answer]:
+        used = self._take(address)
+        if used is not None and (answer := await _try(used, request, what, is_used=True)):
+            return used, answer
+        stream = await _connect(address, what)
+        answer = await _try(stream, request, what, is_used=False)
+        assert answer is not None
+        return stream, answer
+
+    # idle connections ------------------------------------------------------------------------
+    def _take(self, address: Address) -> trio.SocketStream | None:
+        idle = self._idle.get((address.host, address.port))
+        if not idle:
+            return None
+        if trio.current_time() - idle[-1].since > IDLE:  # and so it is with all below
+            self._drop(address)
+            return None
+        stream = idle.pop().stream
+        self._poller.remove(stream.socket.fileno())
+        return stream
+
+    def _keep(self, address: Address, stream: trio.SocketStream) -> None:
+        idle = self._idle.setdefault((address.host, address.port), [])
+        if len(idle) >= KEPT:
+            stream.socket.close()
+            return
+        kept = _Idle(stream)
+        idle.append(kept)
+        # Its end is seen at once: nothing can come on it any more.
+        self._poller.add(
+            stream.socket.fileno(), IN | HUNG_UP, partial(self._lose, address, idle, kept)
+        )
+
+    def _lose(self, address: Address, idle: list[_Idle], kept: _Idle, events: int) -> None:
+        idle.remove(kept)
+        self._close(kept)
+        if not idle:
+            self._idle.pop((address.host, address.port), None)
+
+    def _drop(self, address: Address) -> None:
+        for kept in self._idle.pop((address.host, address.port), []):
+            self._close(kept)
+
+    def _close(self, kept: _Idle) -> None:
+        self._poller.remove(kept.stream.socket.fileno())
+        kept.stream.socket.close()
+
+    def close(self) -> None:
+        for idle in self._idle.values():
+            for kept in idle:
+                self._close(kept)
+        self._idle.clear()
+
+
+@asynccontextmanager
+async def open_upstreams(poller: Poller) -> AsyncGenerator[Upstreams, None]:
+    """Keep connections while the body runs."""
+    upstreams = Upstreams(poller)
+    try:
+        yield upstreams
+    finally:
+        upstreams.close()
+
+
+async def _connect(address: Address, what: str) -> trio.SocketStream:
+    try:
+        with trio.fail_after(CONNECT):
+            return await trio.open_tcp_stream(address.host, address.port)
+    except trio.TooSlowError as exc:
+        raise UnavailableError(
+            f"{what} did not answer within {CONNECT:.0f} s", code="unreachable"
+        ) from exc
+    except OSError as exc:
+        raise UnavailableError(f"{what} does not answer: {exc}", code="unreachable") from exc
+
+
+async def _try(
+    stream: trio.SocketStream, request: bytes, what: str, *, is_used: bool
+) -> Answer | None:
+    """Send a request and read the head of its answer; None if a used connection was over.
+
+    The connection is closed unless there is an answer.
+    """
+    answer = None
+    try:
+        # Whoever refuses early may have closed already; the answer tells.
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(request)
+        answer = await _read_answer(stream, what, is_used=is_used)
+        return answer
+    finally:
+        if answer is None:
+            stream.socket.close()
+
+
+async def _read_answer(stream: trio.SocketStream, what: str, *, is_used: bool) -> Answer | None:
+    data = b""
+    while True:
+        try:
+            piece = await stream.receive_some(PIECE)
+        except trio.BrokenResourceError:
+            piece = b""
+        if not piece:
+            if is_used and not data:
+                return None
+            raise PeerError(f"{what} closed the connection before it answered", code=BROKEN)
+        data += piece
+        while end := _end_of_head(data, what):
+            head = parse_answer(data[:end])
+            data = data[end:]
+            if head.status >= 200:
+                body = body_of_answer(head, PeerError)
+                return Answer(head, body, body.feed(data) if data else b"", stream, what)
+
+
+def _end_of_head(data: bytes, what: str) -> int:
+    end = data.find(b"\r\n\r\n", 0, MAX_HEAD)
+    if end < 0 and len(data) >= MAX_HEAD:
+        raise PeerError(f"{what} sent a head of more than {MAX_HEAD} bytes")
+    return end + 4 if end >= 0 else 0
