@@ -29,6 +29,7 @@ class QueenSetup:
     Attributes:
         token_file: where an operator's queen has ``token`` from; None for an owned one.
         lease: seconds that its hives and their guards allow it.
+        engine: of requests that leave it open; "" is the default one.
     """
 
     id: str
@@ -43,6 +44,7 @@ class QueenSetup:
     exact_port: bool = False
     hive_port: int = 9200
     lease: float = 10.0
+    engine: str = ""
     grace: Grace = attrs.field(factory=Grace)
 
 
