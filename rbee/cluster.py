@@ -13,13 +13,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import attrs
 import trio
 
 from rbee.client import AsyncClient
 from rbee.ephemeral import open_ephemeral_home
+from rbee.errors import leaves
 from rbee.home import Home, find_home, open_home, short_name
 from rbee.model import DEFAULT_ENGINE, LOCALHOST, new_id
 from rbee.nodes.store import NodeStore
@@ -76,6 +77,7 @@ async def serve_queen(
     """
     with open_ephemeral_home() if home is None else nullcontext(open_home(home)) as place:
         setup = _setup(place, host, port, lease, engine)
+        setup = attrs.evolve(setup, is_ephemeral=home is None)
         async with trio.open_nursery() as nursery:
             hello = await nursery.start(embed, setup)
             task_status.started(EmbeddedQueen(setup.id, hello.url, place.root, setup.token))
@@ -88,7 +90,7 @@ def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> Queen
         home=home,
         run_dir=home.run / short_name(queen_id),
         token=secrets.token_hex(24),
-        nonce=nonce(),
+        nonce=os.environ.get("RBEE_NONCE") or own_nonce(),
         owner=f"program-{os.getpid()}",
         host=host,
         port=port,
@@ -102,17 +104,30 @@ def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> Queen
 _nonces: dict[int, str] = {}
 
 
-def nonce() -> str:
-    """Return the mark that all processes below this program's clusters start with."""
-    return os.environ.get("RBEE_NONCE") or _nonces.setdefault(os.getpid(), secrets.token_hex(8))
+def own_nonce() -> str:
+    """Return the mark that all processes below this process's clusters start with."""
+    return _nonces.setdefault(os.getpid(), secrets.token_hex(8))
+
+
+class ClusterOptions(TypedDict, total=False):
+    """The arguments of `open_cluster`."""
+
+    models: Sequence[str]
+    nodes: Sequence[str | AddNode]
+    engine: str
+    home: Path | str | None
+    host: str
+    port: int
+    lease: float
 
 
 class AsyncCluster:
     """A running cluster; made by `open_cluster`."""
 
-    def __init__(self, queen: EmbeddedQueen) -> None:
+    def __init__(self, queen: EmbeddedQueen, models: Sequence[str] = ()) -> None:
         self.queen = queen
         self.client = queen.client()
+        self.models = tuple(models)
 
     @property
     def url(self) -> str:
@@ -184,7 +199,7 @@ async def open_cluster(
     serving = partial(serve_queen, home=home, host=host, port=port, lease=lease, engine=engine)
     try:
         async with open_service(serving) as queen:
-            cluster = AsyncCluster(queen)
+            cluster = AsyncCluster(queen, models)
             await _all(cluster.use, nodes)
             await _all(cluster.load, models)
             try:
@@ -206,9 +221,11 @@ async def _all(async_fn: Any, items: Sequence[Any]) -> None:
 
 
 def _bare(group: BaseException, raised: Sequence[BaseException]) -> BaseException:
-    """Take off the groups that our own nurseries put around a single error."""
+    """Take off the groups that our own nurseries put around what the body, or one task, raised."""
+    inside = [id(leaf) for leaf in leaves(group)]
+    for one in raised:
+        if inside == [id(leaf) for leaf in leaves(one)]:
+            return one
     while isinstance(group, BaseExceptionGroup) and len(group.exceptions) == 1:
-        if any(group is one for one in raised):
-            break
         group = group.exceptions[0]
     return group

@@ -60,17 +60,46 @@ def _remove(root: Path) -> None:
 
 def remove_abandoned() -> None:
     """Remove the homes of this user whose program is gone, once nothing runs there any more."""
+    for root in _homes():
+        if _is_abandoned(root):
+            _remove(root)
+
+
+def remove_own() -> list[Path]:
+    """Remove the homes that this process has made and not removed; return where they were."""
+    own = [root for root in _homes() if (owner := _owner(root)) and owner.pid == os.getpid()]
+    for root in own:
+        _remove(root)
+    return own
+
+
+def _homes() -> list[Path]:
+    found = []
     for root in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # somebody else is removing it
-            if root.lstat().st_uid == os.getuid() and _is_abandoned(root):
-                _remove(root)
+        with suppress(OSError):  # somebody else has removed it
+            if root.lstat().st_uid == os.getuid():
+                found.append(root)
+    return found
+
+
+def _owner(root: Path) -> Identity | None:
+    """Return the process of this boot that made a home."""
+    try:
+        boot, pid, start = (root / OWNER).read_text().split()
+        return Identity(int(pid), int(start)) if boot == guard.boot_id() else None
+    except (OSError, ValueError):
+        return None
 
 
 def _is_abandoned(root: Path) -> bool:
+    owner = _owner(root)
+    if owner is None:
+        return _is_old(root) and abandoned(find_home(root).run)
+    return not owner.alive() and abandoned(find_home(root).run)
+
+
+def _is_old(root: Path) -> bool:
     try:
-        boot, pid, start = (root / OWNER).read_text().split()
-    except (OSError, ValueError):
         return time.time() - root.lstat().st_mtime > UNFINISHED
-    if boot == guard.boot_id() and Identity(int(pid), int(start)).alive():
+    except OSError:
         return False
-    return abandoned(find_home(root).run)
