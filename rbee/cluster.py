@@ -90,7 +90,7 @@ def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> Queen
         home=home,
         run_dir=home.run / short_name(queen_id),
         token=secrets.token_hex(24),
-        nonce=os.environ.get("RBEE_NONCE") or own_nonce(),
+        nonce=os.environ.get("RBEE_NONCE") or secrets.token_hex(8),
         owner=f"program-{os.getpid()}",
         host=host,
         port=port,
@@ -99,14 +99,6 @@ def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> Queen
         lease=lease,
         engine=engine,
     )
-
-
-_nonces: dict[int, str] = {}
-
-
-def own_nonce() -> str:
-    """Return the mark that all processes below this process's clusters start with."""
-    return _nonces.setdefault(os.getpid(), secrets.token_hex(8))
 
 
 class ClusterOptions(TypedDict, total=False):

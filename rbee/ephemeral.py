@@ -24,6 +24,14 @@ UNFINISHED = 60.0  # seconds that making one may take
 CONFIG = "[hive]\nworker_port = 0\n"
 
 
+_made: list[Path] = []
+
+
+def made() -> list[Path]:
+    """Return every home that this process, or the one that it was forked off, has made so far."""
+    return list(_made)
+
+
 @contextmanager
 def open_ephemeral_home() -> Iterator[Home]:
     """Make a home while the body runs, in the directory for temporary files.
@@ -34,6 +42,7 @@ def open_ephemeral_home() -> Iterator[Home]:
     remove_abandoned()
     with writing(Path(tempfile.gettempdir())):
         root = Path(tempfile.mkdtemp(prefix=PREFIX))
+    _made.append(root)
     try:
         pid = os.getpid()
         with writing(root):

@@ -18,7 +18,7 @@ import pytest
 if TYPE_CHECKING:
     from rbee.blocking import Client
     from rbee.cluster import AsyncCluster, ClusterOptions
-    from rbee.testing.processes import Leftover
+    from rbee.testing.processes import Identity, Leftover
     from rbee.threaded import Cluster
 
 ECHO = "echo"
@@ -192,18 +192,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _ended_leftovers() -> list[Leftover]:
     """End what is left of this process's clusters and return what it was."""
-    cluster = sys.modules.get("rbee.cluster")
-    if cluster is None:
+    ephemeral = sys.modules.get("rbee.ephemeral")
+    if ephemeral is None:
         return []
-    from rbee.ephemeral import remove_own
-    from rbee.testing.processes import LeakCheck, LeakError, Leftover
+    from rbee.testing.processes import LeakCheck, LeakError, Leftover, Tree
 
-    check = LeakCheck(nonce=cluster.own_nonce(), venv=None)
     left: list[Leftover] = []
-    try:
-        check.wait_clean_sync(GRACE)
-    except LeakError as error:
-        left += error.leftovers
-        check.kill()
-    left += [Leftover("file", str(root), "the home of a cluster") for root in remove_own()]
-    return left
+    with Tree() as tree:
+        for identity in _below({f"RBEE_HOME={home}".encode() for home in ephemeral.made()}):
+            tree.note(identity)
+        check = LeakCheck(tree=tree, venv=None)
+        try:
+            check.wait_clean_sync(GRACE)
+        except LeakError as error:
+            check.kill()
+            left += error.leftovers
+    homes = ephemeral.remove_own()
+    return [*left, *(Leftover("file", str(home), "the home of a cluster") for home in homes)]
+
+
+def _below(marks: set[bytes]) -> Iterator[Identity]:
+    """Yield the processes that started with one of these in their environment."""
+    from rbee.testing.processes import identify, read_environ, scan
+
+    for pid in scan():
+        if not marks.isdisjoint(read_environ(pid).split(b"\0")) and (found := identify(pid)):
+            yield found
