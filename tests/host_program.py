@@ -1,6 +1,6 @@
 """A program that embeds a cluster, for tests that look at it or kill it; its stdout is JSON lines.
 
-python -m tests.host_program compare|hold|fork|sync
+python -m tests.host_program compare|hold|fork|sync|forked
 """
 
 from __future__ import annotations
@@ -125,11 +125,21 @@ def sync() -> None:
         time.sleep(60)
 
 
+def forked() -> None:
+    """Leave the block in a child as well; the cluster is ours alone."""
+    with rbee.Cluster(models=[MODEL], engine="echo", lease=3) as cluster:
+        child = os.fork()
+        if not child:
+            return
+        status = os.waitpid(child, 0)[1]
+        say([status, cluster.client.infer(MODEL, "one two", max_tokens=2).text])
+
+
 if __name__ == "__main__":
     note_fork_hooks()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     mode = sys.argv[1]
-    if mode == "sync":
-        sync()
+    if mode in ("sync", "forked"):
+        {"sync": sync, "forked": forked}[mode]()
     else:
         trio.run({"compare": compare, "hold": hold, "fork": fork}[mode])

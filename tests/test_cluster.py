@@ -167,6 +167,13 @@ async def test_an_interrupted_script_leaves_nothing(leaks: LeakCheck) -> None:
         assert not Path(place).exists()
 
 
+async def test_a_forked_child_that_leaves_the_block_ends_nothing(leaks: LeakCheck) -> None:
+    async with open_program("forked") as (popen, said):
+        assert said == [0, "one two"]
+        assert await trio.to_thread.run_sync(popen.wait) == 0
+    assert leaks.find() == []
+
+
 async def until_gone(place: str, within: float) -> None:
     """Wait for the home of a cluster, and its run directory, to be removed."""
     with trio.fail_after(within):
