@@ -1,6 +1,6 @@
 """A program that embeds a cluster, for tests that look at it or kill it; its stdout is JSON lines.
 
-python -m tests.host_program compare|hold|fork|sync|forked
+python -m tests.host_program compare|hold|fork|far|sync|forked
 """
 
 from __future__ import annotations
@@ -113,6 +113,15 @@ async def fork() -> None:
         await trio.sleep_forever()
 
 
+async def far() -> None:
+    """Have a worker on another machine until killed."""
+    async with rbee.open_cluster(nodes=["linux"], engine="echo", lease=3) as cluster:
+        await cluster.load(MODEL, node="linux")
+        answer = await cluster.client.infer(MODEL, "one two", max_tokens=2)
+        say([answer.node, answer.text])
+        await trio.sleep_forever()
+
+
 def sleep_for_ever() -> None:
     while True:
         time.sleep(60)
@@ -142,4 +151,4 @@ if __name__ == "__main__":
     if mode in ("sync", "forked"):
         {"sync": sync, "forked": forked}[mode]()
     else:
-        trio.run({"compare": compare, "hold": hold, "fork": fork}[mode])
+        trio.run({"compare": compare, "hold": hold, "fork": fork, "far": far}[mode])

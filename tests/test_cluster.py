@@ -108,12 +108,14 @@ async def collect(pieces: AsyncIterator[str]) -> str:
 
 # the program around it ------------------------------------------------------------------------
 @asynccontextmanager
-async def open_program(mode: str) -> AsyncGenerator[tuple[subprocess.Popen[str], Any], None]:
+async def open_program(
+    mode: str, env: dict[str, str] | None = None
+) -> AsyncGenerator[tuple[subprocess.Popen[str], Any], None]:
     """Run `tests.host_program` and yield it with the first thing that it says."""
     argv = [sys.executable, "-m", "tests.host_program", mode]
     popen = subprocess.Popen(
         argv, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1],
-        start_new_session=True,
+        start_new_session=True, env=env,
     )  # fmt: skip
     assert popen.stdout is not None
     try:

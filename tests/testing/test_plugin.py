@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -20,6 +19,12 @@ pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.slow
 
 OTHERS = ("-p", "no:cacheprovider")
+NO_VLLM = """
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *more: name != "vllm" and find_spec(name, *more) or None
+"""
 KINDS = """
     def test_a_cluster_of_its_own(rbee_cluster):
         [worker] = rbee_cluster.client.workers()
@@ -34,13 +39,19 @@ KINDS = """
 
 
 @pytest.fixture(autouse=True)
-def apart(leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Take the suite's own settings off the suite under test, and see that it leaves nothing."""
+def homes(leaks: LeakCheck, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Take our suite's settings off the one under test, and see that it leaves nothing.
+
+    Yields the directory that its clusters' homes are in.
+    """
     for name in ("PYTEST_ADDOPTS", "RBEE_HOME", "PYTEST_XDIST_WORKER"):
         monkeypatch.delenv(name, raising=False)
-    yield
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    yield temporary
     assert leaks.find() == []
-    assert list(Path(tempfile.gettempdir()).glob("rbee-home-*")) == []
+    assert list(temporary.glob("rbee-home-*")) == []
 
 
 def run(pytester: pytest.Pytester, code: str, *arguments: str) -> pytest.RunResult:
@@ -49,6 +60,7 @@ def run(pytester: pytest.Pytester, code: str, *arguments: str) -> pytest.RunResu
 
 
 def test_a_suite_in_an_empty_folder_uses_the_fixtures(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(NO_VLLM)
     result = run(
         pytester,
         KINDS
@@ -69,20 +81,14 @@ def test_a_suite_in_an_empty_folder_uses_the_fixtures(pytester: pytest.Pytester)
 
     def test_the_environment_is_given_back():
         assert "OPENAI_BASE_URL" not in os.environ
+
+    def test_without_a_vllm_it_is_skipped_with_the_reason(rbee_vllm):
+        pass
         """,
+        "-rs",
     )
-    result.assert_outcomes(passed=5)
-
-
-def test_options_say_what_runs(pytester: pytest.Pytester) -> None:
-    code = """
-    def test_it(rbee_session_cluster):
-        assert rbee_session_cluster.models == ("echo?rate=9", "echo?rate=8")
-        assert {worker.state for worker in rbee_session_cluster.client.workers()} == {"ready"}
-    """
-    run(pytester, code, "--rbee-model", "echo?rate=9", "--rbee-model=echo?rate=8").assert_outcomes(
-        passed=1
-    )
+    result.assert_outcomes(passed=5, skipped=1)
+    result.stdout.fnmatch_lines(["*vLLM is not installed here*"])
 
 
 @pytest.mark.skipif(find_spec("pytest_asyncio") is None, reason="needs pytest-asyncio")
@@ -112,13 +118,14 @@ def test_runs_side_by_side_do_not_meet_and_tell_what_is_left(pytester: pytest.Py
     import pytest, rbee
 
     @pytest.mark.parametrize("number", range(2))
-    def test_it(rbee_session_cluster, number):
-        assert len(rbee_session_cluster.client.workers()) == 1
+    def test_an_option_says_what_runs(rbee_session_cluster, number):
+        [worker] = rbee_session_cluster.client.workers()
+        assert (worker.model, *rbee_session_cluster.models) == ("echo?rate=9", "echo?rate=9")
 
     def test_leaving_it_open():
         rbee.Cluster().start()
     """
-    result = run(pytester, code, "-n", "2")
+    result = run(pytester, code, "-n", "2", "--rbee-model", "echo?rate=9")
     result.assert_outcomes(passed=3)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.stdout.fnmatch_lines(["*left behind by clusters of rbee*", "*the home of a cluster*"])
@@ -139,16 +146,6 @@ def test_what_is_left_fails_the_run_and_is_ended(pytester: pytest.Pytester) -> N
     )
 
 
-def test_without_a_vllm_its_tests_are_skipped_with_the_reason(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        conftest="import importlib.util as u; f = u.find_spec\n"
-        "u.find_spec = lambda name, package=None: None if name == 'vllm' else f(name, package)"
-    )
-    result = run(pytester, "def test_it(rbee_vllm): pass", "-rs")
-    result.assert_outcomes(skipped=1)
-    result.stdout.fnmatch_lines(["*vLLM is not installed here*"])
-
-
 HOLD = """
     import pathlib, time
 
@@ -160,7 +157,7 @@ HOLD = """
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_nothing(
-    number: signal.Signals, pytester: pytest.Pytester, leaks: LeakCheck
+    number: signal.Signals, pytester: pytest.Pytester, leaks: LeakCheck, homes: Path
 ) -> None:
     pytester.makepyfile(HOLD)
     popen = pytester.popen(
@@ -173,7 +170,7 @@ def test_a_run_that_is_ended_leaves_nothing(
     os.kill(popen.pid, number)
     popen.wait()
     leaks.wait_clean_sync(0 if number == signal.SIGINT else 3)
-    until(lambda: not list(Path(tempfile.gettempdir()).glob("rbee-home-*")), 3)
+    until(lambda: not list(homes.glob("rbee-home-*")), 3)
 
 
 def until(is_so: object, within: float) -> None:
