@@ -27,7 +27,7 @@ from rbee.nodes.store import NodeStore
 from rbee.queen.daemon import embed
 from rbee.queen.machine import QueenSetup
 from rbee.scopes import open_service
-from rbee.wire.messages import AddNode, StartWorker, WorkerInfo
+from rbee.wire.messages import AddNode, Hello, StartWorker, WorkerInfo
 
 LEASE = 10.0
 
@@ -78,9 +78,11 @@ async def serve_queen(
     with open_ephemeral_home() if home is None else nullcontext(open_home(home)) as place:
         setup = _setup(place, host, port, lease, engine)
         setup = attrs.evolve(setup, is_ephemeral=home is None)
-        async with trio.open_nursery() as nursery:
-            hello = await nursery.start(embed, setup)
+
+        def say(hello: Hello) -> None:
             task_status.started(EmbeddedQueen(setup.id, hello.url, place.root, setup.token))
+
+        await embed(setup, say)
 
 
 def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> QueenSetup:

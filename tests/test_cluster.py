@@ -44,6 +44,15 @@ async def test_clusters_answer_in_the_callers_nursery_and_leave_nothing(leaks: L
     assert leaks.find() == []
 
 
+async def test_a_queen_alone_is_a_task_among_others() -> None:
+    async with trio.open_nursery() as nursery:
+        queen = await nursery.start(rbee.serve_queen)
+        assert (await queen.client().health()).component == "queen"
+        assert queen.home.exists()
+        nursery.cancel_scope.cancel()
+    assert not queen.home.exists()
+
+
 async def test_what_the_body_raises_comes_out_as_it_is() -> None:
     for error in (ValueError("mine"), ExceptionGroup("mine", [ValueError("in it")])):
         cause = KeyError("cause")

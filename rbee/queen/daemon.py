@@ -86,13 +86,14 @@ async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence
         await _serve_findable(setup, serving, token_file, root.say_hello)
 
 
-async def embed(
-    setup: QueenSetup, *, task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """Be a queen inside another program: one per home, findable, until cancelled."""
+async def embed(setup: QueenSetup, say: Callable[[Hello], None]) -> None:
+    """Be a queen inside another program: one per home, findable, until cancelled.
+
+    ``say`` is called once, when the next request would succeed.
+    """
     serving = partial(serve, setup, stop=_refuse_stop, ending=_program_left)
     with daemon.locked(setup.home.queen_file, "queen"), _own_run_dir(setup) as token_file:
-        await _serve_findable(setup, serving, token_file, task_status.started)
+        await _serve_findable(setup, serving, token_file, say)
 
 
 async def _serve_findable(
