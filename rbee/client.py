@@ -1,124 +1,116 @@
-"""The SDK client of a queen.
+"""The SDK client of a queen, for trio and asyncio; `rbee.blocking` has the one for neither.
 
-The reading of a job's events (`TaskEvents`) does no I/O, so that clients for other styles of
-concurrency share it; `AsyncClient` is the one for trio.
+No call but connecting has a time limit: wrap it in ``trio.fail_after`` or ``asyncio.timeout``.
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import quote
 
-from rbee.errors import OwnerGoneError, PeerError, RbeeError, from_wire
+from rbee.errors import RbeeError, from_wire
 from rbee.model import LOCALHOST
-from rbee.web.exchange import Address, Exchange, open_exchange
+from rbee.running import find_access
+from rbee.stream import (
+    KEEP_A_QUEEN,
+    OPERATOR,
+    Answer,
+    PairStream,
+    TaskEvents,
+    TaskOptions,
+    TaskStream,
+    error_of_event,
+)
+from rbee.web.exchange import Address, Exchange, open_exchange, start_exchange
+from rbee.web.transport import Connect, connect
 from rbee.wire import codec, messages, sse
+from rbee.wire.messages import Message, TaskRequest
+
+__all__ = ["KEEP_A_QUEEN", "OPERATOR", "AsyncClient", "TaskEvents", "TaskStream"]
+
+if TYPE_CHECKING:
+    from rbee.cluster import ClusterOptions
 
 NarrateAsync = Callable[[messages.Narration], Awaitable[None]]
-
-OPERATOR = "operator"
-KEEP_A_QUEEN = "rbee-keeper queen start   # a queen that does not end with somebody's command"
-
-
-class TaskEvents:
-    """Turn a job's ``(name, data)`` pairs into typed events and hold it to its one terminal event.
-
-    ``job_id`` is "" until the first event that tells it.
-    """
-
-    def __init__(self, job_id: str = "") -> None:
-        self.job_id = job_id
-        self.ended = False
-
-    def event(self, name: str, data: str) -> messages.Event | None:
-        """Return the event, or None for one to skip; raise the error that an ``error`` carries."""
-        event = sse.event_from(name, data)
-        if isinstance(event, messages.Error):
-            self.ended = True
-            raise _error_of(event)
-        if isinstance(event, messages.End):
-            self.ended = True
-        elif isinstance(event, messages.Queued | messages.Started):
-            self.job_id = self.job_id or event.job_id
-        return event
-
-    def broken_off(self) -> PeerError:
-        """Return the error for bytes that end before the job does."""
-        return PeerError("stream ended without a terminal event", code="stream_broken")
+Said = Message | Mapping[str, str]
+"""One message of a conversation, such as ``{"role": "user", "content": "Hello"}``."""
 
 
-def _error_of(event: messages.Error) -> RbeeError:
-    hint = event.hint
-    if event.code == OwnerGoneError.code and not hint:
-        hint = KEEP_A_QUEEN
-    return from_wire(event.code, event.message, hint=hint, details=event.details)
+def task_for(
+    model: str | TaskRequest,
+    prompt: str | None,
+    messages: Iterable[Said] | None,
+    options: TaskOptions,
+) -> TaskRequest:
+    """Make the request that the arguments of `AsyncClient.stream` say."""
+    if isinstance(model, TaskRequest):
+        return model
+    said = None if messages is None else tuple(map(_message, messages))
+    return TaskRequest(model, prompt, said, **options)
 
 
-class TaskStream:
-    """Iterate a job's events as they come; ends after ``end``.
-
-    Iterating raises the job's error, `PeerError` if the stream breaks off, and `OwnerGoneError`
-    if it breaks off at a queen that somebody's command owns: it has ended with that command.
-    """
-
-    def __init__(self, exchange: Exchange, owner: str = "") -> None:
-        self._exchange = exchange
-        self._owner = owner
-        self._decoder = sse.Decoder()
-        self._pairs: deque[tuple[str, str]] = deque()
-        self._events = TaskEvents(exchange.headers.get(messages.JOB_ID_HEADER, ""))
-
-    @property
-    def job_id(self) -> str:
-        return self._events.job_id
-
-    def __aiter__(self) -> TaskStream:
-        return self
-
-    async def __anext__(self) -> messages.Event:
-        while not self._events.ended:
-            event = self._events.event(*await self.next_pair())
-            if event is not None:
-                return event
-        raise StopAsyncIteration
-
-    async def next_pair(self) -> tuple[str, str]:
-        """Return the next event as it came."""
-        try:
-            while not self._pairs:
-                chunk = await self._exchange.chunk()
-                if not chunk:
-                    raise self._events.broken_off()
-                self._pairs.extend(self._decoder.feed(chunk))
-            return self._pairs.popleft()
-        except PeerError as exc:
-            if self._owner in ("", OPERATOR):
-                raise
-            raise OwnerGoneError(
-                f"the queen ended with its owner {self._owner} before the answer did ({exc})",
-                hint=KEEP_A_QUEEN,
-            ) from exc
+def _message(said: Said) -> Message:
+    return said if isinstance(said, Message) else Message(said["role"], said["content"])
 
 
 class AsyncClient:
-    """Talk to a running queen from trio.
+    """Talk to a running queen from trio or asyncio.
 
     Calls raise `RbeeError`: what the queen refused, `UnavailableError` when nobody answers,
-    `PeerError` when the connection breaks. No call but connecting has a time limit: wrap it in
-    ``trio.fail_after``.
+    `PeerError` when the connection breaks.
+
+    Args:
+        url: of the queen; None is ``RBEE_QUEEN_URL``, else the one that runs for the home.
+        token: None takes the home's or that queen's, where it is this machine's.
+        home: None is ``RBEE_HOME``, else ``~/.rbee``.
+
+    Raises:
+        UnavailableError: no ``url`` is given and no queen runs.
     """
 
-    def __init__(self, url: str, token: str = "") -> None:
-        self.url = url.rstrip("/")
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        *,
+        home: Path | str | None = None,
+        connect: Connect = connect,
+    ) -> None:
+        access = find_access(url, token, home=home)
+        self.url = access.url
+        self.token = access.token
         self._address = Address.parse(self.url)
-        self._headers = {"authorization": f"Bearer {token}"} if token else {}
+        self._headers = {"authorization": f"Bearer {access.token}"} if access.token else {}
         self._what = f"queen-rbee at {self.url}"
-        self._owner = ""
+        self._owner = access.owner
+        self._connect = connect
+
+    @classmethod
+    @asynccontextmanager
+    async def ephemeral(
+        cls, **options: Unpack[ClusterOptions]
+    ) -> AsyncGenerator[AsyncClient, None]:
+        """Own a cluster while the body runs; ``options`` are those of `rbee.open_cluster`.
+
+        Under trio its queen runs in this task's nursery, under asyncio in a thread of its own.
+        """
+        from sniffio import current_async_library
+
+        if current_async_library() == "trio":
+            from rbee.cluster import open_cluster
+
+            async with open_cluster(**options) as cluster:
+                yield cluster.client
+        else:
+            from rbee.threaded import open_beside_asyncio
+
+            async with open_beside_asyncio(options) as beside:
+                yield cls(beside.url, beside.token)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -135,19 +127,15 @@ class AsyncClient:
     async def _open(
         self, method: str, path: str, body: bytes = b"", **headers: str
     ) -> AsyncGenerator[Exchange, None]:
-        if body:
-            headers["content-type"] = "application/json"
         async with open_exchange(
-            self._address,
-            method,
-            path,
-            headers={**self._headers, **headers},
-            body=body,
-            what=self._what,
-        ) as exchange:
-            if exchange.status >= 400:
-                raise error_of(exchange.status, await exchange.body())
-            yield exchange
+            self._address, method, path, headers=self._headers_for(body, headers), body=body,
+            what=self._what, connect=self._connect,
+        ) as exchange:  # fmt: skip
+            yield await _accepted(exchange)
+
+    def _headers_for(self, body: bytes, headers: Mapping[str, str]) -> dict[str, str]:
+        media = {"content-type": "application/json"} if body else {}
+        return {**self._headers, **headers, **media}
 
     async def _call(self, method: str, path: str, kind: Any, message: Any = None) -> Any:
         sent = b"" if message is None else codec.dumps(message)
@@ -161,23 +149,67 @@ class AsyncClient:
         """Have something done that takes its time; its last event is a ``kind`` or an error."""
         accept, body = sse.CONTENT_TYPE.decode(), codec.dumps(message)
         async with self._open("POST", path, body, accept=accept) as exchange:
-            stream = TaskStream(exchange, self._owner)
+            pairs = PairStream(exchange, self._owner)
             while True:
-                name, data = await stream.next_pair()
+                name, data = await pairs.next()
                 if name == kind.__name__.lower():
                     return codec.loads(data, kind)
                 event = sse.event_from(name, data)
                 if isinstance(event, messages.Error):
-                    raise _error_of(event)
+                    raise error_of_event(event)
                 if isinstance(event, messages.Narration) and narrate:
                     await narrate(event)
 
-    @asynccontextmanager
-    async def stream(self, task: messages.TaskRequest) -> AsyncGenerator[TaskStream, None]:
-        """Start a job; leaving the block before its end cancels it."""
-        accept = sse.CONTENT_TYPE.decode()
-        async with self._open("POST", messages.TASKS, codec.dumps(task), accept=accept) as exchange:
-            yield TaskStream(exchange, self._owner)
+    def stream(
+        self,
+        model: str | TaskRequest,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Said] | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> TaskStream:
+        """Return a job's stream of events: iterate it, or use it in ``async with``.
+
+        Leaving it before its end cancels the job.
+        """
+        return self._stream(task_for(model, prompt, messages, options))
+
+    def _stream(self, task: TaskRequest) -> TaskStream:
+        body = codec.dumps(task)
+
+        async def start() -> Exchange:
+            headers = self._headers_for(body, {"accept": sse.CONTENT_TYPE.decode()})
+            exchange = await start_exchange(
+                self._address, "POST", messages.TASKS, headers=headers, body=body,
+                what=self._what, connect=self._connect,
+            )  # fmt: skip
+            try:
+                return await _accepted(exchange)
+            except BaseException:
+                exchange.abort()
+                raise
+
+        return TaskStream(start, self._owner)
+
+    async def infer(
+        self,
+        model: str | TaskRequest,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Said] | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Answer:
+        """Return the whole answer to a prompt; cancelling cancels the job."""
+        async with self.stream(model, prompt, messages=messages, **options) as events:
+            async for _ in events:
+                pass
+            return events.answer
+
+    async def chat(
+        self, model: str, messages: Iterable[Said], **options: Unpack[TaskOptions]
+    ) -> Answer:
+        """Return the next answer of a conversation; cancelling cancels the job."""
+        return await self.infer(model, messages=messages, **options)
 
     async def health(self) -> messages.Health:
         """Ask who it is; from then on a broken stream is told as what it means."""
@@ -301,6 +333,12 @@ class AsyncClient:
     async def shutdown(self) -> None:
         """Order the queen to end; it has acknowledged, not ended, when this returns."""
         await self._call("POST", messages.SHUTDOWN, None)
+
+
+async def _accepted(exchange: Exchange) -> Exchange:
+    if exchange.status >= 400:
+        raise error_of(exchange.status, await exchange.body())
+    return exchange
 
 
 def _node(name: str) -> str:

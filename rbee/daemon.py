@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import attrs
-import setproctitle
 import trio
 
 from rbee import guard
@@ -73,6 +72,8 @@ def run_daemon(title: str, main: Callable[[Root], Awaitable[None]], *, owned: bo
     Owned: the lifeline is stdin; its end, ``stop`` or a signal cancel the root. Otherwise stdin
     is not read.
     """
+    import setproctitle  # here: a program that embeds a queen keeps its own title
+
     setproctitle.setproctitle(title)
     configure_logging(title)
     root = Root()

@@ -337,6 +337,8 @@ class Plan:
     grace: seconds between TERM and KILL.
     record: directory for ``guard-<pid>.json``, the journal entry of this tree.
     remove: paths removed when nothing is left. run_file: removed if it is the command's.
+    orphaned: paths that go as well if the process ``owner`` (pid, start time) is gone by then, who
+        would have removed them.
     log: file for the guard's and the command's stderr, "" to keep what the guard has.
     parent: arm PR_SET_PDEATHSIG (TERM) towards this pid, 0 = no.
     die_with_guard: whether the command, whatever it is, has PR_SET_PDEATHSIG (KILL) towards its
@@ -356,6 +358,8 @@ class Plan:
         self.grace = float(given.get("grace", 5))
         self.record: str = given.get("record", "")
         self.remove: list[str] = list(given.get("remove", ()))
+        self.orphaned: list[str] = list(given.get("orphaned", ()))
+        self.owner, self.owner_start = map(int, given.get("owner", (0, 0)))
         self.run_file: str = given.get("run_file", "")
         self.log: str = given.get("log", "")
         self.parent = int(given.get("parent", 0))
@@ -539,6 +543,9 @@ class Guard:
             _unlink(path)
         for path in self.plan.remove:
             remove_tree(path)
+        if self.plan.orphaned and start_time(self.plan.owner) != self.plan.owner_start:
+            for path in self.plan.orphaned:
+                remove_tree(path)
         if self.plan.run_file:
             remove_run_file(self.plan.run_file, self.child)
         if self.record_path:

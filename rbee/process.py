@@ -155,6 +155,7 @@ async def open_guarded(
     die_with_us: bool = False,
     piped: bool = False,
     hold_interrupt: bool = False,
+    orphaned: Sequence[Path] = (),
 ) -> AsyncGenerator[tuple[Process, IO[bytes] | None], None]:
     """Run ``argv`` below one guard per grace (outermost first) while the body runs.
 
@@ -167,6 +168,7 @@ async def open_guarded(
         die_with_us: the guard also ends when the thread that called us ends, and the command, by
             the kernel, when its guard ends.
         hold_interrupt: whether the command is a program of ours, which takes SIGINT when it can.
+        orphaned: what of ours its guards are to remove at the end if we are gone by then.
         piped: yield the command's output; otherwise it goes to the log as well.
 
     Yields the outermost guard's process and, if asked for, the command's output.
@@ -175,7 +177,7 @@ async def open_guarded(
     line = guard_lines(
         argv, first=first, graces=graces, log_file=log_file, run_dir=run_dir, lease=lease,
         run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
-        hold_interrupt=hold_interrupt, die_with_guard=die_with_us,
+        hold_interrupt=hold_interrupt, die_with_guard=die_with_us, orphaned=orphaned,
     )  # fmt: skip
     with writing(log_file.parent), log_file.open("ab") as stderr:
         popen = _popen_guard(subprocess.PIPE if piped else stderr, stderr, environment)
@@ -255,6 +257,7 @@ def guard_lines(
     hold_interrupt: bool = False,
     die_with_guard: bool = False,
     clock: str = "monotonic",
+    orphaned: Sequence[Path] = (),
     guard_argv: Sequence[str] = GUARD,
 ) -> str:
     """Nest one plan per guard, the innermost around the command itself; return the first line."""
@@ -279,6 +282,12 @@ def guard_lines(
         }
         if run_dir is not None:
             plan |= {"record": str(run_dir), "remove": [str(run_dir)]}
+        if orphaned:
+            owner = os.getpid()
+            plan |= {
+                "owner": [owner, guard.start_time(owner)],
+                "orphaned": list(map(str, orphaned)),
+            }
         if run_file is not None and innermost:
             plan["run_file"] = str(run_file)
         command, line = list(guard_argv), f"start {json.dumps(plan)}"
@@ -295,6 +304,7 @@ async def open_daemon(
     env: Mapping[str, str] | None = None,
     run_file: Path | None = None,
     adopt_grace: float = 0.0,
+    orphaned: Sequence[Path] = (),
 ) -> AsyncGenerator[Daemon, None]:
     """Own a queen or a hive while the body runs; it has said hello before the body starts.
 
@@ -308,7 +318,7 @@ async def open_daemon(
     async with open_guarded(
         argv, first=f"start {codec.dumps(start).decode()}", graces=graces, log_file=log_file,
         run_dir=run_dir, lease=start.lease, env=env, run_file=run_file, adopt_grace=adopt_grace,
-        piped=True, hold_interrupt=True,
+        piped=True, hold_interrupt=True, orphaned=orphaned,
     ) as (process, output):  # fmt: skip
         assert output is not None
         hello = await _read_hello(process, output, log_file)

@@ -54,6 +54,9 @@ def run_daemon(
     owned:
         End with the owner, whose lifeline is stdin.
     """
+    from rbee.lean import skip_httpx_command
+
+    skip_httpx_command()
     from rbee import daemon
     from rbee.hive.daemon import run
     from rbee.hive.workers import HiveSetup

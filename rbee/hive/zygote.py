@@ -31,6 +31,7 @@ from typing import Any
 import setproctitle
 
 from rbee import guard
+from rbee.lean import skip_httpx_command
 from rbee.worker.engine import engine_kind
 
 log = logging.getLogger("rbee.hive.zygote")
@@ -272,6 +273,7 @@ def main() -> int:
     guard.release_interrupt()
     sock = socket.socket(fileno=fd)
     sock.set_inheritable(False)
+    skip_httpx_command()
     began = time.monotonic()
     engine_kind(engine).preload()
     gc.collect()

@@ -23,14 +23,13 @@ from rbee.keeper.output import note, print_data, print_json
 from rbee.keeper.queen import (
     COMMAND,
     QueenAccess,
-    find_run_file,
     open_running_queen,
-    queen_token,
     wait_unlocked,
 )
 from rbee.model import LOCALHOST, Grace
 from rbee.models.access import TOKENLESS
 from rbee.process import own_environment
+from rbee.running import find_run_file, queen_token
 from rbee.sweep import sweep
 from rbee.wire.messages import RunFile
 

@@ -9,10 +9,8 @@ import shlex
 import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import attrs
 import trio
@@ -28,9 +26,9 @@ from rbee.errors import (
     UnavailableError,
     leaves,
 )
-from rbee.home import Home, read_token_file, short_name, writing
+from rbee.home import Home, short_name, writing
 from rbee.model import Grace, new_id
-from rbee.paths import full_path
+from rbee.running import find_run_file, queen_token
 from rbee.wire.messages import DaemonStart, Health, RunFile
 
 if TYPE_CHECKING:
@@ -101,41 +99,6 @@ async def open_running_queen(
         if not any_version:
             _check(health, home if not url else None, where)
         yield QueenAccess(client, where, owned=False, health=health)
-
-
-def find_run_file(home: Home) -> RunFile | None:
-    """Return what the home's queen wrote about itself if it is alive, without asking it."""
-    if not home.queen_file.exists():
-        return None
-    from rbee.daemon import read_run_file
-
-    return read_run_file(home.queen_file)
-
-
-def queen_token(home: Home, record: RunFile | None, url: str, token_file: str = "") -> str:
-    """Return the token for the queen at ``url``; "" if there is none to send.
-
-    Without ``token_file`` only a queen on this machine, or the home's own, gets the home's.
-    """
-    if token_file:
-        return read_token_file(full_path(token_file))
-    ours = record is not None and record.url == url
-    if not ours and not is_loopback(url):
-        return ""  # the home's token opens the home's queen; it is nobody else's to see
-    path = Path(record.token_file) if record and ours else home.token_file
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def is_loopback(url: str) -> bool:
-    """Tell whether what is sent to ``url`` stays on this machine."""
-    try:
-        host = urlsplit(url).hostname or ""
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # another name, or no address at all
-        return False
 
 
 async def _health(client: AsyncClient, record: RunFile | None) -> Health | None:

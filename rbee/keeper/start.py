@@ -9,9 +9,9 @@ from typing import Any
 from rbee.errors import BadInputError
 from rbee.hints import infer
 from rbee.keeper.flags import QueenFlags, StartFlags
-from rbee.keeper.queen import is_loopback
 from rbee.model import DEFAULT_ENGINE, node_name
 from rbee.models.access import read_access
+from rbee.running import is_loopback
 from rbee.units import seconds, size
 
 _ENGINE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")

@@ -52,6 +52,9 @@ def run_daemon(
     owned:
         End with the owner, whose lifeline is stdin.
     """
+    from rbee.lean import skip_httpx_command
+
+    skip_httpx_command()
     from rbee import daemon
     from rbee.config import load_config
     from rbee.home import choose_token, open_home, short_name

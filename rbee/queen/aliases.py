@@ -55,31 +55,42 @@ def _with_system(request: TaskRequest, system: str | None) -> TaskRequest:
 
 
 class Aliases:
-    """The aliases of one home, read again when the file has changed."""
+    """The aliases of one home, read again when the file has changed.
 
-    def __init__(self, file: Path) -> None:
+    ``engine``: of requests that say none and whose alias has none; "" leaves it open.
+    """
+
+    def __init__(self, file: Path, engine: str = "") -> None:
         self._file = file
+        self._engine = engine
         self._config = Config()
         self._seen: tuple[int, ...] | None = None
         self._meanings: dict[str, frozenset[str]] = {}
 
     def fill(self, request: TaskRequest) -> TaskRequest:
-        """Apply the defaults of the alias that a request names.
+        """Apply the defaults of the alias that a request names, then the engine.
 
         Raises:
             ConfigError: the file is wrong.
         """
         defaults = self._read().defaults.get(request.model)
-        return request if defaults is None else with_defaults(request, defaults)
+        filled = request if defaults is None else with_defaults(request, defaults)
+        return self._with_engine(filled)
 
     def fill_start(self, request: StartWorker) -> StartWorker:
-        """Apply the start options of the alias that a request names.
+        """Apply the start options of the alias that a request names, then the engine.
 
         Raises:
             ConfigError: the file is wrong.
         """
         defaults = self._read().defaults.get(request.model)
-        return request if defaults is None else with_start_defaults(request, defaults)
+        filled = request if defaults is None else with_start_defaults(request, defaults)
+        return self._with_engine(filled)
+
+    def _with_engine(self, request: Request) -> Request:
+        if request.engine or not self._engine:
+            return request
+        return attrs.evolve(request, engine=self._engine)
 
     def spell_out(self, request: Provided) -> Provided:
         """Say what the model's name stands for here: elsewhere the config may say another thing.

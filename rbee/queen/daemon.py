@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from rbee import __version__, daemon
-from rbee.errors import OwnerGoneError, RbeeError, UnavailableError
+from rbee.errors import ConflictError, OwnerGoneError, RbeeError, UnavailableError
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
@@ -66,7 +66,7 @@ async def serve(
     machines = Machines(setup)
     hives = Hives(setup, machines)
     hives.url = url_of(listener)
-    aliases = Aliases(setup.home.config_file)
+    aliases = Aliases(setup.home.config_file, setup.engine)
     attempts = Attempts(hives.get)
     views = Views(setup.home, hives, attempts, machines.store, machines.fenced_for)
     needed = counting(setup.home, aliases.meanings)
@@ -98,17 +98,36 @@ async def serve(
 
 async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence[str] = ()) -> None:
     """Be a queen daemon: one per home, findable, until the root is cancelled."""
+    ending = partial(_ending, root)
+    serving = partial(serve, setup, stop=root.stop, ending=ending, allowed_origins=allowed_origins)
     with daemon.locked(setup.home.queen_file, "queen"), _run_dir(setup, root) as token_file:
-        async with trio.open_nursery() as nursery:
-            ending = partial(_ending, root)
-            serving = partial(serve, stop=root.stop, ending=ending, allowed_origins=allowed_origins)
-            hello = await nursery.start(partial(serving, setup))
-            daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
-            root.say_hello(hello)
-            try:
-                await trio.sleep_forever()
-            finally:
-                setup.home.queen_file.unlink(missing_ok=True)
+        await _serve_findable(setup, serving, token_file, root.say_hello)
+
+
+async def embed(setup: QueenSetup, say: Callable[[Hello], None]) -> None:
+    """Be a queen inside another program: one per home, findable, until cancelled.
+
+    ``say`` is called once, when the next request would succeed.
+    """
+    serving = partial(serve, setup, stop=_refuse_stop, ending=_program_left)
+    with daemon.locked(setup.home.queen_file, "queen"), _own_run_dir(setup) as token_file:
+        await _serve_findable(setup, serving, token_file, say)
+
+
+async def _serve_findable(
+    setup: QueenSetup,
+    serving: Callable[..., Awaitable[None]],
+    token_file: Path,
+    say: Callable[[Hello], None],
+) -> None:
+    async with trio.open_nursery() as nursery:
+        hello = await nursery.start(serving)
+        daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
+        say(hello)
+        try:
+            await trio.sleep_forever()
+        finally:
+            setup.home.queen_file.unlink(missing_ok=True)
 
 
 def _ending(root: daemon.Root) -> RbeeError:
@@ -119,6 +138,21 @@ def _ending(root: daemon.Root) -> RbeeError:
             hint="rbee-keeper queen start",
         )
     return stopping()
+
+
+def _program_left() -> RbeeError:
+    return OwnerGoneError(
+        f"the queen ended with the cluster of the program that owned it (pid {os.getpid()})",
+        hint="rbee-keeper queen start",
+    )
+
+
+def _refuse_stop(why: str) -> None:
+    raise ConflictError(
+        f"the queen is part of a program (pid {os.getpid()}): it ends when that leaves its cluster",
+        code="not_owned",
+        hint=f"ps -p {os.getpid()}",
+    )
 
 
 @contextmanager
@@ -132,5 +166,17 @@ def _run_dir(setup: QueenSetup, root: daemon.Root) -> Iterator[Path]:
     claim(setup.run_dir)
     try:
         yield setup.token_file or setup.home.token_file
+    finally:
+        retire(setup.run_dir)
+
+
+@contextmanager
+def _own_run_dir(setup: QueenSetup) -> Iterator[Path]:
+    """Make our directory and the token in it; both go with us."""
+    claim(setup.run_dir)
+    try:
+        token_file = setup.run_dir / "token"
+        write_atomic(token_file, setup.token)
+        yield token_file
     finally:
         retire(setup.run_dir)

@@ -29,6 +29,8 @@ class QueenSetup:
     Attributes:
         token_file: where an operator's queen has ``token`` from; None for an owned one.
         lease: seconds that its hives and their guards allow it.
+        engine: of requests that leave it open; "" is the default one.
+        is_ephemeral: whether its home goes with it.
     """
 
     id: str
@@ -43,6 +45,8 @@ class QueenSetup:
     exact_port: bool = False
     hive_port: int = 9200
     lease: float = 10.0
+    engine: str = ""
+    is_ephemeral: bool = False
     grace: Grace = attrs.field(factory=Grace)
 
 
@@ -131,6 +135,7 @@ class LocalMachine:
             log_file=setup.home.log_file(f"hive-{LOCALHOST}"),
             env=own_environment(setup.home.root, setup.nonce),
             adopt_grace=setup.grace.worker_guard + 1,
+            orphaned=(setup.home.root, setup.home.run) if setup.is_ephemeral else (),
         ) as daemon:  # fmt: skip
             yield _LocalHive(daemon)
 

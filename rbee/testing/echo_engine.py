@@ -26,6 +26,7 @@ from rbee.errors import BadInputError, ChildExitedError, MachineError, PeerError
 from rbee.guard import close_all_but, die_with_parent
 from rbee.hints import infer
 from rbee.model import WorkerSpec
+from rbee.testing.echo_api import EchoApi
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.limits import answer_budget
@@ -192,9 +193,12 @@ class EchoGeneration:
 
 
 class EchoEngine:
-    app: ASGIApp | None = None
+    app: ASGIApp | None
 
-    def __init__(self, options: EchoOptions, process: EngineProcess) -> None:
+    def __init__(
+        self, options: EchoOptions, process: EngineProcess, names: tuple[str, ...] = ()
+    ) -> None:
+        self.app = EchoApi(self, names)
         self.options = options
         self.context = options.context
         self.process = process
@@ -272,7 +276,7 @@ class EchoEngineKind:
             await _load(process, options.load, progress)
             if options.fail == "load":
                 raise MachineError("the echo engine was told to fail while loading")
-            yield EchoEngine(options, process)
+            yield EchoEngine(options, process, (spec.model, *spec.served_names))
         finally:
             with suppress(ProcessLookupError):
                 process.close()

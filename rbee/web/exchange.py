@@ -6,7 +6,6 @@ needs for its first token. Heads are parsed by httptools.
 
 from __future__ import annotations
 
-import ssl
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -14,11 +13,10 @@ from urllib.parse import urlsplit
 
 import attrs
 import httptools
-import trio
 
 from rbee.errors import BadInputError, PeerError, UnavailableError
+from rbee.web.transport import CONNECT, Connect, Transport, connect
 
-CONNECT = 5.0
 BROKEN = "stream_broken"  # the one we talk to went away in the middle
 MAX_HEAD = 1 << 16
 
@@ -53,8 +51,8 @@ class Address:
 class Exchange:
     """The answer to one request: its head, then its body as it comes."""
 
-    def __init__(self, stream: trio.abc.Stream, what: str) -> None:
-        self._stream = stream
+    def __init__(self, transport: Transport, what: str) -> None:
+        self._transport = transport
         self._what = what
         self._parser = httptools.HttpResponseParser(self)
         self._chunks: deque[bytes] = deque()
@@ -63,6 +61,15 @@ class Exchange:
         self._head_size = 0
         self.status = 0
         self.headers: dict[str, str] = {}
+
+    async def send(self, data: bytes) -> None:
+        """Send the request; whoever does not take it all may have refused early, and said why."""
+        with suppress(OSError):
+            await self._transport.send(data)
+
+    def abort(self) -> None:
+        """Close the connection at once; safe to call again."""
+        self._transport.abort()
 
     async def read_head(self) -> None:
         while not self._has_head:
@@ -90,9 +97,9 @@ class Exchange:
 
     async def _receive(self) -> bool:
         try:
-            data = await self._stream.receive_some(65536)
+            data = await self._transport.receive()
             self._parser.feed_data(data)
-        except (trio.BrokenResourceError, OSError) as exc:
+        except OSError as exc:
             raise PeerError(f"{self._what} broke the connection", code=BROKEN) from exc
         except httptools.HttpParserError as exc:
             raise PeerError(f"{self._what} does not speak HTTP: {exc}") from exc
@@ -125,6 +132,7 @@ async def open_exchange(
     headers: Mapping[str, str],
     body: bytes = b"",
     what: str,
+    connect: Connect = connect,
 ) -> AsyncGenerator[Exchange, None]:
     """Send a request; the body runs once the answer's head is there, and closes with it.
 
@@ -132,41 +140,46 @@ async def open_exchange(
         UnavailableError: nobody answers at the address within 5 s.
         PeerError: whoever answers breaks off or does not speak HTTP.
     """
-    stream = await _connect(address, what)
+    exchange = await start_exchange(
+        address, method, path, headers=headers, body=body, what=what, connect=connect
+    )
     try:
-        exchange = Exchange(stream, what)
-        with suppress(trio.BrokenResourceError):  # it may have refused early, and said why
-            await stream.send_all(_head(address, method, path, headers, len(body)) + body)
-        await exchange.read_head()
         yield exchange
     finally:
-        await trio.aclose_forcefully(stream)
+        exchange.abort()
 
 
-async def _connect(address: Address, what: str) -> trio.abc.Stream:
+async def start_exchange(
+    address: Address,
+    method: str,
+    path: str,
+    *,
+    headers: Mapping[str, str],
+    body: bytes = b"",
+    what: str,
+    connect: Connect = connect,
+) -> Exchange:
+    """Do as `open_exchange`; the caller aborts what it returns."""
+    head = _head(address, method, path, headers, len(body))
+    exchange = Exchange(await _connected(address, what, connect), what)
     try:
-        with trio.fail_after(CONNECT):
-            tcp = await trio.open_tcp_stream(address.host, address.port)
-            if not address.tls:
-                return tcp
-            context = ssl.create_default_context()
-            return await _open_tls(tcp, context, address.host)
-    except trio.TooSlowError as exc:
+        await exchange.send(head + body)
+        await exchange.read_head()
+    except BaseException:
+        exchange.abort()
+        raise
+    return exchange
+
+
+async def _connected(address: Address, what: str, connect: Connect) -> Transport:
+    try:
+        return await connect(address.host, address.port, address.tls)
+    except TimeoutError as exc:
         raise UnavailableError(
             f"{what} did not answer within {CONNECT:.0f} s", code="unreachable"
         ) from exc
-    except (OSError, trio.BrokenResourceError) as exc:
+    except OSError as exc:
         raise UnavailableError(f"{what} does not answer: {exc}", code="unreachable") from exc
-
-
-async def _open_tls(tcp: trio.SocketStream, context: ssl.SSLContext, host: str) -> trio.abc.Stream:
-    stream = trio.SSLStream(tcp, context, server_hostname=host, https_compatible=True)
-    try:
-        await stream.do_handshake()
-    except BaseException:
-        await trio.aclose_forcefully(tcp)
-        raise
-    return stream
 
 
 def _head(address: Address, method: str, path: str, headers: Mapping[str, str], size: int) -> bytes:

@@ -14,7 +14,7 @@ from rbee.home import Home
 from rbee.keeper import operator
 from rbee.keeper.flags import DataFlags, ListenFlags
 from rbee.keeper.operator import start_queen, stop_queen
-from rbee.keeper.queen import find_run_file
+from rbee.running import find_run_file
 from rbee.testing.processes import LeakCheck
 from tests.keeper.fake_queen import FakeQueen, note, open_fake
 

@@ -26,12 +26,11 @@ from rbee.home import Home, write_atomic
 from rbee.keeper import queen as keeper_queen
 from rbee.keeper.queen import (
     QueenAccess,
-    find_run_file,
     open_queen,
     open_running_queen,
-    queen_token,
 )
 from rbee.keeper.root import first_error
+from rbee.running import find_run_file, queen_token
 from rbee.testing.processes import LeakCheck
 from tests.keeper.fake_queen import TOKEN, FakeQueen, note, open_fake
 from tests.trees import holders

@@ -91,6 +91,15 @@ def test_the_file_is_read_again_when_it_has_changed(home: Home) -> None:
     assert aliases.fill(REQUEST) is REQUEST
 
 
+def test_a_queen_may_have_an_engine_for_what_says_none(home: Home) -> None:
+    home.config_file.write_text("[aliases.bee]\nsource = 'pypi:a'\nengine = 'vllm'\n")
+    aliases = Aliases(home.config_file, "echo")
+    assert aliases.fill(REQUEST).engine == "vllm"
+    assert aliases.fill(TaskRequest("any")).engine == "echo"
+    assert aliases.fill_start(StartWorker("any")).engine == "echo"
+    assert aliases.fill_start(StartWorker("any", engine="vllm")).engine == "vllm"
+
+
 def test_a_request_costs_one_stat(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     home.config_file.write_text("[aliases.bee]\nsource = 'tinyllama'\nseed = 1\n")
     aliases = Aliases(home.config_file)

@@ -194,4 +194,4 @@ async def test_a_job_whose_body_comes_after_the_stop_is_refused_before_it_began(
 
 async def test_what_neither_we_nor_the_engine_serve_is_not_found(open_worker):
     async with open_worker() as worker:
-        assert (await worker.client.get("/v1/models")).status_code == 404
+        assert (await worker.client.get("/v1/files")).status_code == 404
