@@ -15,9 +15,10 @@ import trio
 
 from rbee.errors import PeerError, UnavailableError
 from rbee.web.body import Body, body_of_answer
-from rbee.web.exchange import BROKEN, CONNECT, Address
+from rbee.web.exchange import BROKEN, Address
 from rbee.web.head import MAX_HEAD, AnswerHead, Headers, encode_request, parse_answer
 from rbee.web.poller import HUNG_UP, IN, Poller
+from rbee.web.transport import CONNECT
 
 IDLE = 30.0  # seconds after which a connection is not used again
 KEPT = 256  # idle connections to one worker
