@@ -213,7 +213,10 @@ class Stock:
 
 def shim(directory: Path) -> dict[str, str]:
     """Let vLLM start beside a torchvision that cannot be imported, as rbee's worker does."""
-    check = f"import importlib\nfor name in {BROKEN}: importlib.import_module(name)"
+    check = (
+        f"import importlib.util\nfor name in {BROKEN}:\n"
+        "    if importlib.util.find_spec(name): importlib.import_module(name)"
+    )
     if subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0:
         return {}
     text = f"import sys\nsys.modules.update(dict.fromkeys({BROKEN}))\n"
