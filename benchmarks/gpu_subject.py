@@ -59,7 +59,6 @@ class Subject:
 
     def stock_options(self, graphs: bool) -> list[str]:
         options = [f"--kv-cache-memory-bytes={self.kv}", f"--max-num-seqs={SEQUENCES}"]
-        options += ["--max-model-len=auto"]
         return options if graphs else [*options, "--enforce-eager"]
 
 
