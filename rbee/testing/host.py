@@ -283,8 +283,8 @@ def _found_on(
 def _is_sshd(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
-    except OSError:
-        return False
+    except OSError:  # it has just ended: nothing that is left
+        return True
 
 
 def _run(argv: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rbee.aio import Aio, open_aio
 from rbee.home import find_home
 from tests.ssh.sshd import SSHD, Sshd, open_sshd
+from tests.trees import wait_for
 
 
 @pytest.fixture(scope="package")  # other packages take a running sshd for a leak
@@ -32,5 +33,7 @@ def node_home(tmp_path: Path) -> Iterator[str]:
     """Name a home on the node; nothing is left in its run directory."""
     home = tmp_path / "node home"
     yield str(home)
+    run = find_home(home, {}).run
+    wait_for(lambda: not run.is_dir() or not any(run.iterdir()))
     with suppress(FileNotFoundError):
-        find_home(home, {}).run.rmdir()
+        run.rmdir()
