@@ -30,17 +30,21 @@ class App:
 
     async def live(self, receive: Any, send: Any) -> None:
         await receive()  # lifespan.startup
-        async with rbee.open_cluster(models=[self.model], engine=self.engine) as cluster:
-            self.client = cluster.client
-            await send({"type": "lifespan.startup.complete"})
-            await receive()  # lifespan.shutdown
+        try:
+            async with rbee.open_cluster(models=[self.model], engine=self.engine) as cluster:
+                self.client = cluster.client
+                await send({"type": "lifespan.startup.complete"})
+                await receive()  # lifespan.shutdown
+        except rbee.RbeeError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
         await send({"type": "lifespan.shutdown.complete"})
 
     async def answer(self, receive: Any, send: Any) -> None:
         message = await receive()
         headers = [(b"content-type", b"text/plain; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        prompt = message["body"].decode() or "Hello"
+        prompt = message.get("body", b"").decode() or "Hello"
         async for text in self.client.stream(self.model, prompt, max_tokens=64).text():
             await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"\n"})

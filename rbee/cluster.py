@@ -22,7 +22,7 @@ from rbee.client import AsyncClient
 from rbee.ephemeral import open_ephemeral_home
 from rbee.errors import leaves
 from rbee.home import Home, find_home, open_home, short_name
-from rbee.model import DEFAULT_ENGINE, LOCALHOST, new_id
+from rbee.model import DEFAULT_ENGINE, LOCALHOST, PROGRAM, new_id
 from rbee.nodes.store import NodeStore
 from rbee.queen.daemon import embed
 from rbee.queen.machine import QueenSetup
@@ -93,7 +93,7 @@ def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> Queen
         run_dir=home.run / short_name(queen_id),
         token=secrets.token_hex(24),
         nonce=os.environ.get("RBEE_NONCE") or secrets.token_hex(8),
-        owner=f"program-{os.getpid()}",
+        owner=f"{PROGRAM}{os.getpid()}",
         host=host,
         port=port,
         exact_port=True,

@@ -236,6 +236,7 @@ def locked(run_file: Path, what: str) -> Iterator[None]:
             raise _runs_already(run_file, what) from exc
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked off holds the same open file
         os.close(fd)
 
 

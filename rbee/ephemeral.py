@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rbee import guard
 from rbee.home import Home, find_home, open_home, writing
-from rbee.sweep import Identity, abandoned
+from rbee.sweep import Identity, Journal, abandoned
 
 PREFIX = "rbee-home-"
 OWNER = "owner"
@@ -63,7 +64,14 @@ def _share_models(root: Path) -> None:
 
 
 def _remove(root: Path) -> None:
-    shutil.rmtree(find_home(root).run, ignore_errors=True)
+    """Remove a home; one whose journal names what lives stays, for who looks next."""
+    run = find_home(root).run
+    journal = Journal(run)
+    for one in journal.living():
+        one.signal(signal.SIGKILL)
+    if journal.living() | journal.hidden():
+        return
+    shutil.rmtree(run, ignore_errors=True)
     shutil.rmtree(root, ignore_errors=True)
 
 
@@ -74,9 +82,10 @@ def remove_abandoned() -> None:
             _remove(root)
 
 
-def remove_own() -> list[Path]:
-    """Remove the homes that this process has made and not removed; return where they were."""
-    own = [root for root in _homes() if (owner := _owner(root)) and owner.pid == os.getpid()]
+def remove_own(among: Collection[Path]) -> list[Path]:
+    """Remove those of these homes that this process has made; return which were left."""
+    left = [root for root in _homes() if root in among]
+    own = [root for root in left if (owner := _owner(root)) and owner.pid == os.getpid()]
     for root in own:
         _remove(root)
     return own

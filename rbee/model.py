@@ -16,6 +16,7 @@ WorkerId = NewType("WorkerId", str)
 JobId = NewType("JobId", str)
 NodeName = NewType("NodeName", str)
 
+PROGRAM = "program-"  # how the owner of a queen begins that is part of a program
 LOCALHOST = NodeName("localhost")
 DEFAULT_ENGINE = "vllm"
 KEEP_ALIVE = 300.0  # seconds that a worker stays without work, where nobody says otherwise

@@ -10,7 +10,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -167,9 +167,26 @@ class _Run:
 async def open_beside_asyncio(options: ClusterOptions) -> AsyncGenerator[Cluster, None]:
     """Own a cluster while the body, which runs in asyncio, does."""
     cluster = Cluster(**options)
+    loop = asyncio.get_running_loop()
+    # Not the loop's own threads: those may all wait for this cluster. `start` may hold one.
+    threads = ThreadPoolExecutor(2, "rbee-cluster")
     try:
-        await asyncio.to_thread(cluster.start)
+        await loop.run_in_executor(threads, cluster.start)
         yield cluster
     finally:
-        # Bounded by the budgets of the cascade; a cancelled task must not leave before its end.
-        await asyncio.shield(asyncio.to_thread(cluster.close))
+        closing = loop.run_in_executor(threads, cluster.close)
+        threads.shutdown(wait=False)
+        await _until_done(closing)
+
+
+async def _until_done(closing: asyncio.Future[None]) -> None:
+    """Wait for the end, which the budgets bound: a cancelled task must not leave before it."""
+    cancelled: asyncio.CancelledError | None = None
+    while not closing.done():
+        try:
+            await asyncio.wait([closing])
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    closing.result()
+    if cancelled is not None:
+        raise cancelled

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 
 import attrs
 import trio
@@ -43,17 +45,19 @@ class Cards:
     before: tuple[Usage, ...] = ()
     began: float = 0.0
     processes: dict[int, int] = attrs.field(factory=dict)
+    _looking: trio.CapacityLimiter = attrs.field(factory=partial(trio.CapacityLimiter, 1))
 
     async def begin(self) -> None:
         """Note what is in use before the worker starts."""
         self.began = trio.current_time()
-        self.before = tuple(await _in_thread(self.look, self.device))
+        self.before = tuple(await self._seen())
 
     def note_tree(self, pid: int) -> None:
         """Note a process of the worker's and all below it, while they live."""
         if self.before and pid:
             root = {pid: guard.start_time(pid)}
-            self.processes |= root | guard.descendants(root)
+            with suppress(OSError):  # no descriptors: those noted so far have to do
+                self.processes |= root | guard.descendants(root)
 
     async def check_back(self, taken_since: Callable[[], int], within: float = BACK) -> None:
         """Return once the memory is back.
@@ -73,21 +77,22 @@ class Cards:
             return
         raise error
 
+    async def _seen(self) -> Sequence[Usage]:
+        """Look at the cards; a driver that hangs holds one thread, and not the end."""
+        return await trio.to_thread.run_sync(
+            self.look, self.device, abandon_on_cancel=True, limiter=self._looking
+        )
+
     async def _missing(self, taken_since: Callable[[], int]) -> MachineError | None:
         if not self.before:
             return None
-        now = await _in_thread(self.look, self.device)
+        now = await self._seen()
         if len(now) != len(self.before):
             return _unseen(f"NVML does not tell about device {self.device} any more")
         for before, after in zip(self.before, now, strict=True):
             if (error := verdict(before, after, self.processes, taken_since())) is not None:
                 return error
         return None
-
-
-async def _in_thread(look: Look, device: str) -> Sequence[Usage]:
-    """Look at the cards; a driver that hangs must not hold up the end."""
-    return await trio.to_thread.run_sync(look, device, abandon_on_cancel=True)
 
 
 def verdict(

@@ -38,7 +38,7 @@ from rbee.models.footprint import MemoryPlan
 from rbee.models.hold import take_into_use
 from rbee.models.reference import shown
 from rbee.process import Process
-from rbee.remains import LEFT, as_left
+from rbee.remains import LEFT, UNVERIFIED, as_left
 from rbee.scopes import TaskOwner
 from rbee.sweep import sweep
 from rbee.web.client import PROBE
@@ -314,6 +314,10 @@ class Workers(TaskOwner):
                 await worker.cards.check_back(partial(self._taken_since, worker))
         except MachineError as exc:
             return exc
+        except OSError as exc:  # no descriptors
+            return MachineError(
+                f"whether {worker.id} has ended cannot be seen: {exc}", code=UNVERIFIED
+            )
         return None
 
     def _taken_since(self, worker: Worker) -> int:
@@ -416,10 +420,12 @@ class Workers(TaskOwner):
         worker = self.get(message.worker_id)
         if worker.scope.cancel_called:
             raise ConflictError(f"worker {worker.id} is being stopped", code="stopping")
+        pid = worker.info.pid
+        if not worker.became_ready.is_set():  # it may call again if we were slow to answer
+            pid = next(iter(children(pid)), 0)  # so far it was the guard's
         worker.became_ready.set()
         if worker.cards is not None:
             worker.cards.note_tree(worker.info.pid)
-        pid = next(iter(children(worker.info.pid)), 0)  # so far it was the guard's
         worker.seen_at = worker.ready_at = trio.current_time()
         state = WorkerState.READY.value
         self._change(worker, state=state, url=message.url, pid=pid, progress="", share=None)

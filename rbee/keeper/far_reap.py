@@ -21,6 +21,8 @@ from rbee.ssh import Completed, SshError, open_connection, run
 
 LIMIT = 60.0  # seconds; each run directory takes two at most
 TAIL = 300
+# What a row has, whatever a node of another version tells.
+EMPTY = dict.fromkeys(("kind", "pid", "name", "state", "memory", "path", "outcome"))
 
 
 async def reap_far(flags: ReapFlags, name: str) -> tuple[list[dict[str, Any]], Sequence[RbeeError]]:
@@ -49,8 +51,8 @@ async def reap_far(flags: ReapFlags, name: str) -> tuple[list[dict[str, Any]], S
 def _read(node: Node, done: Completed) -> tuple[list[dict[str, Any]], Sequence[RbeeError]]:
     why, _, hint = done.stderr.strip().removeprefix("error: ").partition("\n  hint: ")
     try:
-        rows = [{**row, "node": node.name} for row in json.loads(done.stdout)]
-    except (ValueError, TypeError):
+        rows = [{**EMPTY, **row, "node": node.name} for row in json.loads(done.stdout)]
+    except (ValueError, TypeError, RecursionError):
         raise SshError(
             f"node {node.name} cannot reap: {why[-TAIL:] or 'it did not say why'}",
             hint=f"rbee-keeper node install {node.name}",

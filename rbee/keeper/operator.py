@@ -26,7 +26,7 @@ from rbee.keeper.queen import (
     open_running_queen,
     wait_unlocked,
 )
-from rbee.model import LOCALHOST, Grace
+from rbee.model import LOCALHOST, PROGRAM, Grace
 from rbee.models.access import TOKENLESS
 from rbee.process import own_environment
 from rbee.running import find_run_file, queen_token
@@ -129,6 +129,7 @@ async def stop_queen(home: Home) -> float | None:
     """End the home's queen and all below it; return the seconds it took, None if none ran.
 
     Raises:
+        ConflictError: it is part of a program, which is not ours to end.
         PeerError: something of it is left although its time is over.
         MachineError: something does not end (code ``stuck``), or cannot be seen (``unverified``).
     """
@@ -138,6 +139,13 @@ async def stop_queen(home: Home) -> float | None:
     record = find_run_file(home)
     if record is None:
         return trio.current_time() - begin if waited else None
+    if record.owner.startswith(PROGRAM):
+        raise ConflictError(
+            f"the queen at {record.url} is part of a program (pid {record.pid}): it ends when "
+            "that leaves its cluster",
+            code="not_owned",
+            hint=f"ps -p {record.pid}",
+        )
     pidfds = {record.pid: os.pidfd_open(record.pid)}
     try:
         if not await _order_shutdown(home, record, pidfds):

@@ -54,7 +54,7 @@ def _row(one: Leftover) -> dict[str, Any]:
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """Write sizes for people, and what would be done."""
-    memory = None if row["memory"] is None else human_bytes(row["memory"])
+    memory = human_bytes(row["memory"]) if isinstance(row["memory"], int | float) else None
     words = {FOUND: "would be ended", ENDING: "being ended by its guard"}
-    outcome = words.get(row["outcome"], row["outcome"])
+    outcome = words.get(str(row["outcome"]), row["outcome"])
     return row | {"memory": memory, "outcome": outcome}

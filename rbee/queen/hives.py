@@ -402,7 +402,7 @@ async def _until_swept(run_dir: Path) -> None:
         try:
             await sweep(run_dir, within=BETWEEN)
             return
-        except MachineError:
+        except (MachineError, OSError):
             await trio.sleep(LEFT_AGAIN)
 
 

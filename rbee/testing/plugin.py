@@ -10,7 +10,8 @@ rbee is imported before a fixture needs it.
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -158,11 +159,18 @@ def _cluster_for(request: pytest.FixtureRequest) -> Cluster:
 
 
 # the check ------------------------------------------------------------------------------------
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Note the clusters that are there already: they are not this run's to end."""
+    session.config.stash[_BEFORE] = frozenset(_homes_made())
+
+
 @pytest.hookimpl(trylast=True)  # after the last fixtures are torn down
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run when anything of this process's clusters is still there, and end it."""
     config = session.config
-    if left := _ended_leftovers():
+    before = config.stash.get(_BEFORE, None) or frozenset()
+    if left := _ended_leftovers(before):
         config.stash[_LEFT] = [*config.stash.get(_LEFT, ()), *map(str, left)]
     told = config.stash.get(_LEFT, [])
     if told and hasattr(config, "workeroutput"):
@@ -171,6 +179,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+_BEFORE = pytest.StashKey[frozenset[Path]]()
 _LEFT = pytest.StashKey[list[str]]()
 
 
@@ -190,16 +199,22 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.line(line)
 
 
-def _ended_leftovers() -> list[Leftover]:
-    """End what is left of this process's clusters and return what it was."""
+def _homes_made() -> list[Path]:
     ephemeral = sys.modules.get("rbee.ephemeral")
-    if ephemeral is None:
+    return ephemeral.made() if ephemeral else []
+
+
+def _ended_leftovers(before: Collection[Path]) -> list[Leftover]:
+    """End what is left of this run's clusters and return what it was."""
+    ours = [home for home in _homes_made() if home not in before]
+    if not ours:
         return []
+    from rbee.ephemeral import remove_own
     from rbee.testing.processes import LeakCheck, LeakError, Leftover, Tree
 
     left: list[Leftover] = []
     with Tree() as tree:
-        for identity in _below({f"RBEE_HOME={home}".encode() for home in ephemeral.made()}):
+        for identity in _below({f"RBEE_HOME={home}".encode() for home in ours}):
             tree.note(identity)
         check = LeakCheck(tree=tree, venv=None)
         try:
@@ -207,7 +222,7 @@ def _ended_leftovers() -> list[Leftover]:
         except LeakError as error:
             check.kill()
             left += error.leftovers
-    homes = ephemeral.remove_own()
+    homes = remove_own(ours)
     return [*left, *(Leftover("file", str(home), "the home of a cluster") for home in homes)]
 
 

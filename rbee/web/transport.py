@@ -62,13 +62,13 @@ class TrioTransport:
         try:
             return bytes(await self._stream.receive_some(CHUNK))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise ConnectionError(str(exc)) from exc
+            raise ConnectionError(str(exc) or str(exc.__cause__ or "")) from exc
 
     async def send(self, data: bytes) -> None:
         try:
             await self._stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise ConnectionError(str(exc)) from exc
+            raise ConnectionError(str(exc) or str(exc.__cause__ or "")) from exc
 
     def abort(self) -> None:
         try:
@@ -85,7 +85,7 @@ async def connect_trio(host: str, port: int, tls: bool) -> Transport:
     except trio.TooSlowError as exc:
         raise TimeoutError from exc
     except trio.BrokenResourceError as exc:
-        raise ConnectionError(str(exc)) from exc
+        raise ConnectionError(str(exc) or str(exc.__cause__ or "")) from exc
 
 
 async def _with_tls(tcp: trio.SocketStream, host: str) -> trio.abc.Stream:
@@ -131,6 +131,7 @@ class BlockingTransport:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._pid = os.getpid()
 
     async def receive(self) -> bytes:
         return self._sock.recv(CHUNK)
@@ -139,6 +140,9 @@ class BlockingTransport:
         self._sock.sendall(data)
 
     def abort(self) -> None:
+        if os.getpid() == self._pid:  # a forked child lets go of its copy only
+            with suppress(OSError):  # it wakes a thread that waits for more
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         self._sock.close()
 
 
