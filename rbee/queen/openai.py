@@ -7,6 +7,7 @@ What such a request says is the worker's business: of its body only ``model``, `
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -38,6 +39,8 @@ from rbee.web.upstream import Answer, Upstreams
 from rbee.wire import messages
 from rbee.wire.messages import Narration, StartWorker, WorkerInfo
 
+log = logging.getLogger(__name__)
+
 EMBEDDINGS = "/v1/embeddings"
 ANY_TASK = ("/tokenize", "/detokenize")
 ROUTES = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses", *ANY_TASK)
@@ -49,6 +52,8 @@ EMBED = "embed"
 STALL = 65.0  # seconds of silence in a stream; a worker itself gives up after 60 without a token
 TRIES = 3  # workers that may be gone when a request comes to them
 BIG = 1 << 20  # bytes of a body beyond which it is decoded in a thread
+LONGEST_NAME = 4096  # characters of a model's; as paths
+NO_REQUEST = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # A worker is not there any more, or will not be; another may have its port and refuse our token.
 GONE = frozenset({"unauthorized", "too_many_failures", "other_worker"})
 LEAVING = frozenset({"worker_stopping", "worker_failed", "worker_stopped", "starting"})
@@ -134,6 +139,8 @@ class Passages:
         asked = await decode(body)
         if not asked.model:
             raise BadInputError("the request names no model", param="model")
+        if len(asked.model) > LONGEST_NAME:
+            raise BadInputError("the name of the model is too long", param="model")
         call = Call(
             request.path,
             end_to_end(tuple(request.headers.items()), without=KEPT_BACK),
@@ -186,6 +193,7 @@ class Passages:
             return
         if not out.begun:
             raise error
+        log.info("%s: %s: %s", call.path, error.code, error)
         await out.end_with(call.shape.event(error))
 
     async def _pass(self, call: Call, out: Out) -> None:
@@ -231,7 +239,11 @@ class Passages:
             (REQUEST_ID, call.id),
             *call.headers,
         )
-        body = for_worker(call.body, call.start.model, worker)
+        body = call.body
+        if len(body) < BIG:
+            body = for_worker(body, call.start.model, worker)
+        else:
+            body = await trio.to_thread.run_sync(for_worker, body, call.start.model, worker)
         asking = self._upstreams.ask(address, "POST", call.path.encode(), headers, body, what)
         async with AsyncExitStack() as stack:
             with answering_within(silence, what):
@@ -244,7 +256,7 @@ class Passages:
             headers = (*headers, (REQUEST_ID, call.id))
         if call.streams:
             headers = (*headers, (b"x-accel-buffering", b"no"))
-        if answer.head.status not in (401, 409, 503):
+        if answer.head.status not in (401, 409, 429, 503):
             await out.pass_on(answer, headers, silence=silence)
             return
         body = await read_all(answer)
@@ -263,7 +275,7 @@ async def decode(body: bytes) -> Envelope:
         if len(body) < BIG:
             return msgspec.json.decode(body, type=Envelope)
         return await trio.to_thread.run_sync(partial(msgspec.json.decode, body, type=Envelope))
-    except msgspec.DecodeError as exc:
+    except NO_REQUEST as exc:
         raise BadInputError(f"the body is not a request: {exc}") from exc
 
 
@@ -274,7 +286,10 @@ def for_worker(body: bytes, model: str, worker: WorkerInfo) -> bytes:
     """
     if model in (worker.model, *worker.served_names):
         return body
-    fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except NO_REQUEST as exc:
+        raise BadInputError(f"the body is not a request: {exc}") from exc
     fields["model"] = msgspec.Raw(msgspec.json.encode(worker.model))
     return msgspec.json.encode(fields)
 

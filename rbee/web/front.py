@@ -8,6 +8,7 @@ for a client that has begun with something else.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -51,11 +52,13 @@ class Front:
         try:
             while await self._serve_next(connection, hand_over):
                 pass
-        except* trio.BrokenResourceError:
+        except* (trio.BrokenResourceError, OSError):
             log.debug("a client went away")
         except* Exception as group:
-            kind = type(next(leaves(group))).__name__  # the text may quote what the client sent
-            log.info("dropped a connection that could not be served: %s", kind, exc_info=True)
+            error = next(leaves(group))  # its text may quote what the client sent
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            kind, line = type(error).__name__, where.lineno or 0
+            log.info("dropped a connection: %s in %s, line %d", kind, where.name, line)
         finally:
             await trio.aclose_forcefully(stream)
 

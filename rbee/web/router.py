@@ -347,6 +347,11 @@ async def _send_going(answer: Stream | Passing, out: Out, refuse: Refuse) -> Non
             if out.begun:
                 raise
             refused = error
+        except Exception:
+            if out.begun:
+                raise
+            log.exception("an answer failed before it had begun")
+            refused = RbeeError("internal error, see the log")
     if refused is not None:
         await _send_response(refuse(refused), out)
 

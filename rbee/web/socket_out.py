@@ -66,8 +66,9 @@ class SocketOut:
         if is_short(answer):
             await self.whole(answer.head.status, headers, await read_all(answer))
             return
-        self._events = WholeEvents() if has_events(headers) else None
         length = answer.head.length
+        # An event could not be added to a body whose length was told.
+        self._events = WholeEvents() if length is None and has_events(headers) else None
         if length is None:
             await self.begin(answer.head.status, headers)
         else:

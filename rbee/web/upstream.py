@@ -113,7 +113,15 @@ class Upstreams:
         used = self._take(address)
         if used is not None and (answer := await _try(used, request, what, is_used=True)):
             return used, answer
-        stream = await _connect(address, what)
+        try:
+            stream = await _connect(address, what)
+        except UnavailableError as exc:
+            if used is None:
+                raise
+            # It may have had the request already, and died of it.
+            raise PeerError(
+                f"{what} closed the connection before it answered", code=BROKEN
+            ) from exc
         answer = await _try(stream, request, what, is_used=False)
         assert answer is not None
         return stream, answer

@@ -409,7 +409,12 @@ async def test_a_request_that_kills_two_workers_gets_no_third() -> None:
 
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(b"401 No", "unauthorized"), (b"409 No", "other_worker"), (b"503 No", "worker_stopping")],
+    [
+        (b"401 No", "unauthorized"),
+        (b"409 No", "other_worker"),
+        (b"503 No", "worker_stopping"),
+        (b"429 No", "too_many_failures"),
+    ],
 )
 async def test_a_worker_that_takes_nothing_is_passed_over(status: bytes, code: str) -> None:
     full = FakeWorker([whole({"error": {"code": code, "message": ""}}, status)])
