@@ -167,6 +167,7 @@ async def test_a_program_that_has_forked_and_is_killed_leaves_nothing(leaks: Lea
             await until_gone(place, 3)
         finally:
             os.kill(child, signal.SIGKILL)
+        await leaks.wait_clean(3)
 
 
 async def test_an_interrupted_script_leaves_nothing(leaks: LeakCheck) -> None:
