@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
 from rbee.errors import BadInputError
+
+T = TypeVar("T")
 
 
 @attrs.frozen
@@ -55,14 +57,7 @@ class GpuDetail:
 
 def gpu_details() -> list[GpuDetail]:
     """Describe the cards of this machine that NVML tells of."""
-    with _nvml() as nvml:
-        if nvml is None:
-            return []
-        found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            with suppress(nvml.NVMLError):
-                found.append(_detail(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)))
-        return found
+    return _all(_detail)
 
 
 @attrs.frozen
@@ -82,14 +77,7 @@ def all_gpus() -> list[Gpu]:
 
     None where there is no driver or no ``nvidia-ml-py``; not one that has fallen off the bus.
     """
-    with _nvml() as nvml:
-        if nvml is None:
-            return []
-        found = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            with suppress(nvml.NVMLError):
-                found.append(_gpu(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)))
-        return found
+    return _all(_gpu)
 
 
 def visible_gpus() -> list[str]:
@@ -107,27 +95,12 @@ def gpu_count() -> int:
 
 def chosen_gpus(device: str) -> list[Gpu]:
     """Return the cards that ``--device`` names; none where NVML does not tell of one of them."""
-    visible = visible_gpus()
-    indices = device_indices(device)
-    with _nvml() as nvml:
-        if nvml is None or max(indices) >= len(visible):
-            return []
-        try:
-            return [_gpu(nvml, index, _handle(nvml, visible[index])) for index in indices]
-        except nvml.NVMLError:
-            return []
+    return _chosen(device, _gpu)
 
 
 def usage(device: str) -> list[Usage]:
     """Return what is in use on the cards that ``--device`` names; none where NVML is silent."""
-    visible, indices = visible_gpus(), device_indices(device)
-    with _nvml() as nvml:
-        if nvml is None or max(indices) >= len(visible):
-            return []
-        try:
-            return [_usage(nvml, index, _handle(nvml, visible[index])) for index in indices]
-        except nvml.NVMLError:
-            return []
+    return _chosen(device, _usage)
 
 
 def device_indices(device: str) -> list[int]:
@@ -167,6 +140,28 @@ def _handle(nvml: Any, name: str) -> Any:
     if name.isdigit():
         return nvml.nvmlDeviceGetHandleByIndex(int(name))
     return nvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _all(describe: Callable[[Any, int, Any], T]) -> list[T]:
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+        found = []
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with suppress(nvml.NVMLError):
+                found.append(describe(nvml, index, nvml.nvmlDeviceGetHandleByIndex(index)))
+        return found
+
+
+def _chosen(device: str, describe: Callable[[Any, int, Any], T]) -> list[T]:
+    visible, indices = visible_gpus(), device_indices(device)
+    with _nvml() as nvml:
+        if nvml is None or max(indices) >= len(visible):
+            return []
+        try:
+            return [describe(nvml, index, _handle(nvml, visible[index])) for index in indices]
+        except nvml.NVMLError:
+            return []
 
 
 def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
