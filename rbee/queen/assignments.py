@@ -107,7 +107,15 @@ class Assignments:
     def note_absent(self, worker: WorkerInfo, error: RbeeError) -> None:
         """Use a worker no more that is not where it was: another may have its port by now."""
         log.info("worker %s is not there: %s", worker.worker_id, error)
-        self._hives.workers.remove(WorkerId(worker.worker_id))
+        current = self._hives.workers.get(WorkerId(worker.worker_id))
+        if current is not None:  # its hive tells what has become of it
+            self._hives.take_info(attrs.evolve(current, state=WorkerState.STOPPING.value))
+
+    async def lost(self, worker: WorkerInfo, *, has_begun: bool) -> RbeeError:
+        """Make the error of a request whose worker's node is lost: another may get it at first."""
+        if has_begun:
+            return await self.broken(worker)
+        return UnavailableError(f"the hive on {worker.node} is gone", code="hive_lost")
 
     async def broken(self, worker: WorkerInfo) -> RbeeError:
         """Make the error of an answer that broke off, with the worker's own end if it is told."""

@@ -17,6 +17,7 @@ from rbee.wire.messages import Heartbeat, HiveInfo, StartWorker, WorkerInfo
 log = logging.getLogger(__name__)
 
 STOP = 20.0  # seconds for a worker to be stopped
+ENDS = 8.0  # seconds in which its guards end what is below it, and tell of it
 SILENT = 11.0  # seconds without a heartbeat, which come every 5: it does not answer
 
 
@@ -87,6 +88,12 @@ class Hive:
         self.gone.set()
         for scope in self._relays:
             scope.cancel(reason=f"{self.name} is gone")
+
+    async def ends(self) -> bool:
+        """Tell whether it is gone; one that does not answer is given the time to be known to be."""
+        with trio.move_on_after(ENDS):
+            await self.gone.wait()
+        return self.gone.is_set()
 
     # how it stands ---------------------------------------------------------------------------
     def note_beat(self, beat: Heartbeat) -> None:

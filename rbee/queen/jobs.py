@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TypeVar
 
 import attrs
@@ -13,19 +14,17 @@ import trio
 from rbee.errors import (
     BadInputError,
     CancelledError,
-    ConflictError,
     DeadlineError,
     NotFoundError,
     PeerError,
     RbeeError,
-    UnauthorizedError,
-    UnavailableError,
     leaves,
 )
 from rbee.model import JobId, new_id
 from rbee.queen.aliases import Aliases
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
+from rbee.queen.tries import ask_until_answered
 from rbee.scopes import TaskOwner
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
@@ -44,7 +43,6 @@ T = TypeVar("T")
 BUFFER = 64  # chunks between a worker and a slow reader; beyond, the worker's socket waits
 LOG_LINES = 12
 WAITING = 64  # jobs that may wait for workers of one model
-TRIES = 3  # workers that may be gone when a job comes to them: unloaded, or dead without a word
 STALL = 65.0  # seconds of silence; a worker itself gives up after 60 without a token
 TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
 
@@ -162,26 +160,10 @@ class Jobs(TaskOwner):
             raise DeadlineError(f"the job did not end within its deadline of {limit:g} s")
 
     async def _place_and_relay(self, job: Job) -> None:
-        tries = 1
-        while True:
-            worker = await self._assignments.worker_for(job.request, job.narrate)
-            if await self._relayed(job, worker, is_last=tries == TRIES):
-                return
-            tries += 1
-
-    async def _relayed(self, job: Job, worker: WorkerInfo, *, is_last: bool) -> bool:
-        """Relay the answer; False if the worker went before it could say so: place once more."""
-        try:
-            await self._relay(job, worker)
-        except (UnavailableError, ConflictError, UnauthorizedError, PeerError) as exc:
-            # Another may have its port by now, and refuse our token or the job. A forward over SSH
-            # takes the connection and hangs up; of a worker itself that is its death, by this job.
-            is_death = isinstance(exc, PeerError) and not self._assignments.is_forwarded(worker)
-            if is_last or job.watch.seen or job.streaming or is_death:
-                raise
-            self._assignments.note_absent(worker, exc)
-            return False
-        return True
+        relay = partial(self._relay, job)
+        await ask_until_answered(
+            self._assignments, job.request, job.narrate, relay, lambda: job.streaming
+        )
 
     # relaying --------------------------------------------------------------------------------
     async def _relay(self, job: Job, worker: WorkerInfo) -> None:
@@ -189,7 +171,7 @@ class Jobs(TaskOwner):
         with self._assignments.at(worker) as (hive, scope):
             await self._relay_from(hive, worker, job)
         if scope.cancelled_caught:
-            raise await self._assignments.broken(worker)
+            raise await self._assignments.lost(worker, has_begun=job.streaming)
 
     async def _relay_from(self, hive: Hive, worker: WorkerInfo, job: Job) -> None:
         """Pass the worker's events through, byte for byte."""
@@ -201,12 +183,16 @@ class Jobs(TaskOwner):
             opened = open_events(client, "POST", messages.EXECUTE, body, what=what, headers=headers)
             with answering_within(STALL, what):
                 events = await stack.enter_async_context(opened)
-            job.streaming = True
             try:
                 while chunk := await self._next_chunk(events, what):
+                    job.streaming = True
                     await job.emit(chunk)
             except PeerError as exc:
+                if not job.streaming:
+                    raise
                 raise await self._assignments.broken(worker) from exc
+        if not job.streaming:
+            raise PeerError(f"{what} ended before its answer")
         if not job.watch.seen:
             raise await self._assignments.broken(worker)
 

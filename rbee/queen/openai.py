@@ -30,6 +30,7 @@ from rbee.queen.hive import Hive
 from rbee.queen.offer import Offer
 from rbee.queen.placement import GENERATE
 from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
+from rbee.queen.tries import ask_until_answered
 from rbee.web.client import answering_within
 from rbee.web.exchange import Address
 from rbee.web.head import Headers, end_to_end
@@ -50,7 +51,6 @@ REQUEST_ID = b"x-request-id"
 EMBED = "embed"
 
 STALL = 65.0  # seconds of silence in a stream; a worker itself gives up after 60 without a token
-TRIES = 3  # workers that may be gone when a request comes to them
 BIG = 1 << 20  # bytes of a body beyond which it is decoded in a thread
 LONGEST_NAME = 4096  # characters of a model's; as paths
 NO_REQUEST = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -197,27 +197,12 @@ class Passages:
         await out.end_with(call.shape.event(error))
 
     async def _pass(self, call: Call, out: Out) -> None:
-        worker = await self._assignments.worker_for(call.start, _say_nothing)
-        has_died = False
-        for left in reversed(range(TRIES)):
-            try:
-                await self._pass_from(worker, call, out)
-                return
-            except (UnavailableError, PeerError) as exc:
-                if out.begun or not left or exc.code == "unresponsive":
-                    raise
-                self._assignments.note_absent(worker, exc)
-                is_death = isinstance(exc, PeerError) and not self._assignments.is_forwarded(worker)
-                if not is_death:
-                    worker = await self._assignments.worker_for(call.start, _say_nothing)
-                    continue
-                # It died of the request, for all we know: one other may try, if it runs anyway.
-                other = None if has_died else self._assignments.ready_for(call.start)
-                if other is None:
-                    raise await self._assignments.broken(worker) from exc
-                worker, has_died = other, True
+        ask = partial(self._pass_from, call, out)
+        await ask_until_answered(
+            self._assignments, call.start, _say_nothing, ask, lambda: out.begun
+        )
 
-    async def _pass_from(self, worker: WorkerInfo, call: Call, out: Out) -> None:
+    async def _pass_from(self, call: Call, out: Out, worker: WorkerInfo) -> None:
         with self._assignments.at(worker) as (hive, scope):
             try:
                 await self._ask(hive, worker, call, out)
@@ -226,7 +211,7 @@ class Passages:
                     raise
                 raise await self._assignments.broken(worker) from exc
         if scope.cancelled_caught:
-            raise await self._assignments.broken(worker)
+            raise await self._assignments.lost(worker, has_begun=out.begun)
 
     async def _ask(self, hive: Hive, worker: WorkerInfo, call: Call, out: Out) -> None:
         address = Address.parse(hive.way_to(worker.url))

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import attrs
 import trio
 
-from rbee.errors import RbeeError, UnavailableError
+from rbee.errors import PeerError, RbeeError, UnavailableError
 from rbee.queen.attempts import Attempts, Narrate
 from rbee.queen.candidates import NodeView, Ranking, Rejected, none_of, rank
 from rbee.queen.hive import Hive
@@ -19,6 +19,8 @@ Look = Callable[[], Awaitable[list[NodeView]]]
 """Tell what is known of all nodes (`rbee.queen.views.Views.look`)."""
 Begin = Callable[[Hive], Awaitable[WorkerInfo]]
 """Have a hive start a worker."""
+
+BROKEN = frozenset({"unreachable", PeerError.code})  # nobody is there, or not any more
 
 
 class Places:
@@ -51,11 +53,13 @@ class Places:
             RbeeError: why the one node in question cannot, or what ``begin`` raises.
         """
         if request.node is not None:
-            return await begin(await self._attempts.get(request.node, narrate, since=since))
+            hive = await self._attempts.get(request.node, narrate, since=since)
+            return await self._begin(hive, narrate, begin)
         views = await self._look()
         if len(views) == 1:  # nothing to choose: its hive says best what is wrong
             name = views[0].name
-            return await begin(await self._attempts.get(name, narrate, since=since))
+            hive = await self._attempts.get(name, narrate, since=since)
+            return await self._begin(hive, narrate, begin)
         needed = await self._needed(request)
         ranking = self._rank(request, views, needed)
         self._try_doubted(self._rank(request, _undoubted(views), needed), ranking)
@@ -86,12 +90,21 @@ class Places:
         left = [one.node for one in ranking.candidates]
         while left and (hive := await self._attempts.first(left, narrate)):
             try:
-                return await begin(hive)
+                return await self._begin(hive, narrate, begin)
             except UnavailableError as exc:  # it went just now
                 narrate(Narration("queen", "skip", f"{hive.info.node}: {exc}"))
                 self._attempts.note_failure(hive.info.node, exc)
             left = [node for node in left if not self._failure_since(began, node)]
         raise self._none(ranking, began)
+
+    async def _begin(self, hive: Hive, narrate: Narrate, begin: Begin) -> WorkerInfo:
+        """Begin a worker there; a hive of which nobody has told yet that it ended is replaced."""
+        try:
+            return await begin(hive)
+        except (UnavailableError, PeerError) as exc:
+            if exc.code not in BROKEN or not await hive.ends():
+                raise
+        return await begin(await self._attempts.get(hive.info.node, narrate))
 
     def _failure_since(self, began: float, node: str) -> str:
         failure = self._attempts.failure(node)

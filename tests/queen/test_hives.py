@@ -16,7 +16,7 @@ import trio.testing
 from rbee import __version__, guard
 from rbee.errors import ConflictError, MachineError, NotFoundError
 from rbee.home import Home, write_atomic
-from rbee.queen.hive import SILENT, Hive
+from rbee.queen.hive import ENDS, SILENT, Hive
 from rbee.queen.hives import Hives, _Started
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
@@ -71,6 +71,18 @@ async def test_a_heartbeat_tells_how_a_hive_and_its_workers_stand(home: Home) ->
     assert told.workers == 2
     assert told.last_seen < 50
     assert list(hives.workers) == [BEAT.workers[0]]
+
+
+async def test_whether_a_hive_ends_is_known_when_it_is_gone_or_after_a_while(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_client() as client:
+        hive = Hive(INFO, True, "secret", client)
+        began = trio.current_time()
+        assert not await hive.ends()
+        assert trio.current_time() - began == ENDS
+        hive.note_gone()
+        assert await hive.ends()
 
 
 # an operator's hive -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from rbee.errors import (
     MachineError,
     NotFoundError,
     OwnerGoneError,
+    RbeeError,
     UnavailableError,
 )
 from rbee.home import Home
@@ -67,6 +68,7 @@ class FakeHive:
     started: list[StartWorker] = attrs.field(factory=list)
     asked: trio.Event = attrs.field(factory=trio.Event)
     relays: list[trio.CancelScope] = attrs.field(factory=list)
+    refuses: list[RbeeError] = attrs.field(factory=list)
 
     def way_to(self, url: str) -> str:
         return url
@@ -78,9 +80,11 @@ class FakeHive:
             yield scope
 
     async def start_worker(self, request: StartWorker) -> WorkerInfo:
+        await trio.lowlevel.checkpoint()
+        if self.refuses:
+            raise self.refuses.pop()
         self.started.append(request)
         self.asked.set()
-        await trio.lowlevel.checkpoint()
         return WorkerInfo(
             f"worker-{len(self.started)}", request.model, "started", engine=request.engine,
             owner=request.owner, node=self.info.node,
@@ -126,6 +130,9 @@ class FakeHives:
         return self.hive
 
     def note_started(self, info: WorkerInfo) -> None:
+        self.workers.set(info.worker_id, info)
+
+    def take_info(self, info: WorkerInfo) -> None:
         self.workers.set(info.worker_id, info)
 
     def put(self, worker_id: str, state: str, url: str = "", **more: Any) -> None:
@@ -266,7 +273,9 @@ async def test_a_worker_that_is_not_there_any_more_is_replaced_once() -> None:
             await wait_all_tasks_blocked()
             hives.put("worker-1", "ready")
             assert type((await read(job))[-1]) is End
-        assert hives.workers.get("worker-0") is None
+        gone = hives.workers.get("worker-0")
+        assert gone is not None
+        assert gone.state == "stopping"
 
 
 # bad ends -------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ async def test_an_unknown_node_ends_the_job() -> None:
         assert await code_of(jobs.start(attrs.evolve(REQUEST, node="mars"))) == "unknown_node"
 
 
-@pytest.mark.parametrize("cut", [0, 1, len(TOKENS) - 1, len(TOKENS), len(TOKENS) + 5, -1])
+@pytest.mark.parametrize("cut", [1, len(TOKENS) - 1, len(TOKENS), len(TOKENS) + 5, -1])
 async def test_a_worker_that_dies_anywhere_in_its_answer_ends_the_job(cut: int) -> None:
     async def die(stream: trio.SocketStream) -> None:
         await stream.send_all(HEAD + b"".join(ANSWER)[:cut])
@@ -303,8 +312,47 @@ async def test_a_worker_that_dies_anywhere_in_its_answer_ends_the_job(cut: int) 
         hives.put("worker-1", "ready")
         events = await read(jobs.start(REQUEST))
     assert events[-1].code == "worker_died"
-    whole = {0: 0, 1: 0, len(TOKENS) - 1: 1}.get(cut, 2)
+    whole = {1: 0, len(TOKENS) - 1: 1}.get(cut, 2)
     assert [type(event) for event in events[1:-1]] == [Token] * whole
+
+
+@pytest.mark.parametrize("head", [b"", HEAD])
+async def test_a_job_whose_worker_dies_before_its_answer_kills_one_more_and_no_third(
+    head: bytes,
+) -> None:
+    async def die(stream: trio.SocketStream) -> None:
+        await stream.send_all(head)
+
+    async with open_jobs(die) as (jobs, hives):
+        hives.put("worker-0", "ready")
+        job = jobs.start(REQUEST)
+        await hives.hive.asked.wait()
+        await wait_all_tasks_blocked()
+        hives.put("worker-1", "ready")
+        assert await code_of(job) == "worker_died"
+    assert len(hives.hive.started) == 1
+
+
+async def test_a_job_whose_node_is_lost_before_its_answer_goes_elsewhere() -> None:
+    asked = trio.Event()
+
+    async def first_silent(stream: trio.SocketStream) -> None:
+        if asked.is_set():
+            await answer(stream)
+            return
+        asked.set()
+        await trio.sleep_forever()
+
+    async with open_jobs(first_silent) as (jobs, hives):
+        hives.put("worker-0", "ready")
+        job = jobs.start(REQUEST)
+        await asked.wait()
+        hives.hive.relays[0].cancel()
+        await hives.hive.asked.wait()
+        await wait_all_tasks_blocked()
+        hives.put("worker-1", "ready")
+        with trio.fail_after(2):
+            assert type((await read(job))[-1]) is End
 
 
 async def test_a_refusal_by_the_worker_is_the_jobs_error() -> None:

@@ -394,7 +394,8 @@ async def test_a_worker_that_dies_before_its_first_byte_is_replaced_once_by_one_
         answer = await queen.post()
         assert answer.json() == CHAT
         assert dead.asked.is_set()
-        assert [info.worker_id for info in queen.hives.workers] == ["worker-1"]
+        states = {info.worker_id: info.state for info in queen.hives.workers}
+        assert states == {"worker-0": "stopping", "worker-1": "ready"}
 
 
 async def test_a_request_that_kills_two_workers_gets_no_third() -> None:

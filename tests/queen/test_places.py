@@ -10,7 +10,7 @@ import attrs
 import pytest
 import trio
 
-from rbee.errors import ConflictError, NotFoundError, RbeeError, UnavailableError
+from rbee.errors import ConflictError, NotFoundError, PeerError, RbeeError, UnavailableError
 from rbee.queen.attempts import Attempts
 from rbee.queen.candidates import NodeView
 from rbee.queen.places import Places
@@ -26,26 +26,38 @@ LINUX = NodeView("linux", memory_free=8 * GIB, memory_total=16 * GIB)
 
 @attrs.frozen
 class FakeHive:
+    """A hive that turns out to have ended when it is asked whether it ends."""
+
     info: HiveInfo
+    refusals: dict[str, RbeeError]
+    is_lost: bool
+
+    async def ends(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        if self.is_lost:
+            self.refusals.clear()
+        return self.is_lost
 
 
 @attrs.define(eq=False)
 class Cluster(FakeNodes):
     """Nodes, what is known of them, and where workers were begun.
 
-    ``refusals``: what hives answer to a start.
+    ``refusals``: what hives answer to a start; those that are ``lost`` give none when started anew.
     """
 
     views: list[NodeView] = attrs.field(factory=lambda: [HERE, LINUX, MAC])
     needed: int | None = None
     refusals: dict[str, RbeeError] = attrs.field(factory=dict)
+    lost: bool = False
     begun: list[str] = attrs.field(factory=list)
     told: list[str] = attrs.field(factory=list)
     places: Places = attrs.field(init=False)
 
     async def get(self, node: str, narrate: Any) -> Any:
         await FakeNodes.get(self, node, narrate)
-        return FakeHive(HiveInfo(node, "hive-1", "", "ready", "queen-1", 7, "0"))
+        info = HiveInfo(node, "hive-1", "", "ready", "queen-1", 7, "0")
+        return FakeHive(info, self.refusals, self.lost)
 
     async def look(self) -> list[NodeView]:
         await trio.lowlevel.checkpoint()
@@ -148,6 +160,24 @@ async def test_a_hive_that_goes_when_it_is_asked_is_replaced() -> None:
         cluster.refusals = {"mac": ConflictError("no lease")}
         with pytest.raises(ConflictError):  # it has an answer, which is no
             await cluster.start()
+
+
+@pytest.mark.parametrize("node", [None, "mac"])
+@pytest.mark.parametrize("error", [DOWN, PeerError("it broke the connection")])
+async def test_a_hive_that_has_ended_without_a_word_yet_is_started_anew(
+    node: str | None, error: RbeeError
+) -> None:
+    async with open_cluster(refusals={"mac": error}, lost=True) as cluster:
+        assert await cluster.start(node) == "mac"
+        assert cluster.begun == ["mac", "mac"]
+        assert [node for _, node in cluster.tried] == ["mac", "mac"]
+
+
+async def test_a_hive_that_breaks_off_and_lives_is_not_asked_again() -> None:
+    async with open_cluster(refusals={"mac": PeerError("half an answer")}) as cluster:
+        with pytest.raises(PeerError, match="half an answer"):
+            await cluster.start("mac")
+        assert cluster.begun == ["mac"]
 
 
 async def test_the_only_node_there_is_says_itself_what_is_wrong() -> None:
