@@ -79,6 +79,7 @@ async def call(
     """
     content = None if body is None else codec.dumps(body)
     headers = {} if body is None else {"content-type": "application/json"}
+    _check_open(client, what)
     with answering_within(limit, what), translated(what):
         response = await client.request(method, path, content=content, headers=headers)
     if response.status_code >= 400:
@@ -89,6 +90,12 @@ async def call(
         return codec.loads(response.content, kind)
     except BadInputError as exc:  # of the peer's, not of whoever called us
         raise PeerError(f"{what} gave a wrong answer: {exc.message}") from exc
+
+
+def _check_open(client: httpx.AsyncClient, what: str) -> None:
+    """Refuse what httpx takes for a bug: the peer has ended, and not everybody has heard of it."""
+    if client.is_closed:
+        raise UnavailableError(f"{what} has ended", code="unreachable")
 
 
 @contextmanager
@@ -116,6 +123,7 @@ async def open_events(
     if body is not None:
         headers["content-type"] = "application/json"
     request = client.build_request(method, path, content=content, headers=headers)
+    _check_open(client, what)
     with translated(what):
         response = await client.send(request, stream=True)
     stream = EventStream(response, what)

@@ -76,6 +76,17 @@ async def test_nobody_listening_is_unavailable() -> None:
     assert info.value.code == "unreachable"
 
 
+async def test_who_calls_after_the_client_was_closed_hears_that_the_peer_has_ended() -> None:
+    async with open_client("http://127.0.0.1:1") as client:
+        pass
+    with pytest.raises(UnavailableError, match="the hive has ended") as caught:
+        await call(client, "GET", "/x", Message, what="the hive")
+    assert caught.value.code == "unreachable"
+    with pytest.raises(UnavailableError, match="the hive has ended"):
+        async with open_events(client, "GET", "/x", what="the hive"):
+            pass
+
+
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 X\r\n", http(b"{", length=50)])
 @pytest.mark.parametrize("reset", [False, True])
 async def test_a_connection_that_breaks_is_the_peers_fault(answer: bytes, reset: bool) -> None:
