@@ -33,10 +33,11 @@ Look = Callable[[str], Sequence[Usage]]
 
 @attrs.define(eq=False)
 class Cards:
-    """The cards of one worker; all of it is empty for one on the CPU.
+    """The cards of one worker that has some.
 
     Attributes:
-        before: what was in use before it started; ``began``: when that was.
+        before: what was in use before it started, empty if NVML did not tell; ``began``: when
+            that was.
         processes: those it had, {pid: start time}.
     """
 
@@ -54,7 +55,7 @@ class Cards:
 
     def note_tree(self, pid: int) -> None:
         """Note a process of the worker's and all below it, while they live."""
-        if self.before and pid:
+        if pid:
             root = {pid: guard.start_time(pid)}
             with suppress(OSError):  # no descriptors: those noted so far have to do
                 self.processes |= root | guard.descendants(root)
@@ -84,12 +85,12 @@ class Cards:
         )
 
     async def _missing(self, taken_since: Callable[[], int]) -> MachineError | None:
-        if not self.before:
-            return None
         now = await self._seen()
-        if len(now) != len(self.before):
-            return _unseen(f"NVML does not tell about device {self.device} any more")
-        for before, after in zip(self.before, now, strict=True):
+        # Where NVML was silent at its start, nothing but what others have taken is to be there.
+        was = self.before or tuple(Usage(one.index, 0) for one in now)
+        if not now or len(now) != len(was):
+            return _unseen(f"NVML does not tell about device {self.device}")
+        for before, after in zip(was, now, strict=True):
             if (error := verdict(before, after, self.processes, taken_since())) is not None:
                 return error
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import nullcontext
 
 import pytest
 import trio
@@ -59,12 +60,25 @@ async def test_a_driver_that_hangs_is_not_waited_for() -> None:
     assert trio.current_time() - start < 0.4
 
 
-async def test_where_there_are_no_cards_nothing_is_missing() -> None:
-    cards = Cards("0", lambda device: [])
+@pytest.mark.parametrize(
+    ("after", "code"),
+    [
+        ([], "unverified"),
+        ([Usage(0, 0)], ""),
+        ([Usage(0, GIB)], "unverified"),
+        ([Usage(0, GIB, dict.fromkeys(US, GIB))], "stuck"),
+    ],
+)
+async def test_where_nvml_was_silent_at_the_start_only_an_empty_card_is_back(
+    after: list[Usage], code: str
+) -> None:
+    seen = [[], after]
+    cards = Cards("0", lambda device: seen[0] if len(seen) == 1 else seen.pop(0))
     await cards.begin()
-    cards.note_tree(os.getpid())
-    assert cards.processes == {}
-    await cards.check_back(lambda: 0)
+    cards.note_tree(os.getppid())  # we are below it
+    refused = pytest.raises(MachineError, check=lambda error: error.code == code)
+    with refused if code else nullcontext():
+        await cards.check_back(lambda: 0, within=0.05)
 
 
 async def test_the_tree_of_a_worker_is_noted_while_it_lives() -> None:
