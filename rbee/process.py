@@ -12,6 +12,7 @@ import logging
 import os
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,8 +180,13 @@ async def open_guarded(
         run_file=run_file, adopt_grace=adopt_grace, parent=os.getpid() if die_with_us else 0,
         hold_interrupt=hold_interrupt, die_with_guard=die_with_us, orphaned=orphaned,
     )  # fmt: skip
-    with writing(log_file.parent), log_file.open("ab") as stderr:
-        popen = _popen_guard(subprocess.PIPE if piped else stderr, stderr, environment)
+    try:
+        with writing(log_file.parent), log_file.open("ab") as stderr:
+            popen = _popen_guard(subprocess.PIPE if piped else stderr, stderr, environment)
+    except MachineError:
+        if run_dir is not None:  # claimed for whom there will not be
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
     process = _own(popen)
     try:
         await _send_start(process, line)
@@ -208,6 +214,12 @@ async def open_guarded(
 def _popen_guard(
     stdout: IO[bytes] | int, stderr: IO[bytes], env: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
+    if not hasattr(os, "pidfd_open"):  # before anything is started
+        raise MachineError(
+            f"a daemon of rbee runs on Linux 5.3 or later, this machine runs {sys.platform}: its "
+            "processes could not be held for sure",
+            hint="rbee-keeper --help   # --queen-url takes a queen on a Linux machine",
+        )
     try:
         # In trio's own thread: PR_SET_PDEATHSIG follows the forking thread (no trio.run_process).
         with guard.held_interrupt():

@@ -134,6 +134,18 @@ async def test_nonsense_instead_of_hello_is_the_peers_fault(
 
 
 @slow
+async def test_nothing_is_started_where_a_process_cannot_be_held(
+    leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "pidfd_open")
+        patch.setattr(subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+        with pytest.raises(MachineError, match="runs on Linux"):
+            async with owned(leaks, DAEMON, UNTIL_EOF):
+                pytest.fail("the body ran")
+    await leaks.wait_clean(0.2)
+
+
 async def test_a_missing_program_is_a_machine_error(leaks: LeakCheck) -> None:
     start = DaemonStart(owner="q", token="t", run_dir=str(leaks.home.run / "hive-1"))
     with pytest.RaisesGroup(
