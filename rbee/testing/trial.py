@@ -12,6 +12,7 @@ from rbee.client import AsyncClient
 from rbee.errors import RbeeError, leaves
 from rbee.model import LOCALHOST
 from rbee.process import log_tail
+from rbee.remains import LEFT
 from rbee.testing.blows import (
     Cut,
     Field,
@@ -312,7 +313,8 @@ class Trial:
         with trio.move_on_after(NOTICED + (2 * LEASE if self.round.fault.silent else 0)):
             while True:
                 pids = {one.pid for one in self.world.census().placed}
-                dead = [hive for hive in await client.hives() if hive.pid not in pids]
+                hives = [hive for hive in await client.hives() if hive.state not in LEFT]
+                dead = [hive for hive in hives if hive.pid not in pids]
                 if not dead:
                     return
                 await trio.sleep(POLL)
