@@ -122,6 +122,8 @@ async def test_a_node_that_does_not_answer_hides_no_others(home: Home, far: Home
 class Refusing:
     """A client whose peer does not answer as it should."""
 
+    is_closed = False
+
     async def request(self, *args: Any, **more: Any) -> Any:
         raise ConflictError("it is stopping")
 
