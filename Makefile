@@ -16,6 +16,8 @@ DEB_PACKAGES ?= procps openssh-server iproute2 chromium
 TEST_HOME ?= .cache/rbee-home
 
 PYTEST_FLAGS ?= --durations=15
+JOBS ?= 2
+PYTEST = RBEE_TEST_HOME='$(abspath $(TEST_HOME))' $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.rbee-installed
@@ -45,14 +47,16 @@ help:
 	@echo 'make venv    only install into $(VENV) (about three minutes, then seconds)'
 	@echo 'make clean   remove $(VENV), the caches and the model of the tests'
 	@echo
-	@echo 'Variables: PYTHON VENV EXTRAS TORCH TORCH_CPU_INDEX DEB_PACKAGES TEST_HOME PYTEST_FLAGS'
+	@echo 'Variables: PYTHON VENV EXTRAS TORCH TORCH_CPU_INDEX DEB_PACKAGES TEST_HOME PYTEST_FLAGS JOBS'
 
 demo: venv
 	$(BIN)/rbee-keeper infer --model smollm2-135m \
 	    --prompt "What is the capital of France?" --temperature 0
 
+# What measures times, or looks at all processes, runs by itself; of the rest, JOBS files at once.
 test: packages venv lint
-	RBEE_TEST_HOME='$(abspath $(TEST_HOME))' $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(PYTEST) -n $(JOBS) --dist loadfile -m 'not alone'
+	$(PYTEST) -m alone
 
 lint: venv
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import pytest
 from rbee.home import Home, open_home
 from rbee.testing.cluster import hear_interrupts
 from rbee.testing.processes import LeakCheck, LeakError, Tree
+from tests.environment import VENV
 
 SESSION_MARKER = "RBEE_TEST_SESSION"
 SESSION_GRACE = 2.0  # the last tests' children may still be on their way out
@@ -42,13 +43,19 @@ def error_records() -> Iterator[list[logging.LogRecord]]:
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+def short_path() -> Iterator[Path]:
+    """Make a directory with a short path: those of unix sockets end at 107 bytes."""
+    path = tempfile.mkdtemp(prefix="rbee-t-", dir="/tmp")
+    yield Path(path)
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def home(tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
     """Make an ``RBEE_HOME`` of this test's own; its run directory has a short path."""
-    runtime = tempfile.mkdtemp(prefix="rbee-t-", dir="/tmp")  # unix sockets end at 107 bytes
-    monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_path))
     monkeypatch.setenv("RBEE_HOME", str(tmp_path / "home"))
-    yield open_home()
-    shutil.rmtree(runtime)
+    return open_home()
 
 
 @pytest.fixture
@@ -67,7 +74,7 @@ def leaks(home: Home, nonce: str) -> Iterator[LeakCheck]:
     Call ``leaks.tree.refresh(pid)`` once something runs, and ``await leaks.wait_clean(10)``.
     """
     with Tree() as tree:
-        check = LeakCheck(home=home, nonce=nonce, tree=tree)
+        check = LeakCheck(home=home, nonce=nonce, tree=tree, venv=VENV)
         yield check
         left = [i for i in check.kill() if i.kind == "process" and i.is_certain]
         if left:
@@ -95,7 +102,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     hear_interrupts()
     os.environ[SESSION_MARKER] = marker = secrets.token_hex(8)
     session.stash[SESSION_CHECK] = LeakCheck(
-        nonce=marker, marker=SESSION_MARKER, tree=Tree(os.getpid())
+        nonce=marker, marker=SESSION_MARKER, tree=Tree(os.getpid()), venv=VENV
     )
 
 

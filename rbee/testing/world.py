@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ import attrs
 import trio
 
 from rbee.client import AsyncClient
+from rbee.daemon import read_run_file
 from rbee.errors import RbeeError
 from rbee.gpus import all_gpus
 from rbee.guard import remove_tree
@@ -87,14 +87,8 @@ class World:
     async def connect(self) -> AsyncClient:
         """Return a client of the queen, once she serves."""
         while self.client is None:
-            try:
-                record = json.loads(self.home.queen_file.read_text())
-                token = Path(record["token_file"]).read_text().strip()
-            except (OSError, ValueError):
-                await trio.sleep(POLL)
-                continue
-            # One that has not asked for the owner tells a stream that breaks from one that ends.
-            self.client = AsyncClient(record["url"], token)
+            self.client = _client_of(self.home)
+            await trio.sleep(0 if self.client else POLL)
         return self.client
 
     # who is there -------------------------------------------------------------------------------
@@ -232,6 +226,19 @@ class World:
     def clear_logs(self) -> None:
         for path in self.logs():
             path.unlink(missing_ok=True)
+
+
+def _client_of(home: Home) -> AsyncClient | None:
+    """Make a client of the queen that lives; of one that lost its power the file stays."""
+    record = read_run_file(home.queen_file)
+    if record is None:
+        return None
+    try:
+        token = Path(record.token_file).read_text().strip()
+    except OSError:  # it is ending
+        return None
+    # One that has not asked for the owner tells a stream that breaks from one that ends.
+    return AsyncClient(record.url, token)
 
 
 def _unknown(census: Census, known: set[int]) -> list[Placed]:

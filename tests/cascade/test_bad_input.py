@@ -30,6 +30,7 @@ from rbee.models.catalog import Catalog, Entry
 from rbee.testing.processes import LeakCheck, Tree, carriers, count_titles, read_stat
 from rbee.testing.tiny_model import write_tiny_model
 from tests.cascade.keeper import COMMAND, Done, Running, infer, run, running_infer
+from tests.environment import VENV
 
 pytestmark = pytest.mark.slow
 
@@ -81,7 +82,7 @@ def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
     }
     home = find_home(environ=env)
     with Tree() as tree:
-        check = LeakCheck(home=home, nonce=env["RBEE_NONCE"], tree=tree)
+        check = LeakCheck(home=home, nonce=env["RBEE_NONCE"], tree=tree, venv=VENV)
         started = run("queen", "start", "--port", "0", env=env)
         assert started.code == 0, started.err
         try:

@@ -19,7 +19,7 @@ from rbee.testing.processes import LeakCheck, LeakError, title_of
 PLANT = [sys.executable, str(Path(__file__).parent / "plant.py")]
 KINDS = ("VLLM::EngineCore", "planted-setsid", "planted-noenv")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 async def test_without_a_guard_each_planted_child_turns_the_check_red(leaks: LeakCheck) -> None:

@@ -21,7 +21,7 @@ from rbee.testing.deaths import (
 )
 from rbee.testing.tiny_model import write_tiny_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 VLLM_CELLS = [
     Cell("keeper", signal.SIGKILL, "streaming"),

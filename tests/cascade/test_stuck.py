@@ -16,7 +16,7 @@ from tests.cascade.keeper import run
 from tests.trees import kill
 from tests.unkillable import unkillable
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from rbee.testing.processes import LeakCheck, carriers, title_of
 from rbee.testing.tiny_model import write_tiny_model
 from tests.terminal import open_terminal
 
-pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.alone]
 
 CAPITAL = ("--model", "smollm2-135m", "--prompt", "What is the capital of France?")
 

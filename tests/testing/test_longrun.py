@@ -57,6 +57,7 @@ def test_a_measure_that_was_not_always_seen_is_not_judged() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 async def test_a_hive_does_not_grow_while_workers_come_and_go() -> None:
     longrun = await run(StartWorker("echo", engine="echo", keep_alive=-1), 14)
     found = trends(longrun.samples)

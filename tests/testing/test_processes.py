@@ -21,7 +21,7 @@ from rbee.home import Home
 from rbee.testing import processes
 from rbee.testing.processes import LeakCheck, LeakError, Tree
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 NAP = "import time; time.sleep(60)"
 TITLED = "import setproctitle as s, time; s.setproctitle({title!r}); print(flush=True); " + NAP

@@ -122,6 +122,7 @@ def test_a_storm_goes_on_only_with_its_own_commit(tmp_path: Path) -> None:
 
 # a storm ----------------------------------------------------------------------------------------
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("seed", "rounds", "limit"),
     [(FIXED_SEED, FIXED_ROUNDS, 60), (secrets.randbelow(1 << 31), RANDOM_ROUNDS, 20)],

@@ -81,13 +81,13 @@ def start(tmp_path, leaks):
 
 
 @pytest.fixture
-def start_echo(start, tmp_path):
+def start_echo(start, tmp_path, short_path):
     write_atomic(tmp_path / "token", TOKEN)
 
     def start_one(*args, **given):
         options = {
             "--engine": "echo", "--model": "any", "--port": "0",
-            "--token-file": str(tmp_path / "token"), "--run-dir": str(tmp_path),
+            "--token-file": str(tmp_path / "token"), "--run-dir": str(short_path),
         }  # fmt: skip
         words = [word for pair in options.items() if pair[0] not in args for word in pair]
         return start([sys.executable, "-m", "rbee.worker", *words, *args], **given)
@@ -113,7 +113,7 @@ def wait_gone(pid, limit=2.0):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stop_signal_ends_it_cleanly_with_its_engine(start_echo, number, tmp_path):
+def test_a_stop_signal_ends_it_cleanly_with_its_engine(start_echo, number, short_path):
     worker = start_echo()
     worker.wait_log(READY)
     (engine,) = children(worker.pid)
@@ -121,7 +121,7 @@ def test_a_stop_signal_ends_it_cleanly_with_its_engine(start_echo, number, tmp_p
     os.kill(worker.pid, number)
     assert worker.popen.wait(5) == 0
     wait_gone(engine, 0)
-    assert not list(tmp_path.glob("rbee-worker-*"))
+    assert not list(short_path.glob("rbee-worker-*"))
 
 
 def test_the_end_of_its_lifeline_ends_it(start_echo):
@@ -139,9 +139,9 @@ def test_without_owned_stdin_is_not_read(start_echo):
         assert client.get("/v1/ready").status_code == 200
 
 
-def test_owned_without_a_model_it_takes_its_configuration_from_the_start_line(start, tmp_path):
+def test_owned_without_a_model_it_takes_its_configuration_from_the_start_line(start, short_path):
     spec = WorkerSpec(WorkerId("told"), "any", engine="echo")
-    config = WorkerConfig(spec, str(tmp_path), TOKEN, port=0)
+    config = WorkerConfig(spec, str(short_path), TOKEN, port=0)
     worker = start([sys.executable, "-m", "rbee.worker", "--owned"], stdin=subprocess.PIPE)
     worker.popen.stdin.write(b"start " + codec.dumps(config) + b"\nbeat 1\n")
     worker.popen.stdin.flush()
@@ -259,13 +259,14 @@ os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 127)
 
 
 @pytest.mark.vllm
+@pytest.mark.alone
 @pytest.mark.skipif(not HAS_VLLM, reason="vllm is not installed: pip install '.[cpu]'")
-def test_vllm_forked_from_a_preloaded_process_serves_everything_and_dies_whole(start, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
+def test_vllm_forked_from_a_preloaded_process_serves_everything_and_dies_whole(
+    start, tmp_path, short_path
+):
     model = write_tiny_model(tmp_path / "tiny")
     spec = WorkerSpec(WorkerId("w"), "tiny", str(model), served_names=("small",))
-    config = WorkerConfig(spec, str(run_dir), TOKEN, port=0)
+    config = WorkerConfig(spec, str(short_path), TOKEN, port=0)
     zygote = start([sys.executable, "-c", ZYGOTE, codec.dumps(config).decode()])
     assert zygote.wait_log(re.compile(rb"threads (\d+)"), 120).group(1) == b"1"
     pid = int(zygote.wait_log(re.compile(rb"^worker (\d+)", re.M)).group(1))
