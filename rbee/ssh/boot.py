@@ -3,7 +3,7 @@
 It reads its request from stdin (a line with a length, then that much JSON), finds a Python that is
 new enough, makes the directories, answers with one marked line and becomes the guard. The answer
 begins on a line of its own with the request's marker: login shells may have talked before. A
-request that only looks changes nothing, and ends with the answer.
+request that only looks changes nothing, and ends with the answer; one that only wakes has none.
 
 Whatever waits here for an owner who never speaks is ended by an alarm, which survives exec; the
 guard turns it off once it has its start line.
@@ -216,6 +216,10 @@ def look(request: Any) -> Any:
     }
 
 
+def become_guard(python: Any, request: Any, *words: Any) -> None:
+    os.execv(python, [python, "-I", "-S", "-c", request["guard"], *words])
+
+
 def main() -> None:
     # What we read has been sent together with this program. With the alarm before it, and the
     # lease after it, a node that is cut off meanwhile is clean within the lease and 8 s.
@@ -224,6 +228,8 @@ def main() -> None:
     signal.setitimer(signal.ITIMER_REAL, request["patience"])
     umask = os.umask(0o077)
     try:
+        if request["wake"]:
+            become_guard(find_python(request, find_home(request["home"]))[0], request, "wake")
         facts = look(request) if request["look"] else prepare(request)
     except RefusedError as refused:
         answer(request, "refused", {"kind": refused.kind, "had": refused.had})
@@ -239,8 +245,7 @@ def main() -> None:
     os.environ["RBEE_CLAIMED"] = facts["run_dir"]  # the guard's to remove if it gets no plan
     if request["bare"]:
         os.dup2(2, 3, inheritable=True)  # for the command: the guard's own goes to its log
-    python = facts["python"]
-    os.execv(python, [python, "-I", "-S", "-c", request["guard"]])
+    become_guard(facts["python"], request)
 
 
 if __name__ == "__main__":

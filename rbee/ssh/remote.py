@@ -53,6 +53,7 @@ MINIMUM = (3, 11)
 ANSWER = 20.0  # seconds for the login shell and Python to start, loaded nodes included
 NOISE = 64 * 1024  # bytes that a login shell may say before us
 TOLD = 0.3  # seconds for the guard's word to come; with more, the queen's own end would be late
+PATIENCE = 1.0  # seconds for a guard to end before it is woken, should it be frozen
 RUN_GRACE = 2.0
 OUTPUT = 1 << 20
 TAIL = 300
@@ -248,7 +249,7 @@ async def open_remote(
             async with _beating(connection, channel, wish.lease):
                 yield RemoteProcess(connection, channel, facts, rest)
         finally:
-            end = await _stop(channel, wish.graces[0])
+            end = await _stop(connection, channel, wish)
             if not (end.lost or end.killed):
                 fence.note_end()
 
@@ -258,6 +259,20 @@ async def _ask(
 ) -> tuple[dict[str, Any], bytes]:
     """Run `rbee.ssh.boot` on the node; return what it answers, and what came after that."""
     marker = f"rbee-{secrets.token_hex(8)}"
+    channel.write(_loaded() + _request(wish, marker, looks=only_look))
+    with trio.move_on_after(ANSWER):
+        kind, said, rest = await _read_answer(connection, channel, marker)
+        if kind == "ready":
+            return said, rest
+        raise _refused(connection, said)
+    raise LoginShellError(
+        f"the login shell of node {connection.node} did not run our program within {ANSWER:g} s",
+        hint=f"{connection.target.command} true",
+        node=connection.node,
+    )
+
+
+def _request(wish: Wish, marker: str, *, looks: bool = False, wakes: bool = False) -> bytes:
     request = json.dumps(
         {
             "marker": marker,
@@ -270,21 +285,12 @@ async def _ask(
             "log": wish.log,
             "run_dir": wish.run_dir,
             "bare": wish.bare,
-            "look": only_look,
-            "guard": "" if only_look else _source_of_guard(),
+            "look": looks,
+            "wake": wakes,
+            "guard": "" if looks else _source_of_guard(),
         }
     ).encode()
-    channel.write(_loaded() + b"%d\n" % len(request) + request)
-    with trio.move_on_after(ANSWER):
-        kind, said, rest = await _read_answer(connection, channel, marker)
-        if kind == "ready":
-            return said, rest
-        raise _refused(connection, said)
-    raise LoginShellError(
-        f"the login shell of node {connection.node} did not run our program within {ANSWER:g} s",
-        hint=f"{connection.target.command} true",
-        node=connection.node,
-    )
+    return b"%d\n" % len(request) + request
 
 
 async def _read_answer(
@@ -398,15 +404,31 @@ async def _keep_beating(connection: Connection, channel: Channel, every: float) 
         await trio.sleep(every)
 
 
-async def _stop(channel: Channel, grace: float) -> End:
+async def _stop(connection: Connection, channel: Channel, wish: Wish) -> End:
     """Ask it to end and wait for the guard's word; bounded, the guards need no help."""
     channel.discard_output()
     channel.write(b"stop\n")
     channel.write_eof()
-    with trio.move_on_after(grace + TOLD, shield=True):
-        return await channel.wait()
+    with trio.move_on_after(wish.graces[0] + TOLD, shield=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_wake_after, PATIENCE, connection, wish)
+            end = await channel.wait()
+            nursery.cancel_scope.cancel(reason="it has ended")
+        return end
     log.warning("node %s does not tell whether its program has ended", channel.node)
     return End(lost=True)
+
+
+async def _wake_after(seconds: float, connection: Connection, wish: Wish) -> None:
+    """Wake what came over this connection: a guard that is frozen has not heard that it ends."""
+    await trio.sleep(seconds)
+    try:
+        async with connection.open_channel(LOADER, limit=NOISE) as channel:
+            channel.discard_output()
+            channel.write(_loaded() + _request(wish, "", wakes=True))
+            await channel.wait()
+    except SshError as exc:
+        log.debug("cannot wake what may be frozen on node %s: %s", connection.node, exc)
 
 
 @cache

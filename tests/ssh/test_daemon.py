@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from rbee.ssh import (
     open_connection,
     open_remote_daemon,
 )
+from rbee.ssh.remote import PATIENCE, Facts, Wish, open_remote
 from tests.ssh.nodes import GRACES, LEASE, gone, open_planted, pids, start
 from tests.ssh.sshd import Sshd
 
@@ -82,6 +84,29 @@ async def test_a_flooding_daemon_fills_no_memory_and_ends(
             async with open_planted(connection, "flood", node_home) as daemon:
                 await trio.sleep(0.3)
     await gone(*pids(daemon), within=0.5)
+
+
+async def test_a_guard_that_is_frozen_before_it_has_its_plan_is_woken_to_end(
+    sshd: Sshd, aio: Aio, node_home: str
+) -> None:
+    """Nothing is below it yet that could wake it, and sshd sends no signal."""
+    frozen: list[tuple[int, Path]] = []
+
+    def freeze(facts: Facts) -> str:
+        pid = int((Path(facts.run_dir) / "owner").read_text().split()[1])
+        os.kill(pid, signal.SIGSTOP)
+        frozen.append((pid, Path(facts.run_dir)))
+        return ""
+
+    wish = Wish([sys.executable], [3.0, 2.5], LEASE, home=node_home, log="x.log", run_dir="frozen")
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        async with open_remote(connection, wish, first=freeze):
+            ((pid, run_dir),) = frozen
+            began = trio.current_time()
+        assert trio.current_time() - began < PATIENCE + 1
+        assert not connection.fence.is_up
+    assert not start_time(pid)
+    assert not run_dir.exists()
 
 
 async def test_an_end_nobody_asked_for_is_told_with_the_log(
