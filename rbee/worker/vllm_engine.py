@@ -34,6 +34,7 @@ from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
 from rbee.worker import vllm_plan, weights
+from rbee.worker.amx import do_without_amx
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.engine_args import refused, spread_lists
@@ -423,6 +424,8 @@ def import_vllm() -> SimpleNamespace:
             hint=install(vllm_plan.built_for()),
         ) from exc
     inspect_models_here()
+    if vllm_plan.built_for() == "cpu":
+        do_without_amx()
     return SimpleNamespace(
         torch=torch,
         envs=envs,
