@@ -8,6 +8,7 @@ import attrs
 import trio
 
 from rbee.client import AsyncClient
+from rbee.model import LOCALHOST
 from rbee.testing.blows import Reach
 from rbee.testing.census import SESSION
 from rbee.testing.rounds import Round
@@ -79,6 +80,14 @@ class Prelude:
         infos = await self.world.client.workers()
         return [info for info in infos if info.node == node and info.state == "ready"]
 
+    def _first_seen(self, role: str, at: str) -> tuple[str, str]:
+        """Return who has to be there, and where, for the fault to hit something."""
+        if role and role != SESSION:
+            return role, at
+        if self.round.fault.aim == Reach.ALL:  # nobody has asked for a hive yet
+            return "queen", LOCALHOST
+        return "guard A", self.round.node
+
     # its moment -----------------------------------------------------------------------------------
     async def reach(self, scene: Scene, order: Callable[[], None]) -> None:
         """Bring the cluster to the round's moment; ``order`` tells it to end."""
@@ -87,7 +96,7 @@ class Prelude:
             case "starting":
                 if self.round.fault.aim != Reach.ALL:
                     scene.start_worker(node, STARTED)
-                await self.world.until_there(*_first_seen(first.role, first.node, node))
+                await self.world.until_there(*self._first_seen(first.role, first.node))
             case "loading":
                 before = len(self.world.census().find("worker", node))
                 scene.start_worker(node, LOADED, state="loading")
@@ -119,7 +128,3 @@ class Prelude:
         else:
             for info in (await self._workers(node))[:1]:
                 scene.stop_worker(info)
-
-
-def _first_seen(role: str, at: str, node: str) -> tuple[str, str]:
-    return (role, at) if role and role != SESSION else ("guard A", node)

@@ -20,6 +20,7 @@ from rbee.testing.blows import (
     Impairment,
     MemoryLimit,
     PowerLoss,
+    Reach,
     Signal,
     SshdDeath,
     doomed,
@@ -165,6 +166,8 @@ class Trial:
         # What sshd does at a signal is its own affair; a bad network may be as good as none.
         unsure = {b.node for b in fault.blows if b.role == SESSION or isinstance(b, Impairment)}
         unsure |= hit if stopping else set()
+        if any(pause for pause, _ in fault.timed()):  # a hive came up in between, and ends as well
+            unsure |= {blow.node for blow in fault.blows if blow.reach == Reach.NODE}
         return [
             one.identity
             for one in census.placed
