@@ -323,6 +323,7 @@ class TestHosts:
         heard, told = mac.home / "heard", mac.home / "told"
         told.touch()
         with session(cuttable, "mac", f"tail -f {told} & exec cat > {heard}") as opened:
+            wait_for(heard.exists)  # the shell there has begun
             mac.partition("to")
 
             opened.say("hello")
@@ -335,6 +336,7 @@ class TestHosts:
         heard, told = mac.home / "heard-2", mac.home / "told-2"
         told.touch()
         with session(cuttable, "mac", f"tail -f {told} & exec cat > {heard}") as opened:
+            wait_for(heard.exists)  # the shell there has begun
             mac.partition("from")
 
             opened.say("hello")
