@@ -449,7 +449,7 @@ class Guard:
         for number in (*STOP_SIGNALS, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        release_interrupt()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # held until we can clean
         return reader
 
     def _watch(self, wakeup: int) -> None:

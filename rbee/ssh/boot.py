@@ -227,6 +227,8 @@ def main() -> None:
     request = read_request()
     signal.setitimer(signal.ITIMER_REAL, request["patience"])
     umask = os.umask(0o077)
+    if not request["look"]:  # held until the guard can clean up what is claimed here
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
     try:
         if request["wake"]:
             become_guard(find_python(request, find_home(request["home"]))[0], request, "wake")

@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
@@ -26,6 +27,29 @@ from tests.ssh.nodes import GRACES, LEASE, gone, open_planted, pids, start
 from tests.ssh.sshd import Sshd
 
 pytestmark = pytest.mark.slow
+
+
+def early(home: str) -> Wish:
+    """Make the wish of a program that lives until its guards end it."""
+    nap = "import time; time.sleep(60)"
+    return Wish(
+        ["", "-c", nap], [3.0, 2.5], LEASE, home=home, log="x.log", run_dir="early"
+    )  # fmt: skip
+
+
+@attrs.define
+class Hits:
+    """Sends a signal to a guard that has no plan yet; ``found``: its pid and run directory."""
+
+    number: signal.Signals
+    found: list[tuple[int, Path]] = attrs.field(factory=list)
+
+    def __call__(self, facts: Facts) -> str:
+        run_dir = Path(facts.run_dir)
+        pid = int((run_dir / "owner").read_text().split()[1])
+        os.kill(pid, self.number)
+        self.found.append((pid, run_dir))
+        return ""
 
 
 async def test_a_daemon_lives_as_long_as_its_scope(sshd: Sshd, aio: Aio, node_home: str) -> None:
@@ -90,21 +114,27 @@ async def test_a_guard_that_is_frozen_before_it_has_its_plan_is_woken_to_end(
     sshd: Sshd, aio: Aio, node_home: str
 ) -> None:
     """Nothing is below it yet that could wake it, and sshd sends no signal."""
-    frozen: list[tuple[int, Path]] = []
-
-    def freeze(facts: Facts) -> str:
-        pid = int((Path(facts.run_dir) / "owner").read_text().split()[1])
-        os.kill(pid, signal.SIGSTOP)
-        frozen.append((pid, Path(facts.run_dir)))
-        return ""
-
-    wish = Wish([sys.executable], [3.0, 2.5], LEASE, home=node_home, log="x.log", run_dir="frozen")
+    wish, hits = early(node_home), Hits(signal.SIGSTOP)
     async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
-        async with open_remote(connection, wish, first=freeze):
-            ((pid, run_dir),) = frozen
+        async with open_remote(connection, wish, first=hits):
+            ((pid, run_dir),) = hits.found
             began = trio.current_time()
         assert trio.current_time() - began < PATIENCE + 1
         assert not connection.fence.is_up
+    assert not start_time(pid)
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+async def test_a_guard_that_is_told_to_stop_before_it_has_its_plan_leaves_nothing(
+    sshd: Sshd, aio: Aio, node_home: str, number: signal.Signals
+) -> None:
+    hits = Hits(number)
+    async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
+        async with open_remote(connection, early(node_home), first=hits) as process:
+            with trio.fail_after(2):
+                await process.wait()
+    ((pid, run_dir),) = hits.found
     assert not start_time(pid)
     assert not run_dir.exists()
 
