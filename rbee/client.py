@@ -5,7 +5,6 @@ No call but connecting has a time limit: wrap it in ``trio.fail_after`` or ``asy
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import quote
 
-from rbee.errors import RbeeError, from_wire
 from rbee.model import LOCALHOST
 from rbee.running import find_access
 from rbee.stream import (
@@ -30,6 +28,7 @@ from rbee.web.exchange import Address, Exchange, open_exchange, start_exchange
 from rbee.web.transport import Connect, connect
 from rbee.wire import codec, messages, sse
 from rbee.wire.messages import Message, TaskRequest
+from rbee.wire.refusal import error_of
 
 __all__ = ["KEEP_A_QUEEN", "OPERATOR", "AsyncClient", "TaskEvents", "TaskStream"]
 
@@ -343,18 +342,3 @@ async def _accepted(exchange: Exchange) -> Exchange:
 
 def _node(name: str) -> str:
     return f"{messages.QUEEN_NODES}/{quote(name, safe='')}"
-
-
-def error_of(status: int, body: bytes) -> RbeeError:
-    """Rebuild the error that a queen refused with."""
-    try:
-        error = json.loads(body)["error"]
-        return from_wire(
-            str(error.get("code", "")),
-            str(error["message"]),
-            hint=str(error.get("hint", "")),
-            status=status,
-            details=error.get("details") or {},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return from_wire("", f"{status}: {body[:200].decode('utf-8', 'replace')}", status=status)

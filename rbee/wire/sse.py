@@ -71,20 +71,9 @@ def event_from(name: str, data: str) -> Event | None:
     return event
 
 
-class TerminalWatch:
-    """See in a passing byte stream whether its terminal event went by."""
-
-    def __init__(self) -> None:
-        self._tail = b"\n"  # a stream begins as if a line had ended
-        self.seen = False
-
-    def feed(self, chunk: bytes) -> None:
-        text = self._tail + chunk
-        if not self.seen:
-            self.seen = any(_starts_event(text, name.encode()) for name in TERMINAL)
-        self._tail = text[-16:]
+_TERMINAL = tuple(f"event: {name}\n".encode() for name in TERMINAL)
 
 
-def _starts_event(text: bytes, name: bytes) -> bool:
-    # A token's text is JSON on one line: a newline before "event:" cannot come from it.
-    return b"\nevent: " + name + b"\n" in text
+def is_terminal(event: bytes) -> bool:
+    """Tell whether an event of a job, as `encode` makes it, is its last one."""
+    return event.startswith(_TERMINAL)
