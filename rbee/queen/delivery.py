@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
@@ -148,13 +148,17 @@ class Connected:
 class Kept:
     """Events go into a log; see `Delivery`.
 
+    Args:
+        ended: called when a worker's terminal event is in it; its answer may still have an end.
+
     Attributes:
         accepted: set once the job is under way or has been refused.
         refusal: why it was.
     """
 
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, ended: Callable[[], None]) -> None:
         self._log = log
+        self._ended = ended
         self._events: WholeEvents | None = None
         self._is_under_way = False
         self.accepted = trio.Event()
@@ -191,6 +195,9 @@ class Kept:
         if self._events is not None and self._events.torn:
             raise PeerError(f"an event longer than {sse.MAX_EVENT} bytes")
         self._log.extend(events)
+        if self.is_over:
+            self._ended()
+            self._log.end()
 
     def end(self, error: RbeeError | None) -> None:
         """Complete the log with ``error``, if there is one, and let its readers know."""

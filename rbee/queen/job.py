@@ -73,6 +73,9 @@ class Job:
         self.started = time.time()
 
     def note_end(self, error: RbeeError | None) -> None:
+        """Note how it ended; the first end stays."""
+        if self.ended:
+            return
         self.ended = time.time()
         self.error = error
         # What was asked may be long, and nobody needs it any more.

@@ -129,7 +129,7 @@ class Jobs(TaskOwner):
             raise self._ending()
         job.log = self.shelf.new_log()
         self.shelf.put(job, size)
-        delivery = Kept(job.log)
+        delivery = Kept(job.log, partial(job.note_end, None))
         self.tasks.start_soon(self._keep, job, delivery)
         await delivery.accepted.wait()
         if delivery.refusal is not None:
@@ -147,9 +147,8 @@ class Jobs(TaskOwner):
             log.exception("job %s failed by a bug", job.id)
             error = RbeeError("internal error, see the queen's log")
         finally:
-            if not job.ended:
-                error = None if delivery.is_over else error
-                job.note_end(error)
+            error = None if delivery.is_over else error
+            job.note_end(error)
             delivery.end(error)
             self.shelf.note_end(job)
         if delivery.refusal is None:
