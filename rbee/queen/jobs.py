@@ -34,6 +34,7 @@ from rbee.wire.refusal import error_of
 
 log = logging.getLogger(__name__)
 
+PRIORITIES = 1 << 63  # vLLM takes what fits into 64 bits
 HEADERS: Headers = ((b"content-type", b"application/json"), (b"accept", sse.CONTENT_TYPE))
 
 
@@ -89,11 +90,14 @@ class Jobs(TaskOwner):
         """Make the job of a request, which `attach` or `keep` is to run.
 
         Raises:
-            BadInputError: its deadline has passed before it begins, or config.toml is wrong.
+            BadInputError: its deadline has passed before it begins, its priority is out of range,
+                or config.toml is wrong.
             RbeeError: the queen is stopping.
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
+        if not -PRIORITIES <= request.priority < PRIORITIES:
+            raise BadInputError(f"priority must fit into 64 bits: {request.priority}")
         if not self.takes_tasks:
             raise self._ending()
         job_id = JobId(new_id("job"))
@@ -224,4 +228,5 @@ def _execute(job: Job) -> ExecuteRequest:
         job_id=job.id, prompt=r.prompt, messages=r.messages, raw=r.raw, max_tokens=r.max_tokens,
         temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p,
         repetition_penalty=r.repetition_penalty, stop=r.stop, seed=r.seed, keep_alive=r.keep_alive,
+        priority=r.priority,
     )  # fmt: skip

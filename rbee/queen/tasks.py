@@ -53,7 +53,7 @@ def add_task_routes(app: App, jobs: Jobs) -> None:
     app.add("GET", messages.TASKS, all_jobs)
     app.add("GET", messages.TASKS + "/{job}", one)
     app.add("DELETE", messages.TASKS + "/{job}", cancel)
-    app.add("GET", messages.TASKS + "/{job}/events", events)
+    app.add("GET", messages.TASKS + "/{job}/events", events, is_data=True)
 
 
 def prefers_async(request: Request) -> bool:

@@ -481,6 +481,7 @@ class ExecuteRequest:
     """``POST /execute``. Exactly one of ``prompt`` and ``messages``; ``raw`` skips the template.
 
     ``keep_alive``: seconds that the worker stays after this request; None leaves it as it is.
+    ``priority``: for an engine that schedules by it, as vLLM does if it is told to.
     """
 
     job_id: str
@@ -496,6 +497,7 @@ class ExecuteRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     keep_alive: float | None = None
+    priority: int = 0
 
 
 @attrs.frozen

@@ -69,14 +69,14 @@ async def test_the_workers_events_follow_the_queens_byte_for_byte(http2: bool) -
         open_client(queen, http2=http2, http1=not http2) as client,
     ):
         for _ in range(2):  # on one connection
-            answer = await client.post(PATH, json=ASK)
+            answer = await client.post(PATH, json={**ASK, "priority": -2})
             job_id = answer.headers["x-rbee-job-id"]
             queued = sse.encode(Queued(job_id, 0))
             assert answer.content == queued + STARTED + ONE + TWO + END
             assert answer.headers["x-accel-buffering"] == "no"
             assert answer.headers["content-type"] == "text/event-stream"
             sent = json.loads(worker.bodies[-1])
-            assert (sent["job_id"], sent["prompt"]) == (job_id, "hi")
+            assert (sent["job_id"], sent["prompt"], sent["priority"]) == (job_id, "hi", -2)
             assert worker.heads[-1].startswith(b"POST /execute HTTP/1.1\r\n")
             assert (await client.get(f"{PATH}/{job_id}")).status_code == 410
         assert not queen.jobs._assignments._at
@@ -124,8 +124,9 @@ async def test_what_is_refused_at_once_is_a_plain_refusal(monkeypatch: pytest.Mo
             full = await queen.post(PATH, json=ASK, headers=headers)
             assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
             assert full.headers["retry-after"] == "1"
-            bad = await queen.post(PATH, json={**ASK, "deadline": 0}, headers=headers)
-            assert bad.status_code == 400
+            for wrong in ({"deadline": 0}, {"priority": 1 << 63}):
+                bad = await queen.post(PATH, json={**ASK, **wrong}, headers=headers)
+                assert bad.status_code == 400
         queen.stop.cancel()
         await wait_for(lambda: not queen.jobs.takes_tasks)
         assert (await queen.post(PATH, json=ASK)).status_code == 503
