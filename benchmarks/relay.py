@@ -4,8 +4,9 @@
 
 A worker and clients in C (benchmarks/relay/, built with cc) leave the relay as the only thing that
 takes time. Measured are, in turns: ``queen``, its routes with door, assignments, front and pump
-and a registry filled by hand; ``hypercorn``, the same without the front, as a client gets it who
-has begun with a control route; ``httpx``, hypercorn with httpx as the client of the workers.
+and a registry filled by hand; ``tasks``, the same asked for ``/v2/tasks``; ``hypercorn``, the first
+without the front, as a client gets it who has begun with a control route; ``httpx``, hypercorn with
+httpx as the client of the workers.
 ``--also`` names another relay and how it is started, with {port} for its own port and {worker} for
 the worker's. CPU is that of the relay's processes; that of a token is taken while all streams run.
 The medians go to stdout as JSON and to stderr as a table.
@@ -25,8 +26,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ import trio
 from rbee.errors import UnavailableError
 from rbee.queen.aliases import Aliases
 from rbee.queen.assignments import Assignments
+from rbee.queen.jobs import Jobs
 from rbee.queen.offer import Offer
 from rbee.queen.openai import Passages, add_openai_routes
+from rbee.queen.tasks import add_task_routes
 from rbee.registry import Registry
 from rbee.web.client import open_client
 from rbee.web.front import Front
@@ -49,12 +52,14 @@ from rbee.web.pump import open_pump
 from rbee.web.router import App, Passing, Request
 from rbee.web.server import open_listener, serve_http
 from rbee.web.upstream import open_upstreams
+from rbee.wire import messages
 from rbee.wire.messages import WorkerInfo
 
 HERE = Path(__file__).parent / "relay"
 TOKEN = "benchmark"
 STARTS = 60.0  # seconds for another relay
-OURS = ("queen", "hypercorn", "httpx")
+OURS = ("queen", "tasks", "hypercorn", "httpx")
+CHAT = "/v1/chat/completions"
 
 
 @attrs.frozen
@@ -70,9 +75,9 @@ class Load:
     ramp: float = 0.0
     seconds: float = 30.0
 
-    def arguments(self, port: int) -> list[str]:
+    def arguments(self, port: int, path: str) -> list[str]:
         values = (
-            port, self.clients, self.requests, self.seconds, int(self.streams), self.rate,
+            port, path, self.clients, self.requests, self.seconds, int(self.streams), self.rate,
             self.tokens, self.ramp,
         )  # fmt: skip
         return [str(value) for value in values]
@@ -117,26 +122,36 @@ async def serve(kind: str, worker_port: int) -> None:
         front = None
         if kind == "httpx":
             client = await stack.enter_async_context(open_client(url))
-            app.add("POST", "/v1/chat/completions", partial(pass_by_httpx, client))
+            app.add("POST", CHAT, partial(pass_by_httpx, client))
         else:
             poller = await stack.enter_async_context(open_poller())
             pump = await stack.enter_async_context(open_pump(poller, 30))
             passages = make_passages(url, await stack.enter_async_context(open_upstreams(poller)))
             await stack.enter_async_context(passages.open())
             add_openai_routes(app, passages)
-            front = Front(app, pump) if kind == "queen" else None
+            await stack.enter_async_context(open_tasks(app, passages))
+            front = None if kind == "hypercorn" else Front(app, pump)
         print(listener.getsockname()[1], flush=True)
         await serve_http(app, listener, front=front)
 
 
 def make_passages(url: str, upstreams: Any) -> Passages:
     hive: Any = OneHive(url)
-    hive.workers.set("w", WorkerInfo("w", "words", "ready", url=url, owner="queen", engine="echo"))
+    hive.workers.set("w", WorkerInfo("w", "words", "ready", url=url, owner="queen"))
     aliases = Aliases(Path("/nowhere/config.toml"))
     unneeded: Any = None
     assignments = Assignments(hive, unneeded, aliases)
     offer = Offer(aliases, unneeded)
     return Passages(assignments, aliases, offer, upstreams, lambda: UnavailableError("it ends"))
+
+
+@asynccontextmanager
+async def open_tasks(app: App, passages: Passages) -> AsyncGenerator[None, None]:
+    """Add ``/v2/tasks`` to the same assignments."""
+    jobs = Jobs(passages._assignments, passages._aliases, passages._upstreams, passages._ending)
+    add_task_routes(app, jobs)
+    async with jobs.open():
+        yield
 
 
 async def pass_by_httpx(client: httpx.AsyncClient, request: Request) -> Passing:
@@ -145,7 +160,7 @@ async def pass_by_httpx(client: httpx.AsyncClient, request: Request) -> Passing:
 
     async def run(out: Out) -> None:
         headers = {"content-type": "application/json"}
-        asking = client.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
+        asking = client.build_request("POST", CHAT, content=body, headers=headers)
         answer = await client.send(asking, stream=True)
         try:
             kind = answer.headers["content-type"].encode()
@@ -165,6 +180,7 @@ class Relay:
     name: str
     port: int
     pid: int
+    path: str = CHAT
 
     def cpu(self) -> float:
         """Return the CPU seconds of its processes, all threads."""
@@ -206,7 +222,7 @@ def show(*words: object) -> None:
 def measure(relay: Relay, load: Load, program: Path, figures: Figures) -> None:
     """Run a load against a relay and note what it took."""
     environment = {**os.environ, "TOKEN": TOKEN}
-    argv = [str(program), *load.arguments(relay.port)]
+    argv = [str(program), *load.arguments(relay.port, relay.path)]
     seen: list[tuple[int, float]] = []
     before = relay.cpu()
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as running:
@@ -262,7 +278,8 @@ def relays(worker: int, others: Sequence[str]) -> Iterator[list[Relay]]:
             argv = [sys.executable, __file__, "--serve", kind, "--worker", str(worker)]
             process = stack.enter_context(running(argv))
             assert process.stdout is not None
-            found.append(Relay(kind, int(process.stdout.readline()), process.pid))
+            path = messages.TASKS if kind == "tasks" else CHAT
+            found.append(Relay(kind, int(process.stdout.readline()), process.pid, path))
         for other in others:
             name, _, command = other.partition("=")
             port = free_port()

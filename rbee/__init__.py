@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rbee.blocking import Client
+    from rbee.blocking import Client, Job
     from rbee.client import AsyncClient
     from rbee.cluster import AsyncCluster, EmbeddedQueen, open_cluster, serve_queen
     from rbee.errors import RbeeError
+    from rbee.job import AsyncJob
     from rbee.stream import Answer
     from rbee.threaded import Cluster
     from rbee.wire.messages import (
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         Queued,
         Started,
         StartWorker,
+        TaskInfo,
         TaskRequest,
         Token,
     )
@@ -35,16 +37,19 @@ _HOMES = {
     "Answer": "rbee.stream",
     "AsyncClient": "rbee.client",
     "AsyncCluster": "rbee.cluster",
+    "AsyncJob": "rbee.job",
     "Client": "rbee.blocking",
     "Cluster": "rbee.threaded",
     "EmbeddedQueen": "rbee.cluster",
     "End": "rbee.wire.messages",
+    "Job": "rbee.blocking",
     "Message": "rbee.wire.messages",
     "Narration": "rbee.wire.messages",
     "Queued": "rbee.wire.messages",
     "RbeeError": "rbee.errors",
     "StartWorker": "rbee.wire.messages",
     "Started": "rbee.wire.messages",
+    "TaskInfo": "rbee.wire.messages",
     "TaskRequest": "rbee.wire.messages",
     "Token": "rbee.wire.messages",
     "open_cluster": "rbee.cluster",
@@ -56,16 +61,19 @@ __all__ = [
     "Answer",
     "AsyncClient",
     "AsyncCluster",
+    "AsyncJob",
     "Client",
     "Cluster",
     "EmbeddedQueen",
     "End",
+    "Job",
     "Message",
     "Narration",
     "Queued",
     "RbeeError",
     "StartWorker",
     "Started",
+    "TaskInfo",
     "TaskRequest",
     "Token",
     "__version__",

@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from rbee.client import AsyncClient, NarrateAsync, Said
+from rbee.job import AsyncJob
+from rbee.job import JobEvents as AsyncJobEvents
 from rbee.model import LOCALHOST
 from rbee.stream import Answer, TaskOptions
 from rbee.stream import TaskStream as AsyncTaskStream
-from rbee.web.transport import connect_blocking
+from rbee.web.transport import connect_blocking, pause_blocking
 from rbee.wire import messages as wire
 from rbee.wire.messages import Event, Token
 
@@ -88,6 +90,48 @@ class TaskStream:
         self._stream.close()
 
 
+class JobEvents(TaskStream):
+    """Iterate a job's events as they come; ends after ``end``. Leaving does nothing to the job.
+
+    A connection that was cut is made again for some seconds. Errors are those of
+    `rbee.job.JobEvents`.
+    """
+
+    _stream: AsyncJobEvents
+
+    @property
+    def last_seen(self) -> int:
+        """The number of the last event that was given out."""
+        return self._stream.last_seen
+
+
+class Job:
+    """A job of `Client.enqueue`; errors are those of `AsyncJob`."""
+
+    def __init__(self, job: AsyncJob) -> None:
+        self._job = job
+        self.id = job.id
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}>"
+
+    def events(self, last_seen: int = 0) -> JobEvents:
+        """Return the job's events, those after a number; ask as often as you like."""
+        return JobEvents(self._job.events(last_seen))
+
+    def result(self) -> Answer:
+        """Wait for the whole answer; Ctrl+C leaves the job as it is."""
+        return finish(self._job.result())
+
+    def status(self) -> wire.TaskInfo:
+        """Ask how it stands."""
+        return finish(self._job.status())
+
+    def cancel(self) -> None:
+        """End it; one that has ended is fine."""
+        finish(self._job.cancel())
+
+
 class Client:
     """Talk to a running queen; calls block until they are answered.
 
@@ -102,7 +146,9 @@ class Client:
         *,
         home: Path | str | None = None,
     ) -> None:
-        self._client = AsyncClient(url, token, home=home, connect=connect_blocking)
+        self._client = AsyncClient(
+            url, token, home=home, connect=connect_blocking, pause=pause_blocking
+        )
         self.url = self._client.url
         self.token = self._client.token
 
@@ -152,6 +198,25 @@ class Client:
     def chat(self, model: str, messages: Iterable[Said], **options: Unpack[TaskOptions]) -> Answer:
         """Return the next answer of a conversation; Ctrl+C cancels the job."""
         return finish(self._client.chat(model, messages, **options))
+
+    def enqueue(
+        self,
+        model: str | wire.TaskRequest,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Said] | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> Job:
+        """Have a prompt answered whether or not anybody waits; see `AsyncClient.enqueue`."""
+        return Job(finish(self._client.enqueue(model, prompt, messages=messages, **options)))
+
+    def job(self, job_id: str) -> Job:
+        """Return a job of that id, whoever enqueued it."""
+        return Job(self._client.job(job_id))
+
+    def jobs(self) -> list[wire.TaskInfo]:
+        """List the jobs that the queen knows, the oldest first."""
+        return finish(self._client.jobs())
 
     # what there is ---------------------------------------------------------------------------
     def health(self) -> wire.Health:

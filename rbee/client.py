@@ -5,7 +5,6 @@ No call but connecting has a time limit: wrap it in ``trio.fail_after`` or ``asy
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Unpack
 from urllib.parse import quote
 
-from rbee.errors import RbeeError, from_wire
+from rbee.job import AsyncJob, JobEvents
 from rbee.model import LOCALHOST
 from rbee.running import find_access
 from rbee.stream import (
@@ -27,9 +26,10 @@ from rbee.stream import (
     error_of_event,
 )
 from rbee.web.exchange import Address, Exchange, open_exchange, start_exchange
-from rbee.web.transport import Connect, connect
+from rbee.web.transport import Connect, Pause, connect, pause
 from rbee.wire import codec, messages, sse
 from rbee.wire.messages import Message, TaskRequest
+from rbee.wire.refusal import error_of
 
 __all__ = ["KEEP_A_QUEEN", "OPERATOR", "AsyncClient", "TaskEvents", "TaskStream"]
 
@@ -80,6 +80,7 @@ class AsyncClient:
         *,
         home: Path | str | None = None,
         connect: Connect = connect,
+        pause: Pause = pause,
     ) -> None:
         access = find_access(url, token, home=home)
         self.url = access.url
@@ -89,6 +90,7 @@ class AsyncClient:
         self._what = f"queen-rbee at {self.url}"
         self._owner = access.owner
         self._connect = connect
+        self._pause = pause
 
     @classmethod
     @asynccontextmanager
@@ -211,6 +213,75 @@ class AsyncClient:
         """Return the next answer of a conversation; cancelling cancels the job."""
         return await self.infer(model, messages=messages, **options)
 
+    # jobs that belong to nobody ---------------------------------------------------------------
+    async def enqueue(
+        self,
+        model: str | TaskRequest,
+        prompt: str | None = None,
+        *,
+        messages: Iterable[Said] | None = None,
+        **options: Unpack[TaskOptions],
+    ) -> AsyncJob:
+        """Have a prompt answered whether or not anybody waits for it.
+
+        The job ends by its end, its ``deadline`` or `AsyncJob.cancel`, and with the queen. What it
+        said is kept for 60 s after its end.
+
+        Raises:
+            QueueFullError: there is no room for more.
+        """
+        return await self._enqueue(task_for(model, prompt, messages, options))
+
+    async def _enqueue(self, task: TaskRequest) -> AsyncJob:
+        body = codec.dumps(task)
+        async with self._open("POST", messages.TASKS, body, prefer="respond-async") as exchange:
+            accepted = codec.loads(await exchange.body(), messages.TaskAccepted)
+        return AsyncJob(self, accepted.job_id)
+
+    def job(self, job_id: str) -> AsyncJob:
+        """Return a job of that id, whoever enqueued it."""
+        return AsyncJob(self, job_id)
+
+    async def jobs(self) -> list[messages.TaskInfo]:
+        """List the jobs that the queen knows, the oldest first."""
+        found: list[messages.TaskInfo] = await self._call(
+            "GET", messages.TASKS, list[messages.TaskInfo]
+        )
+        return found
+
+    async def job_status(self, job_id: str) -> messages.TaskInfo:
+        """Ask how a job stands; raise `GoneError` or `NotFoundError` if it is not known."""
+        info: messages.TaskInfo = await self._call("GET", _task(job_id), messages.TaskInfo)
+        return info
+
+    async def cancel_job(self, job_id: str) -> None:
+        """End a job; one that has ended, or never was, is fine."""
+        await self._call("DELETE", _task(job_id), None)
+
+    def job_events(self, job_id: str, last_seen: int = 0) -> JobEvents:
+        """Return the events of a job, those after a number."""
+
+        async def reopen(seen: int) -> Exchange | None:
+            return await self._start_events(job_id, seen)
+
+        return JobEvents(reopen, self._pause, job_id, last_seen, self._owner)
+
+    async def _start_events(self, job_id: str, seen: int) -> Exchange | None:
+        wanted = {"accept": sse.CONTENT_TYPE.decode(), "last-event-id": str(seen)}
+        headers = self._headers_for(b"", wanted)
+        exchange = await start_exchange(
+            self._address, "GET", _task(job_id) + "/events", headers=headers, what=self._what,
+            connect=self._connect,
+        )  # fmt: skip
+        if exchange.status == 200:
+            return exchange
+        try:
+            await _accepted(exchange)
+        finally:
+            exchange.abort()
+        return None
+
+    # what there is ----------------------------------------------------------------------------
     async def health(self) -> messages.Health:
         """Ask who it is; from then on a broken stream is told as what it means."""
         health: messages.Health = await self._call("GET", messages.HEALTH, messages.Health)
@@ -341,20 +412,9 @@ async def _accepted(exchange: Exchange) -> Exchange:
     return exchange
 
 
+def _task(job_id: str) -> str:
+    return f"{messages.TASKS}/{quote(job_id, safe='')}"
+
+
 def _node(name: str) -> str:
     return f"{messages.QUEEN_NODES}/{quote(name, safe='')}"
-
-
-def error_of(status: int, body: bytes) -> RbeeError:
-    """Rebuild the error that a queen refused with."""
-    try:
-        error = json.loads(body)["error"]
-        return from_wire(
-            str(error.get("code", "")),
-            str(error["message"]),
-            hint=str(error.get("hint", "")),
-            status=status,
-            details=error.get("details") or {},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return from_wire("", f"{status}: {body[:200].decode('utf-8', 'replace')}", status=status)

@@ -72,6 +72,13 @@ class ConflictError(RbeeError):
     http_status = 409
 
 
+class GoneError(RbeeError):
+    """It was there, and is not kept any more."""
+
+    code = "gone"
+    http_status = 410
+
+
 class TooLargeError(RbeeError):
     code = "too_large"
     http_status = 413
@@ -133,7 +140,7 @@ BY_CODE: dict[str, type[RbeeError]] = {
         RbeeError, BadInputError, UsageError, UnauthorizedError, ForbiddenError, NotFoundError,
         DeadlineError, ConflictError, TooLargeError, QueueFullError, CancelledError,
         UnavailableError, InsufficientError, MachineError, PeerError, ChildExitedError,
-        OwnerGoneError, TooManyFailuresError,
+        OwnerGoneError, TooManyFailuresError, GoneError,
     )
 }  # fmt: skip
 BY_STATUS: dict[int, type[RbeeError]] = {

@@ -35,6 +35,14 @@ class WorkerState(enum.Enum):
     FAILED = "failed"  # nobody asked
 
 
+class JobState(enum.Enum):
+    QUEUED = "queued"  # no worker is at it yet
+    STARTED = "started"
+    ENDED = "ended"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
 @attrs.frozen
 class Grace:
     """Seconds from the order to the end, per level. They shrink downwards: equal budgets race."""

@@ -127,13 +127,14 @@ def error_of_event(event: messages.Error) -> RbeeError:
 
 
 class PairStream:
-    """Read the ``(name, data)`` pairs of one exchange."""
+    """Read the ``(name, data)`` pairs of one exchange; ``last_id``: the number of the last one."""
 
     def __init__(self, exchange: Exchange, owner: str = "") -> None:
         self._exchange = exchange
         self._owner = owner
         self._decoder = sse.Decoder()
-        self._pairs: deque[tuple[str, str]] = deque()
+        self._pairs: deque[tuple[str, str, int]] = deque()
+        self.last_id = 0
 
     async def next(self) -> tuple[str, str]:
         """Return the next pair.
@@ -147,8 +148,9 @@ class PairStream:
                 chunk = await self._exchange.chunk()
                 if not chunk:
                     raise TaskEvents().broken_off()
-                self._pairs.extend(self._decoder.feed(chunk))
-            return self._pairs.popleft()
+                self._pairs.extend(self._decoder.feed_numbered(chunk))
+            name, data, self.last_id = self._pairs.popleft()
+            return name, data
         except PeerError as exc:
             if self._owner in ("", OPERATOR):
                 raise
@@ -204,8 +206,7 @@ class TaskStream:
 
     async def __anext__(self) -> Event:
         while not self._events.ended and not self._closed:
-            await self._open()
-            event = self._events.event(*await self._pairs.next())
+            event = self._events.event(*await self._next_pair())
             if event is not None:
                 return event
         self.close()
@@ -224,11 +225,16 @@ class TaskStream:
     def __del__(self) -> None:
         self.close()
 
+    async def _next_pair(self) -> tuple[str, str]:
+        await self._open()
+        return await self._pairs.next()
+
     async def _open(self) -> None:
         if self._exchange is None:
             self._exchange = await self._start()
             self._pairs = PairStream(self._exchange, self._owner)
-            self._events.job_id = self._exchange.headers.get(messages.JOB_ID_HEADER, "")
+            told = self._exchange.headers.get(messages.JOB_ID_HEADER, "")
+            self._events.job_id = self._events.job_id or told
 
 
 class TextStream:

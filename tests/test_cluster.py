@@ -18,9 +18,10 @@ import trio
 import rbee
 from rbee import AsyncClient, open_cluster
 from rbee.client import KEEP_A_QUEEN
-from rbee.errors import BadInputError, ConflictError, NotFoundError, OwnerGoneError
+from rbee.errors import BadInputError, CancelledError, ConflictError, NotFoundError, OwnerGoneError
 from rbee.home import Home, find_home
 from rbee.testing.processes import LeakCheck
+from rbee.wire.messages import Token
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,30 @@ async def test_clusters_answer_in_the_callers_nursery_and_leave_nothing(leaks: L
             nursery.start_soon(ask, "three")
     assert sorted(texts.values()) == ["one two one", "three two three"]
     assert leaks.find() == []
+
+
+async def test_jobs_go_on_without_their_readers_until_they_are_cancelled() -> None:
+    async with open_cluster(models=["echo?rate=20"], engine="echo") as cluster:
+        client = cluster.client
+        long = await client.enqueue("echo?rate=20", "one two", max_tokens=2000)
+        short = await client.enqueue("echo?rate=20", "one two", max_tokens=4)
+        async with long.events() as events:
+            async for text in events.text():
+                assert text.strip() == "one"
+                break
+        assert (await short.result()).text == "one two one two"
+        async for event in long.events(events.last_seen):
+            assert isinstance(event, Token)
+            assert event.i == 2
+            break
+        info = await long.status()
+        assert (info.state, info.attached, info.node) == ("started", False, "localhost")
+        assert (info.tokens_out or 0) >= 4
+        await long.cancel()
+        with pytest.raises(CancelledError):
+            await long.result()
+        worker = (await client.workers())[0].worker_id
+        assert [job.worker_id for job in await client.jobs()] == [worker, worker]
 
 
 async def test_a_queen_alone_is_a_task_among_others() -> None:

@@ -1,6 +1,6 @@
 /* Clients of a relay: they send requests, follow the answers and tell how late each token came.
  *
- *   load PORT CLIENTS REQUESTS SECONDS STREAM(0|1) RATE TOKENS [RAMP]
+ *   load PORT PATH CLIENTS REQUESTS SECONDS STREAM(0|1) RATE TOKENS [RAMP]
  *
  * CLIENTS connections are opened within RAMP seconds and send REQUESTS each, one after the other;
  * all ends after SECONDS. Every 100 ms a line "N" tells the tokens so far; the last line is JSON.
@@ -144,24 +144,25 @@ static int follow(struct client *c, const char *data, long size, int64_t time) {
     return c->left <= 0;
 }
 
-static void make_request(int streams, const char *rate, const char *count) {
-    char body[512];
+static void make_request(const char *path, int streams, const char *rate, const char *count) {
+    char body[512], stream[32] = "";
+    if (strncmp(path, "/v2/", 4)) snprintf(stream, sizeof stream, ",\"stream\":%s", streams ? "true" : "false");
     int size = snprintf(body, sizeof body,
         "{\"model\":\"words\",\"messages\":[{\"role\":\"user\",\"content\":\"rate=%s tokens=%s\"}],"
-        "\"max_tokens\":%s,\"stream\":%s}", rate, count, count, streams ? "true" : "false");
+        "\"max_tokens\":%s%s}", rate, count, count, stream);
     const char *token = getenv("TOKEN");
     request_size = snprintf(request, sizeof request,
-        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAuthorization: Bearer %s\r\n"
+        "POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nAuthorization: Bearer %s\r\n"
         "Content-Type: application/json\r\nUser-Agent: load\r\nAccept: */*\r\n"
-        "Content-Length: %d\r\n\r\n%s", port, token ? token : "", size, body);
+        "Content-Length: %d\r\n\r\n%s", path, port, token ? token : "", size, body);
 }
 
 int main(int count, char **arguments) {
-    if (count < 8) return fprintf(stderr, "load PORT CLIENTS REQUESTS SECONDS STREAM RATE TOKENS [RAMP]\n"), 2;
+    if (count < 9) return fprintf(stderr, "load PORT PATH CLIENTS REQUESTS SECONDS STREAM RATE TOKENS [RAMP]\n"), 2;
     port = atoi(arguments[1]);
-    int clients = atoi(arguments[2]), opened = 0, over = 0;
-    double seconds = atof(arguments[4]), ramp = count > 8 ? atof(arguments[8]) : 0;
-    make_request(atoi(arguments[5]), arguments[6], arguments[7]);
+    int clients = atoi(arguments[3]), opened = 0, over = 0;
+    double seconds = atof(arguments[5]), ramp = count > 9 ? atof(arguments[9]) : 0;
+    make_request(arguments[2], atoi(arguments[6]), arguments[7], arguments[8]);
     delays.values = malloc(KEPT * sizeof *delays.values);
     firsts.values = malloc(KEPT * sizeof *firsts.values);
     struct client *all = calloc(clients, sizeof *all);
@@ -172,7 +173,7 @@ int main(int count, char **arguments) {
     int64_t began = now(), told = began, end = began + seconds * 1e9;
     for (int64_t time = began; over < clients && time < end; time = now()) {
         while (opened < clients && time - began >= ramp * 1e9 * opened / clients) {
-            all[opened].requests = atoi(arguments[3]);
+            all[opened].requests = atoi(arguments[4]);
             if (!open_client(&all[opened++])) { errors++; over++; }
         }
         if (time - told >= 100000000) {

@@ -1,9 +1,9 @@
-/* A worker that costs nothing: it answers OpenAI's chat completions at a set rate.
+/* A worker that costs nothing: it answers OpenAI's chat completions and /execute at a set rate.
  *
  *   worker PORT
  *
  * "rate=R tokens=N" anywhere in a request's body say how many tokens a second a stream has, and how
- * many in all; without "stream": true the answer is one short body. Each event carries the time
+ * many in all; a chat without "stream": true gets one short body. Each event carries the time
  * at which it was sent, as "@nanoseconds@" of CLOCK_MONOTONIC, and is one chunk and one write, as
  * vLLM's are. One thread, epoll; what a slow reader does not take is dropped with his connection.
  */
@@ -26,6 +26,7 @@ struct connection {
     int fd;
     int length;             /* bytes of the request so far */
     int place;              /* among the streams that run, -1 for none */
+    int is_job;             /* it speaks our own events */
     long sent, total;       /* tokens */
     int64_t began, between; /* nanoseconds */
     char request[REQUEST];
@@ -59,9 +60,18 @@ static int put(struct connection *c, const char *data, int size) {
     return send(c->fd, data, size, MSG_NOSIGNAL) == size;
 }
 
+static int put_job_token(struct connection *c) {
+    char event[128], chunk[160];
+    int size = snprintf(event, sizeof event, "event: token\ndata: {\"t\":\" @%lld@\",\"i\":%ld}\n\n",
+                        (long long)now(), ++c->sent);
+    size = snprintf(chunk, sizeof chunk, "%x\r\n%s\r\n", size, event);
+    return put(c, chunk, size);
+}
+
 static int put_token(struct connection *c) {
     char event[512], chunk[600];
     int is_last = c->sent == c->total - 1;
+    if (c->is_job) return put_job_token(c);
     int size = snprintf(event, sizeof event,
         "data: {\"id\":\"chatcmpl-0000000000000000000000000000\",\"object\":\"chat.completion.chunk\","
         "\"created\":1700000000,\"model\":\"words\",\"choices\":[{\"index\":0,\"delta\":"
@@ -75,11 +85,13 @@ static int put_token(struct connection *c) {
 /* Send what is due; 0 if the reader cannot be served any more. */
 static int go_on(struct connection *c, int64_t time) {
     static const char end[] = "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n";
+    static const char job_end[] = "68\r\nevent: end\ndata: {\"tokens_in\":1,\"tokens_out\":1,"
+        "\"stop_reason\":\"length\",\"ttft_ms\":1.0,\"duration_ms\":1.0}\n\n\r\n0\r\n\r\n";
     while (c->sent < c->total && c->began + c->sent * c->between <= time)
         if (!put_token(c)) return 0;
     if (c->sent < c->total) return 1;
     stop_stream(c);
-    return put(c, end, sizeof end - 1);
+    return c->is_job ? put(c, job_end, sizeof job_end - 1) : put(c, end, sizeof end - 1);
 }
 
 static double number(const char *text, const char *key, double otherwise) {
@@ -102,7 +114,8 @@ static int answer(struct connection *c, const char *body) {
     static const char head[] = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                                "transfer-encoding: chunked\r\n\r\n";
     double rate = number(body, "rate=", 0);
-    if (!strstr(body, "\"stream\":true") && !strstr(body, "\"stream\": true")) return put_whole(c);
+    c->is_job = !strncmp(c->request, "POST /execute ", 14);
+    if (!c->is_job && !strstr(body, "\"stream\":true") && !strstr(body, "\"stream\": true")) return put_whole(c);
     c->sent = 0;
     c->total = number(body, "tokens=", 16);
     c->between = rate > 0 ? 1e9 / rate : 0;

@@ -14,14 +14,15 @@ from rbee.errors import NotFoundError
 from rbee.model import DEFAULT_ENGINE, WorkerId, WorkerState
 from rbee.queen.aliases import Aliases
 from rbee.queen.hives import Hives
-from rbee.queen.jobs import Job, Jobs
+from rbee.queen.jobs import Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
 from rbee.queen.openai import Passages, add_openai_routes
 from rbee.queen.starts import Starts
+from rbee.queen.tasks import add_task_routes
 from rbee.web.narrated import Tell, Works
-from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.web.router import App, Request, Response, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import (
     Health,
@@ -29,7 +30,6 @@ from rbee.wire.messages import (
     PullModel,
     StartHive,
     StartWorker,
-    TaskRequest,
     WorkerReady,
 )
 
@@ -55,17 +55,6 @@ def make_app(
         return json_response(
             Health("queen", setup.id, __version__, setup.owner, str(setup.home.root), os.getpid())
         )
-
-    async def start_task(request: Request) -> Stream:
-        job = jobs.start(await request.read(TaskRequest))
-        return _stream(job)
-
-    async def cancel_task(request: Request) -> Response:
-        try:
-            jobs.get(request.params["job"]).cancel("DELETE")
-        except NotFoundError:  # idempotent: it has ended, or never was
-            return Response(status=204)
-        return Response(status=204)
 
     async def list_hives(request: Request) -> Response:
         return json_response(hives.infos())
@@ -136,8 +125,7 @@ def make_app(
         return _metrics(hives, jobs, passages)
 
     app.add("GET", messages.HEALTH, health, is_open=True)
-    app.add("POST", messages.TASKS, start_task, is_data=True)
-    app.add("DELETE", messages.TASKS + "/{job}", cancel_task)
+    add_task_routes(app, jobs)
     add_openai_routes(app, passages)
     add_node_routes(app, setup.home, hives.machines.probe)
     app.add("GET", messages.QUEEN_HIVES, list_hives)
@@ -154,22 +142,6 @@ def make_app(
     app.add("POST", messages.SHUTDOWN, shutdown)
     app.add("GET", messages.METRICS, metrics)
     return app
-
-
-def _stream(job: Job) -> Stream:
-    """Send a job's events; the job belongs to this connection and ends with it."""
-
-    async def run(emit: Emit) -> None:
-        try:
-            async for chunk in job.chunks:
-                await emit(chunk)
-            if job.last:
-                await emit(job.last)
-        finally:
-            job.cancel("its reader is gone")
-            job.chunks.close()
-
-    return Stream(run, ((messages.JOB_ID_HEADER.encode(), job.id.encode()),))
 
 
 def _worker(hives: Hives, worker_id: str) -> messages.WorkerInfo:
@@ -189,6 +161,12 @@ def _metrics(hives: Hives, jobs: Jobs, passages: Passages) -> Response:
         "# HELP rbee_queen_jobs Jobs that have not ended.",
         "# TYPE rbee_queen_jobs gauge",
         f"rbee_queen_jobs {len(jobs)}",
+        "# HELP rbee_queen_kept_jobs Jobs of the asynchronous form that can be asked for.",
+        "# TYPE rbee_queen_kept_jobs gauge",
+        f"rbee_queen_kept_jobs {len(jobs.shelf)}",
+        "# HELP rbee_queen_kept_bytes What they take.",
+        "# TYPE rbee_queen_kept_bytes gauge",
+        f"rbee_queen_kept_bytes {jobs.shelf.size}",
         "# HELP rbee_queen_passages Requests of other APIs that are passed on and have not ended.",
         "# TYPE rbee_queen_passages gauge",
         f"rbee_queen_passages {len(passages)}",

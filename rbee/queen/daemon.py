@@ -72,7 +72,6 @@ async def serve(
     needed = counting(setup.home, aliases.meanings)
     places = Places(views.look, attempts, needed, aliases.meanings)
     assignments = Assignments(hives, places, aliases)
-    jobs = Jobs(assignments, aliases, ending)
     starts, works = Starts(hives, places, assignments), Works(ending)
     # HTTP outlives the jobs: each open stream still gets its last event. SSH outlives hives.
     async with (
@@ -80,6 +79,7 @@ async def serve(
         open_pump(poller, STALL_LIMIT) as pump,
         open_upstreams(poller) as upstreams,
     ):
+        jobs = Jobs(assignments, aliases, upstreams, ending)
         passages = Passages(assignments, aliases, Offer(aliases, views.look), upstreams, ending)
         app = make_app(setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins)
         serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))

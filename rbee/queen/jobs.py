@@ -3,203 +3,223 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import TypeVar
 
-import attrs
 import trio
 
 from rbee.errors import (
     BadInputError,
-    CancelledError,
     DeadlineError,
-    NotFoundError,
-    PeerError,
     RbeeError,
     leaves,
 )
 from rbee.model import JobId, new_id
 from rbee.queen.aliases import Aliases
+from rbee.queen.asking import STALL, ask_at, open_answer
 from rbee.queen.assignments import Assignments
+from rbee.queen.delivery import Connected, Delivery, Kept
 from rbee.queen.hive import Hive
+from rbee.queen.job import Job
+from rbee.queen.shelf import KEPT, Shelf
 from rbee.queen.tries import ask_until_answered
 from rbee.scopes import TaskOwner
-from rbee.web.client import EventStream, answering_within, open_client, open_events
-from rbee.wire import messages, sse
-from rbee.wire.messages import (
-    Error,
-    ExecuteRequest,
-    Narration,
-    Queued,
-    TaskRequest,
-    WorkerInfo,
-)
+from rbee.web.door import Headers
+from rbee.web.out import Out, read_all
+from rbee.web.upstream import Upstreams
+from rbee.wire import codec, messages, sse
+from rbee.wire.messages import ExecuteRequest, Queued, TaskRequest, WorkerInfo
+from rbee.wire.refusal import error_of
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
-BUFFER = 64  # chunks between a worker and a slow reader; beyond, the worker's socket waits
-LOG_LINES = 12
-WAITING = 64  # jobs that may wait for workers of one model
-STALL = 65.0  # seconds of silence; a worker itself gives up after 60 without a token
-TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
-
-
-@attrs.define(eq=False)
-class Job:
-    """One request; its reader iterates ``chunks`` and then sends ``last``, if there is one."""
-
-    id: JobId
-    request: TaskRequest
-    _send: trio.MemorySendChannel[bytes]
-    chunks: trio.MemoryReceiveChannel[bytes]
-    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
-    watch: sse.TerminalWatch = attrs.field(factory=sse.TerminalWatch)
-    last: bytes = b""
-    streaming: bool = False
-    _rest: bytes = b""
-
-    async def emit(self, chunk: bytes) -> None:
-        """Pass on whole events only: half of one, of a worker that died, would swallow ``last``."""
-        data = self._rest + chunk
-        end = data.rfind(b"\n\n") + 2
-        self._rest = data[end:] if end > 1 else data
-        if len(self._rest) > sse.MAX_EVENT:
-            raise PeerError(f"an event longer than {sse.MAX_EVENT} bytes")
-        if end > 1:
-            await self._send.send(data[:end])
-            self.watch.feed(data[:end])  # now that the reader will get it
-
-    def narrate(self, narration: Narration) -> None:
-        """Tell the reader what is going on; lost if he does not keep up."""
-        try:
-            self._send.send_nowait(sse.encode(narration))
-        except (trio.WouldBlock, trio.BrokenResourceError):
-            log.debug("job %s: narration lost", self.id)
-
-    def finish(self, error: RbeeError) -> None:
-        """Make ``error`` the terminal event, unless one went by already."""
-        if not self.watch.seen and not self.last:
-            log.info("job %s: %s: %s", self.id, error.code, error)
-            self.last = sse.encode(Error(error.code, error.message, error.hint, error.details))
-
-    def close(self) -> None:
-        self._send.close()
-
-    def cancel(self, why: str) -> None:
-        self.scope.cancel(reason=why)
-
-
-def open_job(request: TaskRequest) -> Job:
-    send, receive = trio.open_memory_channel[bytes](BUFFER)
-    return Job(JobId(new_id("job")), request, send, receive)
+PRIORITIES = 1 << 63  # vLLM takes what fits into 64 bits
+HEADERS: Headers = ((b"content-type", b"application/json"), (b"accept", sse.CONTENT_TYPE))
 
 
 class Jobs(TaskOwner):
-    """All jobs of one queen; their tasks live in the nursery that `open` holds."""
+    """All jobs of one queen; they end when the body of `open` does.
+
+    One that is attached runs in the task of the connection that it belongs to, one that is kept in
+    a task of its own.
+    """
 
     def __init__(
-        self, assignments: Assignments, aliases: Aliases, ending: Callable[[], RbeeError]
+        self,
+        assignments: Assignments,
+        aliases: Aliases,
+        upstreams: Upstreams,
+        ending: Callable[[], RbeeError],
     ) -> None:
         self._assignments = assignments
         self._aliases = aliases
+        self._upstreams = upstreams
         self._ending = ending
-        self._jobs: dict[JobId, Job] = {}
+        self._running: dict[JobId, Job] = {}
+        self.shelf = Shelf()
 
     def __len__(self) -> int:
-        return len(self._jobs)
+        """Return how many have not ended."""
+        return len(self._running)
+
+    def __iter__(self) -> Iterator[Job]:
+        """Iterate all that are known, the oldest first."""
+        known = {job.id: job for job in (*self.shelf, *self._running.values())}
+        return iter(sorted(known.values(), key=lambda job: job.created))
+
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        async with super().open():
+            try:
+                yield
+            finally:
+                for job in self._running.values():
+                    job.cancel(self._ending())
 
     def get(self, job_id: str) -> Job:
-        job = self._jobs.get(JobId(job_id))
-        if job is None:
-            raise NotFoundError(f"no job {job_id!r}", code="unknown_job")
-        return job
+        """Return a job; raise `GoneError` or `NotFoundError` if it is not, or never was, there."""
+        return self._running.get(JobId(job_id)) or self.shelf.get(job_id)
 
-    def start(self, request: TaskRequest) -> Job:
-        """Accept a request; the job belongs to whoever reads it.
+    def cancel(self, job_id: str, why: RbeeError) -> None:
+        """End a job; one that has ended, or never was, is fine."""
+        if (job := self._running.get(JobId(job_id))) is not None:
+            job.cancel(why)
+
+    def accept(self, request: TaskRequest) -> Job:
+        """Make the job of a request, which `attach` or `keep` is to run.
 
         Raises:
-            BadInputError: its deadline has passed before it begins, or config.toml is wrong.
+            BadInputError: its deadline has passed before it begins, its priority is out of range,
+                or config.toml is wrong.
             RbeeError: the queen is stopping.
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
+        if not -PRIORITIES <= request.priority < PRIORITIES:
+            raise BadInputError(f"priority must fit into 64 bits: {request.priority}")
         if not self.takes_tasks:
             raise self._ending()
-        job = open_job(self._aliases.fill(request))
-        self._jobs[job.id] = job
-        self.tasks.start_soon(self._keep, job)
-        return job
+        job_id = JobId(new_id("job"))
+        while job_id in self._running or job_id in self.shelf:
+            job_id = JobId(new_id("job"))
+        return Job(job_id, self._aliases.fill(request))
 
-    async def _keep(self, job: Job) -> None:
-        """Bring a job to its end; what goes wrong in one job ends that job only."""
+    async def attach(self, job: Job, out: Out) -> None:
+        """Run a job for a client who reads; cancelling, as when he leaves, ends it.
+
+        Raises:
+            RbeeError: it is refused before anything is sent.
+        """
+        delivery = Connected(out, job.id)
+        try:
+            with self._in_progress(job):
+                error = await self._run(job, delivery)
+            await delivery.end(error)
+        finally:
+            if not job.ended:
+                log.info("job %s: its reader went away", job.id)
+
+    async def keep(self, job: Job, size: int) -> None:
+        """Begin a job that belongs to nobody.
+
+        Args:
+            size: bytes of its request.
+
+        Raises:
+            RbeeError: it is refused.
+        """
+        if not self.takes_tasks:
+            raise self._ending()
+        job.log = self.shelf.new_log()
+        self.shelf.put(job, size)
+        delivery = Kept(job.log, partial(job.note_end, None))
+        self.tasks.start_soon(self._keep, job, delivery)
+        await delivery.accepted.wait()
+        if delivery.refusal is not None:
+            raise delivery.refusal
+
+    async def _keep(self, job: Job, delivery: Kept) -> None:
+        """Run a job and keep it for a while; what goes wrong in one ends that one only."""
+        error: RbeeError | None = self._ending()
+        try:
+            with self._in_progress(job):
+                error = await self._run(job, delivery)
+        except RbeeError as exc:
+            error = exc
+        except Exception:
+            log.exception("job %s failed by a bug", job.id)
+            error = RbeeError("internal error, see the queen's log")
+        finally:
+            error = None if delivery.is_over else error
+            job.note_end(error)
+            delivery.end(error)
+            self.shelf.note_end(job)
+        if delivery.refusal is None:
+            await trio.sleep(KEPT)
+        self.shelf.forget(job.id)
+
+    @contextmanager
+    def _in_progress(self, job: Job) -> Iterator[None]:
+        if not self.takes_tasks:
+            raise self._ending()
+        self._running[job.id] = job
+        try:
+            yield
+        finally:
+            del self._running[job.id]
+            if job.log is None:
+                self.shelf.remember(job.id)
+
+    async def _run(self, job: Job, delivery: Delivery) -> RbeeError | None:
+        """Bring a job to its end; return the error that it is to end with, None if it has."""
+        error: RbeeError | None = None
         try:
             with job.scope:
-                await self._run(job)
-            if job.scope.cancelled_caught:
-                job.finish(CancelledError("the job was cancelled"))
+                await self._run_in_time(job, delivery)
+            error = job.why_cancelled
         except* RbeeError as group:
-            error = next(leaves(group))
-            assert isinstance(error, RbeeError)
-            job.finish(error)
-        except* trio.BrokenResourceError:
-            log.info("job %s: its reader went away", job.id)
-        finally:
-            job.finish(self._ending())
-            job.close()
-            del self._jobs[job.id]
+            error = next(leaf for leaf in leaves(group) if isinstance(leaf, RbeeError))
+        if delivery.is_over:  # whatever came after its terminal event
+            error = None
+        if error is not None:
+            log.info("job %s: %s: %s", job.id, error.code, error)
+        job.note_end(error)
+        return error
 
-    async def _run(self, job: Job) -> None:
-        await job.emit(sse.encode(Queued(job.id, 0)))
+    async def _run_in_time(self, job: Job, delivery: Delivery) -> None:
+        delivery.tell(Queued(job.id, 0))
         limit = job.request.deadline
         with trio.move_on_after(float("inf") if limit is None else limit) as scope:
-            await self._place_and_relay(job)
+            async with delivery.telling():
+                await self._place_and_relay(job, delivery)
         if scope.cancelled_caught:
             raise DeadlineError(f"the job did not end within its deadline of {limit:g} s")
 
-    async def _place_and_relay(self, job: Job) -> None:
-        relay = partial(self._relay, job)
+    async def _place_and_relay(self, job: Job, delivery: Delivery) -> None:
+        relay = partial(self._relay, job, delivery)
         await ask_until_answered(
-            self._assignments, job.request, job.narrate, relay, lambda: job.streaming
+            self._assignments, job.request, delivery.tell, relay, lambda: delivery.has_passed
         )
 
     # relaying --------------------------------------------------------------------------------
-    async def _relay(self, job: Job, worker: WorkerInfo) -> None:
-        """Pass the worker's events through, until its node is lost."""
-        with self._assignments.at(worker) as (hive, scope):
-            await self._relay_from(hive, worker, job)
-        if scope.cancelled_caught:
-            raise await self._assignments.lost(worker, has_begun=job.streaming)
+    async def _relay(self, job: Job, delivery: Delivery, worker: WorkerInfo) -> None:
+        ask = partial(self._relay_from, worker, job, delivery)
+        await ask_at(self._assignments, worker, ask, lambda: delivery.has_passed)
 
-    async def _relay_from(self, hive: Hive, worker: WorkerInfo, job: Job) -> None:
+    async def _relay_from(
+        self, worker: WorkerInfo, job: Job, delivery: Delivery, hive: Hive
+    ) -> None:
         """Pass the worker's events through, byte for byte."""
-        what = f"worker {worker.worker_id}"
-        body = _execute(job)
-        headers = {messages.WORKER_ID_HEADER: worker.worker_id}
-        client = open_client(hive.way_to(worker.url), hive.token)
-        async with client, AsyncExitStack() as stack:
-            opened = open_events(client, "POST", messages.EXECUTE, body, what=what, headers=headers)
-            with answering_within(STALL, what):
-                events = await stack.enter_async_context(opened)
-            try:
-                while chunk := await self._next_chunk(events, what):
-                    job.streaming = True
-                    await job.emit(chunk)
-            except PeerError as exc:
-                if not job.streaming:
-                    raise
-                raise await self._assignments.broken(worker) from exc
-        if not job.streaming:
-            raise PeerError(f"{what} ended before its answer")
-        if not job.watch.seen:
-            raise await self._assignments.broken(worker)
-
-    async def _next_chunk(self, events: EventStream, what: str) -> bytes:
-        """Wait for the worker only: a reader that lags is not a stall."""
-        with answering_within(STALL, what):
-            return await events.chunk()
+        asking = open_answer(
+            self._upstreams, hive, worker, messages.EXECUTE, HEADERS, codec.dumps(_execute(job)),
+            STALL,
+        )  # fmt: skip
+        async with asking as answer:
+            if answer.head.status != 200:
+                raise error_of(answer.head.status, await read_all(answer))
+            job.note_worker(worker)
+            await delivery.pass_on(answer)
 
 
 def _execute(job: Job) -> ExecuteRequest:
@@ -208,4 +228,5 @@ def _execute(job: Job) -> ExecuteRequest:
         job_id=job.id, prompt=r.prompt, messages=r.messages, raw=r.raw, max_tokens=r.max_tokens,
         temperature=r.temperature, top_p=r.top_p, top_k=r.top_k, min_p=r.min_p,
         repetition_penalty=r.repetition_penalty, stop=r.stop, seed=r.seed, keep_alive=r.keep_alive,
+        priority=r.priority,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 
 import attrs
@@ -20,24 +20,21 @@ import trio
 
 from rbee.errors import (
     BadInputError,
-    PeerError,
     RbeeError,
     UnavailableError,
 )
 from rbee.queen.aliases import Aliases
+from rbee.queen.asking import STALL, ask_at, open_answer
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.offer import Offer
 from rbee.queen.placement import GENERATE
 from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
 from rbee.queen.tries import ask_until_answered
-from rbee.web.client import answering_within
-from rbee.web.exchange import Address
 from rbee.web.head import Headers, end_to_end
 from rbee.web.out import Out, headers_of, read_all
 from rbee.web.router import App, Passing, Request, Response
 from rbee.web.upstream import Answer, Upstreams
-from rbee.wire import messages
 from rbee.wire.messages import Narration, StartWorker, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -50,7 +47,6 @@ MODELS = "/v1/models"
 REQUEST_ID = b"x-request-id"
 EMBED = "embed"
 
-STALL = 65.0  # seconds of silence in a stream; a worker itself gives up after 60 without a token
 BIG = 1 << 20  # bytes of a body beyond which it is decoded in a thread
 LONGEST_NAME = 4096  # characters of a model's; as paths
 NO_REQUEST = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -203,36 +199,19 @@ class Passages:
         )
 
     async def _pass_from(self, call: Call, out: Out, worker: WorkerInfo) -> None:
-        with self._assignments.at(worker) as (hive, scope):
-            try:
-                await self._ask(hive, worker, call, out)
-            except PeerError as exc:
-                if not out.begun or exc.code == "stalled":
-                    raise
-                raise await self._assignments.broken(worker) from exc
-        if scope.cancelled_caught:
-            raise await self._assignments.lost(worker, has_begun=out.begun)
+        ask = partial(self._ask, worker, call, out)
+        await ask_at(self._assignments, worker, ask, lambda: out.begun)
 
-    async def _ask(self, hive: Hive, worker: WorkerInfo, call: Call, out: Out) -> None:
-        address = Address.parse(hive.way_to(worker.url))
-        what = f"worker {worker.worker_id}"
+    async def _ask(self, worker: WorkerInfo, call: Call, out: Out, hive: Hive) -> None:
         silence = STALL if call.streams else float("inf")
-        headers = (
-            (b"host", address.authority.encode()),
-            (b"authorization", b"Bearer " + hive.token.encode()),
-            (messages.WORKER_ID_HEADER.encode(), worker.worker_id.encode()),
-            (REQUEST_ID, call.id),
-            *call.headers,
-        )
+        headers = ((REQUEST_ID, call.id), *call.headers)
         body = call.body
         if len(body) < BIG:
             body = for_worker(body, call.start.model, worker)
         else:
             body = await trio.to_thread.run_sync(for_worker, body, call.start.model, worker)
-        asking = self._upstreams.ask(address, "POST", call.path.encode(), headers, body, what)
-        async with AsyncExitStack() as stack:
-            with answering_within(silence, what):
-                answer = await stack.enter_async_context(asking)
+        asking = open_answer(self._upstreams, hive, worker, call.path, headers, body, silence)
+        async with asking as answer:
             await self._answer(call, answer, out, silence)
 
     async def _answer(self, call: Call, answer: Answer, out: Out, silence: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
@@ -10,8 +9,8 @@ from typing import Any, TypeVar
 import httpx
 import trio
 
-from rbee.errors import BadInputError, PeerError, RbeeError, UnavailableError, from_wire
-from rbee.wire import codec, sse
+from rbee.errors import BadInputError, PeerError, RbeeError, UnavailableError
+from rbee.wire import codec, refusal, sse
 
 T = TypeVar("T")
 
@@ -48,18 +47,7 @@ def translated(what: str) -> Iterator[None]:
 
 def error_of(response: httpx.Response) -> RbeeError:
     """Rebuild the error of a response whose body has been read."""
-    try:
-        error = json.loads(response.content)["error"]
-        return from_wire(
-            str(error.get("code", "")),
-            str(error["message"]),
-            hint=str(error.get("hint", "")),
-            status=response.status_code,
-            details=error.get("details") or {},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError):
-        text = response.text[:200]
-        return from_wire("", f"{response.status_code}: {text}", status=response.status_code)
+    return refusal.error_of(response.status_code, response.content)
 
 
 async def call(

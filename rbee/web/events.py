@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rbee.wire.sse import MAX_EVENT
 
 DONE = b"data: [DONE]"
 MARKS = (b"\n\n", b"\n\r\n")  # an empty line, whatever ends the lines
+
+
+def is_done_mark(event: bytes) -> bool:
+    """Tell whether an event is the one with which OpenAI's streams end."""
+    return event.endswith(DONE)
 
 
 class WholeEvents:
@@ -13,9 +20,17 @@ class WholeEvents:
 
     Of one longer than `MAX_EVENT` what has come is let through: ``torn`` tells that after it no
     other event can follow.
+
+    Args:
+        is_last: tells whether an event, without the empty line after it, is one to end with.
+        must_end: whether a stream that ends without such an event has broken off.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, is_last: Callable[[bytes], bool] = is_done_mark, *, must_end: bool = False
+    ) -> None:
+        self._is_last = is_last
+        self._must_end = must_end
         self._held: list[bytes] = []
         self._size = 0
         self._last = b""
@@ -47,8 +62,20 @@ class WholeEvents:
 
     @property
     def is_done(self) -> bool:
-        """Whether the event with which OpenAI's streams end was the last one."""
-        return self._last.rstrip(b"\r\n").endswith(DONE) and not self.torn
+        """Whether the last event was one to end with."""
+        last = self._last.rstrip(b"\r\n")
+        begins = max((last.rfind(mark) + len(mark) for mark in MARKS if mark in last), default=0)
+        return self._is_last(last[begins:]) and not self.torn
+
+    @property
+    def lacks_end(self) -> bool:
+        """Whether the stream must not end here."""
+        return self._must_end and not self.is_done
+
+    @property
+    def has_any(self) -> bool:
+        """Whether anything has come."""
+        return bool(self._last or self._held)
 
     def _hold(self, data: bytes) -> None:
         self._held = [data] if data else []

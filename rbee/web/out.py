@@ -11,6 +11,7 @@ import trio
 from rbee.errors import PeerError
 from rbee.web.door import Headers
 from rbee.web.events import WholeEvents
+from rbee.web.exchange import BROKEN
 from rbee.web.head import end_to_end
 from rbee.web.upstream import Answer
 from rbee.wire import sse
@@ -41,12 +42,12 @@ class Out(Protocol):
         """Send an answer whose body is here."""
         ...
 
-    async def begin(self, status: int, headers: Headers) -> None:
-        """Send the head of an answer whose length is not known."""
+    async def begin(self, status: int, headers: Headers, first: bytes = b"") -> None:
+        """Send the head of an answer whose length is not known, and the first part of it."""
         ...
 
     async def emit(self, data: bytes) -> None:
-        """Send a part of the body."""
+        """Send a part of the body; of a stream of events, whole ones."""
         ...
 
     async def end(self) -> None:
@@ -59,6 +60,17 @@ class Out(Protocol):
         Raises:
             PeerError: it breaks off, or nothing comes for ``silence`` seconds; `end_with` can
                 follow if ``begun``.
+        """
+        ...
+
+    async def go_on(self, answer: Answer, events: WholeEvents, *, silence: float) -> None:
+        """Send another's events, to their end, in a stream that has begun.
+
+        Args:
+            events: fresh; tells afterwards what has passed.
+
+        Raises:
+            PeerError: as `pass_on`, or the last event is none to end with.
         """
         ...
 
@@ -93,6 +105,34 @@ def is_short(answer: Answer) -> bool:
     return answer.body.done or (length is not None and length <= WHOLE)
 
 
+async def next_part(answer: Answer, silence: float) -> bytes:
+    """Return what has come of a body, b"" at its end; raise `PeerError` after a silence."""
+    with trio.move_on_after(silence):
+        return await answer.chunk()
+    raise PeerError(f"nothing came for {silence:g} s", code="stalled")
+
+
+async def pass_whole(
+    answer: Answer, events: WholeEvents, pass_on: Callable[[bytes], Awaitable[None]], silence: float
+) -> None:
+    """Pass on a body's events as they come, to its end.
+
+    Raises:
+        PeerError: it breaks off, and not just behind its last event, or ends without one.
+    """
+    try:
+        while data := await next_part(answer, silence):
+            if whole := events.feed(data):
+                await pass_on(whole)
+    except PeerError:
+        if not events.is_done:  # else all but the last chunk came
+            raise
+    if events.lacks_end:
+        raise PeerError("the answer ended without its last event", code=BROKEN)
+    if rest := events.rest():
+        await pass_on(rest)
+
+
 async def read_all(answer: Answer) -> bytes:
     parts = []
     while part := await answer.chunk():
@@ -114,10 +154,13 @@ class AsgiOut:
         await self.begin(status, ((b"content-length", b"%d" % len(body)), *headers))
         await self._send({"type": "http.response.body", "body": body})
 
-    async def begin(self, status: int, headers: Headers) -> None:
+    async def begin(self, status: int, headers: Headers, first: bytes = b"") -> None:
         self.begun = True
+        self._events = WholeEvents() if has_events(headers) else None
         start = {"type": "http.response.start", "status": status}
         await self._send({**start, "headers": [*headers, *self.extra]})
+        if first:
+            await self.emit(first)
 
     async def emit(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
@@ -129,23 +172,18 @@ class AsgiOut:
         if is_short(answer):
             await self.whole(answer.head.status, headers, await read_all(answer))
             return
-        events = self._events = WholeEvents() if has_events(headers) else None
         await self.begin(answer.head.status, headers)
-        try:
-            while data := await self._next(answer, silence):
-                if data := events.feed(data) if events else data:
-                    await self.emit(data)
-        except PeerError:
-            if events is None or not events.is_done:  # else all but the last chunk came
-                raise
-        if events and (rest := events.rest()):
-            await self.emit(rest)
+        if self._events is not None:
+            await pass_whole(answer, self._events, self.emit, silence)
+        else:
+            while data := await next_part(answer, silence):
+                await self.emit(data)
         await self.end()
 
-    async def _next(self, answer: Answer, silence: float) -> bytes:
-        with trio.move_on_after(silence):
-            return await answer.chunk()
-        raise PeerError(f"nothing came for {silence:g} s", code="stalled")
+    async def go_on(self, answer: Answer, events: WholeEvents, *, silence: float) -> None:
+        self._events = events
+        await pass_whole(answer, events, self.emit, silence)
+        await self.end()
 
     async def end_with(self, last: bytes) -> None:
         if self._events is not None and not self._events.torn:

@@ -75,11 +75,15 @@ class Relay:
         events: lets whole server-sent events through only; None for any other body.
         chunked: whether the client gets chunks; else he gets the bytes as they are.
         silence: seconds without a byte after which the source is given up.
+
+    Attributes:
+        pending: what the client has not taken yet.
+        has_ended: whether all that is to come is sent or pending, the end of the body too.
     """
 
     __slots__ = (
         "_body", "_chunked", "_done", "_error", "_events", "_gone", "_heard", "_pump", "_silence",
-        "_sink", "_source", "_stalled", "_watches_source", "pending",
+        "_sink", "_source", "_stalled", "_watches_source", "has_ended", "pending",
     )  # fmt: skip
 
     def __init__(
@@ -107,6 +111,7 @@ class Relay:
         self._watches_source = False
         self._done: trio.Event | None = None
         self._error: RbeeError | None = None
+        self.has_ended = False
         self.pending = b""
 
     async def run(self, first: bytes = b"") -> None:
@@ -169,18 +174,22 @@ class Relay:
             self._break_off("the connection ended in the middle of the answer")
 
     def _pass_on(self, data: bytes) -> None:
-        done = self._body.done
+        done, broken = self._body.done, False
         if self._events is not None:
             data = self._events.feed(data)
             if done:
-                data += self._events.rest()
+                broken = self._events.lacks_end
+                data += b"" if broken else self._events.rest()
+        self.has_ended = done and not broken
         if self._chunked:
             data = chunk(data)
-            if done:
+            if self.has_ended:
                 data += LAST_CHUNK
         if data:
             self._send(data)
-        if done and not self.pending:
+        if broken:
+            self._end(PeerError("the answer ended without its last event", code=BROKEN))
+        elif done and not self.pending:
             self._end(None)
 
     def _break_off(self, why: str) -> None:
@@ -239,6 +248,8 @@ class Relay:
         self._gone(why)
 
     def _end(self, error: RbeeError | None) -> None:
+        if self._done is not None and self._done.is_set():
+            return
         self._error = error
         self._ignore_source()
         if self._done is not None:

@@ -205,18 +205,24 @@ class App:
         self._door = Door(token, hosts, allowed_origins)
         self._routes: list[Route] = []
         self._data: dict[tuple[str, str], Route] = {}
+        self._data_patterns: list[Route] = []
         self.fallback = fallback
 
     def add(self, method: str, path: str, handler: Handler, **options: Any) -> None:
         """Add a route; ``options`` are those of `Route`."""
         route = Route(method, tuple(path.strip("/").split("/")), handler, **options)
         self._routes.append(route)
-        if route.is_data:
+        if route.is_data and "{" in path:
+            self._data_patterns.append(route)
+        elif route.is_data:
             self._data[method, path] = route
 
     def has_data(self, method: str, path: str) -> bool:
         """Tell whether a request is for a data route, spelled as it was added."""
-        return (method, path) in self._data
+        return (method, path) in self._data or any(
+            route.method == method and _match_parts(route.parts, path[1:].split("/")) is not None
+            for route in self._data_patterns
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

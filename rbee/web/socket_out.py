@@ -40,6 +40,7 @@ class SocketOut:
         self._scope = trio.CancelScope()
         self._events: WholeEvents | None = None
         self._pending = b""
+        self._has_ended = False
         self.extra: Headers = ()
         self.begun = False
         self.keeps = False
@@ -51,12 +52,20 @@ class SocketOut:
         await self._stream.send_all(head + body)
         self.keeps = keeps
 
-    async def begin(self, status: int, headers: Headers) -> None:
+    async def begin(self, status: int, headers: Headers, first: bytes = b"") -> None:
         _, head = self._encode(status, ((b"transfer-encoding", b"chunked"), *headers))
-        await self._stream.send_all(head)
+        self._events = WholeEvents() if has_events(headers) else None
+        await self._write(head + chunk(first))
 
     async def emit(self, data: bytes) -> None:
-        await self._stream.send_all(chunk(data))
+        await self._write(chunk(data))
+
+    async def _write(self, data: bytes) -> None:
+        """Send; cancelling leaves in ``_pending`` what has not been sent, for `end_with`."""
+        self._pending = data
+        while self._pending:
+            sent = await self._stream.socket.send(self._pending)
+            self._pending = self._pending[sent:]
 
     async def end(self) -> None:
         await self._stream.send_all(LAST_CHUNK)
@@ -67,28 +76,34 @@ class SocketOut:
             await self.whole(answer.head.status, headers, await read_all(answer))
             return
         length = answer.head.length
-        # An event could not be added to a body whose length was told.
-        self._events = WholeEvents() if length is None and has_events(headers) else None
         if length is None:
             await self.begin(answer.head.status, headers)
-        else:
+        else:  # an event could not be added to a body whose length was told
             framing = ((b"content-length", b"%d" % length),)
             await self._stream.send_all(self._encode(answer.head.status, (*framing, *headers))[1])
+        await self._relay(answer, chunked=length is None, silence=silence)
+
+    async def go_on(self, answer: Answer, events: WholeEvents, *, silence: float) -> None:
+        self._events = events
+        await self._relay(answer, chunked=True, silence=silence)
+
+    async def _relay(self, answer: Answer, *, chunked: bool, silence: float) -> None:
         relay = Relay(
             self._pump, answer.fileno(), self._stream.socket.fileno(), answer.body,
-            self._lose, events=self._events, chunked=length is None, silence=silence,
+            self._lose, events=self._events, chunked=chunked, silence=silence,
         )  # fmt: skip
         try:
             await relay.run(answer.first)
         finally:
-            self._pending = relay.pending
+            self._pending, self._has_ended = relay.pending, relay.has_ended
         self.keeps = self._may_keep()
 
     async def end_with(self, last: bytes) -> None:
         if self._events is None or self._events.torn or self.is_lost:
             return
+        rest = b"" if self._has_ended else chunk(last) + LAST_CHUNK
         with trio.move_on_after(LINGER):
-            await self._stream.send_all(self._pending + chunk(last) + LAST_CHUNK)
+            await self._write(self._pending + rest)
 
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None, None]:

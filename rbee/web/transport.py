@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
@@ -50,6 +51,22 @@ async def connect(host: str, port: int, tls: bool) -> Transport:
     if current_async_library() == "asyncio":
         return await connect_asyncio(host, port, tls)
     return await connect_trio(host, port, tls)
+
+
+Pause = Callable[[float], Awaitable[None]]
+"""Waits for some seconds."""
+
+
+async def pause(seconds: float) -> None:
+    """Wait in the style of whoever runs this coroutine: trio or asyncio."""
+    from sniffio import current_async_library
+
+    if current_async_library() == "asyncio":
+        import asyncio
+
+        await asyncio.sleep(seconds)
+    else:
+        await trio.sleep(seconds)
 
 
 # trio -----------------------------------------------------------------------------------------
@@ -144,6 +161,10 @@ class BlockingTransport:
             with suppress(OSError):  # it wakes a thread that waits for more
                 socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
         self._sock.close()
+
+
+async def pause_blocking(seconds: float) -> None:
+    time.sleep(seconds)  # noqa: ASYNC251 - it never suspends
 
 
 async def connect_blocking(host: str, port: int, tls: bool) -> Transport:

@@ -481,6 +481,7 @@ class ExecuteRequest:
     """``POST /execute``. Exactly one of ``prompt`` and ``messages``; ``raw`` skips the template.
 
     ``keep_alive``: seconds that the worker stays after this request; None leaves it as it is.
+    ``priority``: for an engine that schedules by it, as vLLM does if it is told to.
     """
 
     job_id: str
@@ -496,6 +497,7 @@ class ExecuteRequest:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     keep_alive: float | None = None
+    priority: int = 0
 
 
 @attrs.frozen
@@ -505,6 +507,9 @@ class TaskRequest:
     ``max_model_len`` … ``engine_args`` are what a worker is started with if none fits; one that
     runs fits if it was started with what is given here. ``keep_alive`` sets how long the worker
     stays after this request (seconds; negative: for ever).
+
+    ``priority``: as vLLM has it, a lower one is served earlier, 0 is usual; requests of the same
+    are served in the order in which they came. ``deadline``: seconds from when it is accepted.
     """
 
     model: str
@@ -532,6 +537,51 @@ class TaskRequest:
     priority: int = 0
     deadline: float | None = None
     hub: HubAccess = attrs.field(factory=HubAccess)
+
+
+@attrs.frozen
+class TaskAccepted:
+    """The answer, 202, to a `TaskRequest` that was sent with ``Prefer: respond-async``.
+
+    ``events_url`` is relative to the queen.
+    """
+
+    job_id: str
+    events_url: str
+
+
+@attrs.frozen
+class TaskInfo:
+    """One job; ``GET /v2/tasks/{job_id}``, and ``GET /v2/tasks`` lists all that are known.
+
+    Attributes:
+        state: a `rbee.model.JobState` value.
+        attached: whether it belongs to the connection that asked for it, and its events too.
+        worker_id, node: who is at it; "" as long as nobody is.
+        position: how many are before it; 0 once a worker is at it.
+        created, started, ended: seconds since the epoch; 0 is not yet.
+        tokens_in, tokens_out: None where the queen does not know, as of an attached job.
+        first_event, last_event: what can be read of its events; 0 is none.
+    """
+
+    job_id: str
+    state: str
+    model: str
+    attached: bool = False
+    priority: int = 0
+    deadline: float | None = None
+    worker_id: str = ""
+    node: str = ""
+    position: int = 0
+    created: float = 0.0
+    started: float = 0.0
+    ended: float = 0.0
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    stop_reason: str = ""
+    first_event: int = 0
+    last_event: int = 0
+    error: ErrorDetail | None = None
 
 
 # events of a job; the class name in lower case is the SSE event's name -------------------------

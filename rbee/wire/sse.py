@@ -27,24 +27,30 @@ def encode_token(text: str, index: int) -> bytes:
 
 
 class Decoder:
-    """Feed bytes, take ``(name, data)`` pairs; comments and unknown fields are skipped."""
+    """Feed bytes, take ``(name, data)`` pairs; comments and unknown fields are skipped.
+
+    `feed_numbered` adds the number of each event, 0 where it has none.
+    """
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[tuple[str, str]]:
+        return ((name, data) for name, data, _ in self.feed_numbered(chunk))
+
+    def feed_numbered(self, chunk: bytes) -> Iterator[tuple[str, str, int]]:
         # Together with the rest: a chunk may end between the two.
         self._rest = (self._rest + chunk).replace(b"\r\n", b"\n")
         while (end := self._rest.find(b"\n\n")) >= 0:
             block, self._rest = self._rest[:end], self._rest[end + 2 :]
-            if pair := _parse(block):
-                yield pair
+            if event := _parse(block):
+                yield event
         if len(self._rest) > MAX_EVENT:
             raise PeerError(f"an event longer than {MAX_EVENT} bytes")
 
 
-def _parse(block: bytes) -> tuple[str, str] | None:
-    name, data = "message", []
+def _parse(block: bytes) -> tuple[str, str, int] | None:
+    name, data, number = "message", [], 0
     for line in block.decode("utf-8", "replace").split("\n"):
         field, _, value = line.partition(":")
         value = value.removeprefix(" ")
@@ -52,7 +58,9 @@ def _parse(block: bytes) -> tuple[str, str] | None:
             name = value
         elif field == "data":
             data.append(value)
-    return (name, "\n".join(data)) if data else None
+        elif field == "id" and value.isdecimal():
+            number = int(value)
+    return (name, "\n".join(data), number) if data else None
 
 
 def event_from(name: str, data: str) -> Event | None:
@@ -71,20 +79,9 @@ def event_from(name: str, data: str) -> Event | None:
     return event
 
 
-class TerminalWatch:
-    """See in a passing byte stream whether its terminal event went by."""
-
-    def __init__(self) -> None:
-        self._tail = b"\n"  # a stream begins as if a line had ended
-        self.seen = False
-
-    def feed(self, chunk: bytes) -> None:
-        text = self._tail + chunk
-        if not self.seen:
-            self.seen = any(_starts_event(text, name.encode()) for name in TERMINAL)
-        self._tail = text[-16:]
+_TERMINAL = tuple(f"event: {name}\n".encode() for name in TERMINAL)
 
 
-def _starts_event(text: bytes, name: bytes) -> bool:
-    # A token's text is JSON on one line: a newline before "event:" cannot come from it.
-    return b"\nevent: " + name + b"\n" in text
+def is_terminal(event: bytes) -> bool:
+    """Tell whether an event of a job, as `encode` makes it, is its last one."""
+    return event.startswith(_TERMINAL)

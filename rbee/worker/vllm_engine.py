@@ -477,6 +477,8 @@ class VllmEngine:
         self._llm = loaded.llm
         self._tokenizer = loaded.tokenizer
         self._longest = loaded.longest
+        # Without that vLLM takes no priority but 0; the queen has its own order before it.
+        self._by_priority = loaded.llm.vllm_config.scheduler_config.policy == "priority"
         self._one_at_a_time = trio.CapacityLimiter(1)
 
     def running(self) -> int:
@@ -495,21 +497,28 @@ class VllmEngine:
         outbox: Outbox[Chunk | RbeeError] = self._aio.outbox()
         # The caller may use an id again while the engine still forgets the first one.
         request_id = f"{request.job_id}-{secrets.token_hex(4)}"
-        task = self._aio.spawn(self._iterate, tokens, params, request_id, outbox)
+        priority = request.priority if self._by_priority else 0
+        task = self._aio.spawn(self._iterate, tokens, params, request_id, priority, outbox)
         try:
             yield VllmGeneration(len(tokens), outbox)
         finally:
             await task.aclose()
 
     async def _iterate(
-        self, tokens: list[int], params: Any, request_id: str, outbox: Outbox[Chunk | RbeeError]
+        self,
+        tokens: list[int],
+        params: Any,
+        request_id: str,
+        priority: int,
+        outbox: Outbox[Chunk | RbeeError],
     ) -> None:
         """Runs in the asyncio thread; cancelling it aborts the request."""
         from vllm import TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=tokens)
         try:
-            async with aclosing(self._llm.generate(prompt, params, request_id)) as outputs:
+            asking = self._llm.generate(prompt, params, request_id, priority=priority)
+            async with aclosing(asking) as outputs:
                 async for output in outputs:
                     await outbox.send(_chunk(output.outputs[0]))
         except asyncio.CancelledError:

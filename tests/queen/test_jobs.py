@@ -1,4 +1,7 @@
-"""Every job gets its one terminal event, whatever its worker, its reader or the queen does."""
+"""Every job gets its one terminal event, whatever its worker, its reader or the queen does.
+
+All of it holds for both forms: attached to a connection, here one in memory, and kept in a log.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,14 @@ from rbee.queen.assignments import WAITING, Assignments
 from rbee.queen.attempts import PATIENCE, Attempts
 from rbee.queen.candidates import NodeView
 from rbee.queen.hives import Hives
-from rbee.queen.jobs import BUFFER, Job, Jobs, open_job
+from rbee.queen.job import Job
+from rbee.queen.jobs import Jobs
 from rbee.queen.places import Places
+from rbee.queen.tasks import read_log
 from rbee.registry import Registry
+from rbee.web.out import AsgiOut
+from rbee.web.poller import open_poller
+from rbee.web.upstream import open_upstreams
 from rbee.wire import sse
 from rbee.wire.messages import (
     End,
@@ -55,6 +63,14 @@ END = sse.encode(End(1, 2, "stop", 1.0, 2.0))
 ANSWER = [TOKENS, END]
 
 Serve = Callable[[trio.SocketStream], Any]
+
+
+@pytest.fixture(autouse=True, params=["attached", "kept"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run each test with both forms of a job; here nobody tells of a worker's end."""
+    monkeypatch.setattr("rbee.queen.assignments.TOLD_WITHIN", 0.05)
+    monkeypatch.setattr(Started, "form", request.param)
+    return str(request.param)
 
 
 @attrs.define(eq=False)
@@ -147,8 +163,67 @@ class FakeHives:
             self.workers.set(worker_id, info)
 
 
+@attrs.define(eq=False)
+class Reader:
+    """Whoever asked for a job, and what he has got; he leaves when ``scope`` is cancelled."""
+
+    job: Job
+    data: bytes = b""
+    refusal: RbeeError | None = None
+    scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    done: trio.Event = attrs.field(factory=trio.Event)
+
+    async def attach(self, jobs: Jobs) -> None:
+        await self._read(lambda: jobs.attach(self.job, AsgiOut(trio.sleep_forever, self._send)))
+
+    async def come_for(self, jobs: Jobs) -> None:
+        async def keep_and_read() -> None:
+            await jobs.keep(self.job, 100)
+            assert self.job.log is not None
+            await read_log(self.job.log, 0, self._take)
+
+        await self._read(keep_and_read)
+
+    async def _read(self, read: Callable[[], Any]) -> None:
+        try:
+            with self.scope:
+                await read()
+        except RbeeError as error:
+            self.refusal = error
+        self.done.set()
+
+    async def _send(self, message: Any) -> None:
+        await self._take(message.get("body", b""))
+
+    async def _take(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self.data += data
+
+
+@attrs.define(eq=False)
+class Started:
+    """Jobs, each with a reader."""
+
+    jobs: Jobs
+    nursery: trio.Nursery
+    form = "attached"
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def start(self, request: TaskRequest) -> Reader:
+        reader = Reader(self.jobs.accept(request))
+        read = reader.attach if self.form == "attached" else reader.come_for
+        self.nursery.start_soon(read, self.jobs)
+        return reader
+
+    def cancel(self, *readers: Reader) -> None:
+        for reader in readers:
+            self.jobs.cancel(reader.job.id, CancelledError("enough"))
+
+
 @asynccontextmanager
-async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, FakeHives], None]:
+async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Started, FakeHives], None]:
     """Run jobs against one worker's port; ``serve`` gets each connection after its request."""
 
     async def nobody_knows(start: StartWorker) -> None:
@@ -163,17 +238,19 @@ async def open_jobs(serve: Serve | None = None) -> AsyncGenerator[tuple[Jobs, Fa
     attempts = Attempts(hives.get)
     aliases = Aliases(Path("/nowhere/config.toml"))
     places = Places(hives.look, attempts, nobody_knows)
-    jobs = Jobs(
-        Assignments(hives, places, aliases),
-        aliases,
-        ending=lambda: OwnerGoneError("the queen ended"),
-    )
-    async with trio.open_nursery() as nursery:
+    assignments = Assignments(hives, places, aliases)
+    async with (
+        trio.open_nursery() as nursery,
+        open_poller() as poller,
+        open_upstreams(poller) as upstreams,
+    ):
+        jobs = Jobs(assignments, aliases, upstreams, lambda: OwnerGoneError("the queen ended"))
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, connection, listeners)
         hives.url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with attempts.open(), jobs.open():
-            yield jobs, hives
+            yield Started(jobs, nursery), hives
+        await wait_all_tasks_blocked()  # readers outlive the jobs
         nursery.cancel_scope.cancel()
 
 
@@ -183,10 +260,12 @@ async def answer(stream: trio.SocketStream) -> None:
         await stream.send_all(part)
 
 
-async def read(job: Job) -> list[Any]:
+async def read(reader: Reader) -> list[Any]:
     """Return a job's events as its reader gets them; there is exactly one terminal one."""
-    data = b"".join([chunk async for chunk in job.chunks]) + job.last
-    events = [sse.event_from(*pair) for pair in sse.Decoder().feed(data)]
+    with trio.fail_after(100):  # of a clock that may jump
+        await reader.done.wait()
+    assert reader.refusal is None
+    events = [sse.event_from(*pair) for pair in sse.Decoder().feed(reader.data)]
     names = [type(event).__name__ for event in events]
     assert names[0] == "Queued"
     assert [name in ("End", "Error") for name in names].count(True) == 1
@@ -194,8 +273,16 @@ async def read(job: Job) -> list[Any]:
     return events
 
 
-async def code_of(job: Job) -> str:
-    return (await read(job))[-1].code
+async def code_of(reader: Reader) -> str:
+    return (await read(reader))[-1].code
+
+
+async def refusal_of(reader: Reader) -> str:
+    """Return the code of what came before anything else."""
+    await reader.done.wait()
+    assert reader.refusal is not None
+    assert reader.data == b""
+    return reader.refusal.code
 
 
 # good ends ------------------------------------------------------------------------------------
@@ -203,18 +290,20 @@ async def code_of(job: Job) -> str:
 async def test_a_ready_workers_answer_is_passed_through(node: str | None) -> None:
     async with open_jobs() as (jobs, hives):
         hives.put("worker-1", "ready")
-        job = jobs.start(attrs.evolve(REQUEST, node=node))
-        assert len(jobs) == 1
-        assert jobs.get(job.id) is job
-        assert await read(job) == [
+        reader = jobs.start(attrs.evolve(REQUEST, node=node))
+        job = reader.job
+        await wait_all_tasks_blocked()
+        assert await read(reader) == [
             Queued(job.id, 0), Token("a", 1), Token("\nevent: end\n", 2),
             End(1, 2, "stop", 1.0, 2.0),
         ]  # fmt: skip
         assert hives.hive.started == []
         assert hives.looks == 0  # no disk, no registry
         assert len(jobs) == 0
-        with pytest.raises(NotFoundError):
-            jobs.get(job.id)
+        info = job.info()
+        assert (info.state, info.worker_id, info.node) == ("ended", "worker-1", "localhost")
+        assert info.created <= info.started <= info.ended
+        assert info.tokens_out == (None if info.attached else 2)
 
 
 async def test_a_worker_is_started_and_waited_for_and_its_narration_told() -> None:
@@ -259,8 +348,7 @@ async def test_jobs_for_one_model_start_one_worker_however_they_come_to_its_node
         await trio.sleep(PATIENCE)
         assert len(linux.started) == 1
         assert [len(jobs), len(hives.workers)] == [5, 1]
-        for job in (*free, *asked):
-            job.cancel("enough")
+        jobs.cancel(*free, *asked)
 
 
 async def test_a_worker_that_is_not_there_any_more_is_replaced_once() -> None:
@@ -368,6 +456,12 @@ async def test_a_refusal_by_the_worker_is_the_jobs_error() -> None:
     assert (error.code, error.message, error.hint) == ("bad_input", "too long", "less")
 
 
+async def wait_for(is_so: Callable[[], bool]) -> None:
+    with trio.fail_after(2):
+        while not is_so():  # noqa: ASYNC110 - nothing tells
+            await trio.sleep(0.01)
+
+
 async def silent(stream: trio.SocketStream) -> None:
     await stream.send_all(HEAD + TOKENS)
     await trio.sleep_forever()
@@ -387,30 +481,39 @@ async def test_a_deadline_that_has_passed_is_refused(deadline: float) -> None:
         assert len(jobs) == 0
 
 
-async def test_a_cancelled_job_says_so() -> None:
+async def test_a_cancelled_job_says_so_and_stays_cancelled() -> None:
     async with open_jobs(silent) as (jobs, hives):
         hives.put("worker-1", "ready")
-        job = jobs.start(REQUEST)
-        with trio.fail_after(2):
-            await job.chunks.receive()
-            await job.chunks.receive()
-        job.cancel("DELETE")
-        chunks = [chunk async for chunk in job.chunks]
-        assert chunks == []
-        assert b'"code":"cancelled"' in job.last
+        reader = jobs.start(REQUEST)
+        await wait_for(lambda: TOKENS[-20:] in reader.data)
+        assert reader.job.info().state == "started"
+        jobs.cancel(reader)
+        assert await code_of(reader) == "cancelled"
+        assert reader.job.info().state == "cancelled"
+        jobs.cancel(reader)
 
 
-async def test_a_terminal_event_that_did_not_reach_the_reader_does_not_count() -> None:
-    job = open_job(REQUEST)
-    for number in range(BUFFER):
-        await job.emit(sse.encode_token("x", number))
-    with trio.move_on_after(0):
-        await job.emit(END)
-    job.finish(CancelledError("its reader is slow"))
-    job.close()
-    chunks = [chunk async for chunk in job.chunks]
-    assert len(chunks) == BUFFER
-    assert b'"code":"cancelled"' in job.last
+async def test_a_job_that_is_cancelled_while_it_waits_for_a_worker_says_so() -> None:
+    async with open_jobs() as (jobs, hives):
+        reader = jobs.start(REQUEST)
+        await hives.hive.asked.wait()
+        assert reader.job.info().state == "queued"
+        jobs.cancel(reader)
+        assert await code_of(reader) == "cancelled"
+
+
+async def test_what_ends_a_job_after_its_terminal_event_is_not_told() -> None:
+    """The worker has said all, but its answer goes on: the deadline comes too late."""
+
+    async def linger(stream: trio.SocketStream) -> None:
+        await answer(stream)
+        await trio.sleep_forever()
+
+    async with open_jobs(linger) as (jobs, hives):
+        hives.put("worker-1", "ready")
+        reader = jobs.start(attrs.evolve(REQUEST, deadline=0.2))
+        assert type((await read(reader))[-1]) is End
+        assert reader.job.info().state == "ended"
 
 
 async def test_a_queen_that_ends_tells_every_reader_why() -> None:
@@ -418,18 +521,22 @@ async def test_a_queen_that_ends_tells_every_reader_why() -> None:
         hives.put("worker-1", "ready")
         waiting = jobs.start(attrs.evolve(REQUEST, model="other"))
         running = jobs.start(REQUEST)
-        await wait_all_tasks_blocked()
-    assert [await code_of(job) for job in (waiting, running)] == ["owner_gone", "owner_gone"]
+        await wait_for(lambda: TOKENS[-20:] in running.data)
+    assert [await code_of(reader) for reader in (waiting, running)] == ["owner_gone", "owner_gone"]
     with pytest.raises(OwnerGoneError):
         jobs.start(REQUEST)
 
 
-async def test_a_reader_who_went_away_ends_his_job_only() -> None:
-    async with open_jobs() as (jobs, hives):
+async def test_a_reader_who_went_away_ends_his_job_only_if_it_is_his(form: str) -> None:
+    async with open_jobs(silent) as (jobs, hives):
         hives.put("worker-1", "ready")
         gone, other = jobs.start(REQUEST), jobs.start(REQUEST)
-        gone.chunks.close()
-        assert type((await read(other))[-1]) is End
+        await wait_for(lambda: TOKENS[-20:] in gone.data and TOKENS[-20:] in other.data)
+        gone.scope.cancel()
+        await wait_all_tasks_blocked()
+        assert len(jobs) == (1 if form == "attached" else 2)
+        jobs.cancel(gone, other)
+        assert await code_of(other) == "cancelled"
     assert len(jobs) == 0
 
 
@@ -477,14 +584,11 @@ async def test_no_more_jobs_than_the_bound_wait_for_one_model(
     async with open_jobs() as (jobs, hives):
         waiting = [jobs.start(REQUEST) for _ in range(WAITING)]
         await wait_all_tasks_blocked()
-        refused = await read(jobs.start(REQUEST))
-        assert [type(event).__name__ for event in refused] == ["Queued", "Error"]
-        assert refused[-1].code == "queue_full"
+        assert await refusal_of(jobs.start(REQUEST)) == "queue_full"
         other = jobs.start(attrs.evolve(REQUEST, model="other"))
         await wait_all_tasks_blocked()
         assert len(hives.hive.started) == 2  # one for each model
-        for job in (*waiting, other):
-            job.cancel("enough")
+        jobs.cancel(*waiting, other)
 
 
 async def test_a_load_that_failed_twice_is_not_tried_again_at_once(
@@ -497,11 +601,12 @@ async def test_a_load_that_failed_twice_is_not_tried_again_at_once(
             hives.put(worker, "failed", error=ErrorDetail("machine", "boom"))
             for job in waiting:
                 assert (await read(job))[-1].message == "boom"
-        again = (await read(jobs.start(REQUEST)))[-1]
-        assert (again.code, again.message.splitlines()[0]) == ("machine", "boom")
+        again = jobs.start(REQUEST)
+        assert await refusal_of(again) == "machine"
+        assert str(again.refusal).startswith("boom\n")
         assert len(hives.hive.started) == 2
         await trio.sleep(1.1)
         last = jobs.start(REQUEST)
         await wait_all_tasks_blocked()
         assert len(hives.hive.started) == 3
-        last.cancel("enough")
+        jobs.cancel(last)

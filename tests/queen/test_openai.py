@@ -21,9 +21,11 @@ from rbee.queen import openai as module
 from rbee.queen.aliases import Aliases
 from rbee.queen.assignments import Assignments
 from rbee.queen.attempts import Attempts
+from rbee.queen.jobs import Jobs
 from rbee.queen.offer import Offer
 from rbee.queen.openai import ROUTES, Passages, add_openai_routes, decode, for_worker
 from rbee.queen.places import Places
+from rbee.queen.tasks import add_task_routes
 from rbee.web.body import LAST_CHUNK, chunk
 from rbee.web.front import Front
 from rbee.web.poller import open_poller
@@ -124,6 +126,7 @@ class Queen:
 
     hives: FakeHives
     passages: Passages
+    jobs: Jobs
     url: str
     stop: trio.CancelScope
 
@@ -185,23 +188,27 @@ async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
             worker.url = f"http://127.0.0.1:{listening.socket.getsockname()[1]}"
             hives.put(f"worker-{number}", "ready", worker.url)
         passages = Passages(assignments, aliases, Offer(aliases, look), upstreams, ending)
+        jobs = Jobs(assignments, aliases, upstreams, ending)
         add_openai_routes(app, passages)
+        add_task_routes(app, jobs)
         front = Front(app, pump)
         url = await nursery.start(partial(serve_http, app, listener, grace=0.3, front=front))
         stop = trio.CancelScope()
         async with trio.open_nursery() as inner:
             opened = trio.Event()
-            inner.start_soon(_keep_open, passages, stop, opened)
+            inner.start_soon(_keep_open, passages, jobs, stop, opened)
             await opened.wait()
             with trio.fail_after(10):
-                yield Queen(hives, passages, url, stop)
+                yield Queen(hives, passages, jobs, url, stop)
             stop.cancel()
         nursery.cancel_scope.cancel()
 
 
-async def _keep_open(passages: Passages, stop: trio.CancelScope, opened: trio.Event) -> None:
+async def _keep_open(
+    passages: Passages, jobs: Jobs, stop: trio.CancelScope, opened: trio.Event
+) -> None:
     with stop:
-        async with passages.open():
+        async with passages.open(), jobs.open():
             opened.set()
             await trio.sleep_forever()
 

@@ -47,3 +47,18 @@ def test_the_end_of_an_openai_stream_is_known() -> None:
         assert events.is_done == done
     events.rest()
     assert not events.is_done
+
+
+def test_a_stream_may_have_to_end_with_a_certain_event() -> None:
+    events = WholeEvents(lambda event: event.startswith(b"end"), must_end=True)
+    assert (events.lacks_end, events.has_any) == (True, False)
+    for data, lacks in [
+        (b"en", True),
+        (b"d\r\n\r\n", False),
+        (b"a\n\nend: b\n\n", False),
+        (b"end\n\na: end\n\n", True),
+    ]:
+        events.feed(data)
+        assert events.lacks_end == lacks
+    assert events.has_any
+    assert not WholeEvents().lacks_end

@@ -348,3 +348,18 @@ async def test_a_handler_that_fails_harms_no_other(
             assert len(poller) == 0
     assert len(error_records) == 1
     error_records.clear()
+
+
+@pytest.mark.parametrize("last", [b"end: all\n\n", b"no: end\n\n"])
+async def test_what_is_pending_says_whether_anything_may_follow(last: bytes) -> None:
+    events = WholeEvents(lambda event: event.startswith(b"end"), must_end=True)
+    data = b"data: " + BIG[:50_000] + b"\n\n" + last
+    async with open_relay(Chunked(), events=events) as ends:
+        ends.worker.send(chunk(data) + LAST_CHUNK)
+        await wait_all_tasks_blocked(0.05)
+        ends.scope.cancel()
+        await ends.wait()
+        is_whole = last.startswith(b"end")
+        assert ends.relay.has_ended == is_whole
+        assert ends.relay.pending.endswith(last + b"\r\n" + (LAST_CHUNK if is_whole else b""))
+        assert (ends.error is None) == is_whole

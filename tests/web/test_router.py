@@ -103,6 +103,17 @@ async def test_a_route_gets_its_parameters_whatever_the_query() -> None:
     assert answer.headers[b"content-length"] == str(len(answer.body)).encode()
 
 
+def test_a_data_route_may_have_parameters() -> None:
+    app = make()
+    app.add("GET", "/v2/tasks/{job}/events", hello, is_data=True)
+    app.add("POST", "/v2/tasks", read, is_data=True)
+    assert app.has_data("GET", "/v2/tasks/job-1/events")
+    assert app.has_data("POST", "/v2/tasks")
+    for other in ("/v2/tasks/job-1", "/v2/tasks/job-1/events/", "/health"):
+        assert not app.has_data("GET", other)
+    assert not app.has_data("DELETE", "/v2/tasks/job-1/events")
+
+
 async def test_an_unknown_path_is_404() -> None:
     answer = await ask(make(), "GET", "/v1/nothing")
     assert (answer.status, answer.error["code"]) == (404, "not_found")

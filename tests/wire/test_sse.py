@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rbee.errors import PeerError
 from rbee.wire import sse
-from rbee.wire.messages import TERMINAL, End, Error, Event, Narration, Queued, Started, Token
+from rbee.wire.messages import End, Error, Event, Narration, Queued, Started, Token
 
 texts = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
     ["\nevent: end\n", "\n\n", "\r\n\r\n", "event: end\ndata: {}\n\n", "data:", ":", "\u2028", "\0"]
@@ -89,24 +89,7 @@ def test_a_broken_event_is_the_peers_fault(data: str) -> None:
         sse.event_from("token", data)
 
 
-@given(st.lists(passing, max_size=5), st.none() | terminal, cuts)
-@example([Token("\nevent: end\n", 1)], None, [])
-@example([], End(1, 1, "stop", 1.0, 1.0), [1])
-def test_the_watch_sees_exactly_the_terminal_event(
-    events: list[Event], last: Event | None, cuts: list[int]
-) -> None:
-    watch = sse.TerminalWatch()
-    data = b"".join(map(sse.encode, [*events, *([last] if last else [])]))
-    for chunk in split(data, cuts):
-        watch.feed(chunk)
-    assert watch.seen is (last is not None)
-
-
-@pytest.mark.parametrize("name", TERMINAL)
-def test_the_watch_is_not_fooled_where_no_line_begins(name: str) -> None:
-    watch = sse.TerminalWatch()
-    line = b"data: event: " + name.encode() + b"\n"
-    for cut in range(len(line)):
-        watch.feed(line[:cut])
-        watch.feed(line[cut:])
-    assert not watch.seen
+@given(passing | terminal)
+@example(Token("\nevent: end\n", 1))
+def test_exactly_the_terminal_events_are_known(event: Event) -> None:
+    assert sse.is_terminal(sse.encode(event)) is isinstance(event, End | Error)
