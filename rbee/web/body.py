@@ -113,6 +113,8 @@ class Chunked:
         line = data[at : end if end >= 0 else len(data)]
         if len(line) > (MAX_LINE if self._trailer < 0 else MAX_TRAILER - self._trailer):
             raise self._error("a chunk's size or the trailer of a body is too long")
+        if b"\n" in line:  # for some the end of the line, so of the body: nobody is to disagree
+            raise self._error("a line of a chunked body ends with LF alone")
         if end < 0:
             self._line = line
             return len(data)

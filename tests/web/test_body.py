@@ -91,6 +91,7 @@ PIECES = st.sampled_from(
 
 @given(st.lists(PIECES, max_size=12).map(b"".join), CUTS)
 @example(b"1\r\nx\r\n0\r\n\r\n", [])
+@example(b"0\r\n\n", [])
 def test_what_is_taken_means_the_same_to_h11(data: bytes, cuts: list[int]) -> None:
     body = Chunked()
     try:
