@@ -100,17 +100,24 @@ LOADS = (
     Load("512 x 20/s", 512, 1, True, 20, 70, 1.0, without=("litellm",)),
     Load("short", 4, 300, False, without=("tasks",)),
     Load("one core", 512, 1, True, 120, 240, 0.5, without=(*SLOW, "ssh", "direct")),
-    Load("4,000 open", 4000, 1, True, 0.25, 3, 5.0, 60.0, without=(*SLOW, "ssh", "direct")),
+    Load("4000 open", 4000, 1, True, 0.25, 3, 5.0, 60.0, without=(*SLOW, "ssh", "direct")),
 )
 
 
 # the relays -----------------------------------------------------------------------------------
 @attrs.frozen
 class Relay:
+    """One that is measured; ``base`` is what it had in memory before its first load."""
+
     name: str
     port: int
     pid: int
     path: str = CHAT
+    base: int = attrs.field(init=False)
+
+    @base.default
+    def _look(self) -> int:
+        return self.memory()
 
     def cpu(self) -> float:
         """Return the CPU seconds of its processes, all threads."""
@@ -250,22 +257,21 @@ def show(*words: object) -> None:
 
 def measure(relay: Relay, load: Load, program: Path, figures: Figures) -> None:
     """Run a load against a relay and note what it took."""
-    note = partial(figures.add, relay.name)
-    before = look(relay, 0)
+    note, before = partial(figures.add, relay.name), relay.cpu()
     with ExitStack() as stack:
         cores = sorted(os.sched_getaffinity(0))
         if load.name == "one core" and len(cores) > 1:
             stack.enter_context(relay.bound(cores[:1]))
         seen, result = run_load(relay, load, program)
-    spent = relay.cpu() - before.cpu
+    spent = relay.cpu() - before
     failed = result["errors"] + result["not_ok"]
     lost = load.clients * load.requests - result["completed"]
     if failed or lost:
         show(f"{relay.name}, {load.name}: {result}")
-    if load.name == "4,000 open":
+    if load.name == "4000 open":
         note(f"{load.name}: failed", failed + lost)
         most = max(one.memory for one in seen)
-        note(f"{load.name}: kB each", (most - before.memory) / load.clients / 1000)
+        note(f"{load.name}: kB each", (most - relay.base) / load.clients / 1000)
     elif load.name == "one core":
         note(f"{load.name}: tokens/s", rate_of(seen))
     elif relay.name != "direct" and load.streams:
@@ -359,9 +365,9 @@ def machine() -> dict[str, Any]:
 
 
 def chosen(text: str, known: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in text.split(";" if ";" in text else ",")] if text else []
+    names = [name.strip() for name in text.split(",")] if text else []
     if unknown := set(names) - set(known):
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {'; '.join(known)}")
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     return [name for name in known if not names or name in names]
 
 
@@ -370,7 +376,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help=f"some of {', '.join(NAMES)}")
     loads = [load.name for load in LOADS]
-    parser.add_argument("--loads", default="", help=f"some of {'; '.join(loads)}, with a ; between")
+    parser.add_argument("--loads", default="", help=f"some of {', '.join(loads)}")
     parser.add_argument("--tools", type=Path, help="where others are installed, and stay")
     options = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
