@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 HUNG_UP = select.EPOLLRDHUP
 BATCH = 512
-LOOKS = 8  # batches in a row, then all other tasks have their turn
+LOOKS = 2  # batches in a row, then all other tasks have their turn
 
 Ready = Callable[[int], None]
 """Takes the events of a descriptor. It may be called without any: of one that had its number."""
