@@ -1,17 +1,26 @@
 """What the queen's data plane costs: CPU per token and per request, and how late each token comes.
 
-    python benchmarks/relay.py [--rounds N] [--also 'NAME=COMMAND']… >figures.json
+    python benchmarks/relay.py [--rounds N] [--only NAME,…] [--loads NAME,…] [--tools DIR] >it.json
 
 A worker and clients in C (benchmarks/relay/, built with cc) leave the relay as the only thing that
-takes time. Measured are, in turns: ``queen``, its routes with door, assignments, front and pump
-and a registry filled by hand; ``tasks``, the same asked for ``/v2/tasks``; ``hypercorn``, the first
-without the front, as a client gets it who has begun with a control route; ``httpx``, hypercorn with
-httpx as the client of the workers.
-``--also`` names another relay and how it is started, with {port} for its own port and {worker} for
-the worker's. CPU is that of the relay's processes; that of a token is taken while all streams run.
-The medians go to stdout as JSON and to stderr as a table.
+takes time. All relays run at once in front of one worker, and each load goes to one after the
+other, in another order each round, so that what else the machine does meets them alike.
 
-    --also 'vllm-router=vllm-router --port {port} --worker-urls http://127.0.0.1:{worker}'
+``queen``       its routes with door, ids, assignments, front and pump, a registry filled by hand
+``tasks``       the same asked for /v2/tasks
+``ssh``         the first, its worker behind a real sshd: a node with ``transport = "ssh"``
+``hypercorn``   the first without the front, as a client gets it who has begun with a control route
+``httpx``       hypercorn, with httpx as the client of the workers
+``vllm-router`` of PyPI, as it is, and as ``round-robin`` without its look at each prompt
+``litellm``     of PyPI, one process, without a database
+``nginx``       of Debian, one process, without buffering
+``direct``      no relay: what is added is more than this
+
+vllm-router and LiteLLM are installed below ``--tools``, once (a temporary directory otherwise);
+what cannot be had is left out, with the reason. CPU is that of the relay's processes (ssh: without
+sshd); that of a token is taken while all streams run. For ``one core`` a relay is bound to a core
+that it shares with nobody of ours, and offered more than it can do. The medians of all rounds go
+to stdout as JSON, with every sample, and to stderr as a table.
 """
 
 from __future__ import annotations
@@ -19,61 +28,63 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
+import platform
+import resource
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
-import httpx
-import trio
+from relays import (
+    CHAT,
+    TOKEN,
+    NotHereError,
+    free_port,
+    litellm,
+    nginx,
+    round_robin,
+    router,
+    target_of,
+)
 
-from rbee.errors import UnavailableError
-from rbee.queen.aliases import Aliases
-from rbee.queen.assignments import Assignments
-from rbee.queen.jobs import Jobs
-from rbee.queen.offer import Offer
-from rbee.queen.openai import Passages, add_openai_routes
-from rbee.queen.tasks import add_task_routes
-from rbee.registry import Registry
-from rbee.web.client import open_client
-from rbee.web.front import Front
-from rbee.web.out import Out
-from rbee.web.poller import open_poller
-from rbee.web.pump import open_pump
-from rbee.web.router import App, Passing, Request
-from rbee.web.server import open_listener, serve_http
-from rbee.web.upstream import open_upstreams
+from rbee.testing.hosts import open_hosts_sync
 from rbee.wire import messages
-from rbee.wire.messages import WorkerInfo
 
-HERE = Path(__file__).parent / "relay"
-TOKEN = "benchmark"
-STARTS = 60.0  # seconds for another relay
-OURS = ("queen", "tasks", "hypercorn", "httpx")
-CHAT = "/v1/chat/completions"
+HERE = Path(__file__).parent
+STARTS = 120.0  # seconds for another relay
+OURS = ("queen", "tasks", "ssh", "hypercorn", "httpx")
+OTHERS: dict[str, Callable[[Path, Path, int, int], list[str]]] = {
+    "vllm-router": router, "round-robin": round_robin, "litellm": litellm, "nginx": nginx,
+}  # fmt: skip
+NAMES = (*OURS, *OTHERS, "direct")
+PAUSE = 0.3  # seconds in which what a load has left behind ends
 
 
 @attrs.frozen
 class Load:
-    """One way to ask: the arguments of the load program, and what one unit of its work is."""
+    """One way to ask: the arguments of the load program.
+
+    Attributes:
+        without: who is not asked so, for it would take minutes or says nothing.
+    """
 
     name: str
     clients: int
     requests: int
     streams: bool
-    rate: int = 0
+    rate: float = 0
     tokens: int = 1
     ramp: float = 0.0
     seconds: float = 30.0
+    without: tuple[str, ...] = ()
 
     def arguments(self, port: int, path: str) -> list[str]:
         values = (
@@ -83,108 +94,53 @@ class Load:
         return [str(value) for value in values]
 
 
+SLOW = ("litellm", "httpx", "hypercorn")
 LOADS = (
-    Load("64 x 30/s", 64, 1, True, 30, 120, 1.0),
-    Load("512 x 20/s", 512, 1, True, 20, 100, 2.0),
-    Load("short", 4, 500, False),
+    Load("64 x 30/s", 64, 1, True, 30, 90, 0.5),
+    Load("512 x 20/s", 512, 1, True, 20, 70, 1.0, without=("litellm",)),
+    Load("short", 4, 300, False, without=("tasks",)),
+    Load("one core", 512, 1, True, 120, 240, 0.5, without=(*SLOW, "ssh", "direct")),
+    Load("4000 open", 4000, 1, True, 0.25, 3, 5.0, 60.0, without=(*SLOW, "ssh", "direct")),
 )
 
 
 # the relays -----------------------------------------------------------------------------------
-@attrs.define(eq=False)
-class OneHive:
-    """What the queen's routes see of a hive whose one worker is ready."""
-
-    url: str
-    token: str = TOKEN
-    queen_id: str = "queen"
-    workers: Registry[str, WorkerInfo] = attrs.field(factory=Registry)
-    failures: dict[str, WorkerInfo] = attrs.field(factory=dict)
-
-    def running(self, node: str) -> OneHive:
-        return self
-
-    def way_to(self, url: str) -> str:
-        return url
-
-    @contextmanager
-    def relaying(self) -> Iterator[trio.CancelScope]:
-        with trio.CancelScope() as scope:
-            yield scope
-
-
-async def serve(kind: str, worker_port: int) -> None:
-    """Be a relay, and print the port of it."""
-    url = f"http://127.0.0.1:{worker_port}"
-    app = App(token=TOKEN)
-    listener = open_listener("127.0.0.1", 0, exact=True)
-    async with AsyncExitStack() as stack:
-        front = None
-        if kind == "httpx":
-            client = await stack.enter_async_context(open_client(url))
-            app.add("POST", CHAT, partial(pass_by_httpx, client))
-        else:
-            poller = await stack.enter_async_context(open_poller())
-            pump = await stack.enter_async_context(open_pump(poller, 30))
-            passages = make_passages(url, await stack.enter_async_context(open_upstreams(poller)))
-            await stack.enter_async_context(passages.open())
-            add_openai_routes(app, passages)
-            await stack.enter_async_context(open_tasks(app, passages))
-            front = None if kind == "hypercorn" else Front(app, pump)
-        print(listener.getsockname()[1], flush=True)
-        await serve_http(app, listener, front=front)
-
-
-def make_passages(url: str, upstreams: Any) -> Passages:
-    hive: Any = OneHive(url)
-    hive.workers.set("w", WorkerInfo("w", "words", "ready", url=url, owner="queen"))
-    aliases = Aliases(Path("/nowhere/config.toml"))
-    unneeded: Any = None
-    assignments = Assignments(hive, unneeded, aliases)
-    offer = Offer(aliases, unneeded)
-    return Passages(assignments, aliases, offer, upstreams, lambda: UnavailableError("it ends"))
-
-
-@asynccontextmanager
-async def open_tasks(app: App, passages: Passages) -> AsyncGenerator[None, None]:
-    """Add ``/v2/tasks`` to the same assignments."""
-    jobs = Jobs(passages._assignments, passages._aliases, passages._upstreams, passages._ending)
-    add_task_routes(app, jobs)
-    async with jobs.open():
-        yield
-
-
-async def pass_by_httpx(client: httpx.AsyncClient, request: Request) -> Passing:
-    """Pass on with httpx and ASGI, as most Python relays do."""
-    body = await request.json()
-
-    async def run(out: Out) -> None:
-        headers = {"content-type": "application/json"}
-        asking = client.build_request("POST", CHAT, content=body, headers=headers)
-        answer = await client.send(asking, stream=True)
-        try:
-            kind = answer.headers["content-type"].encode()
-            await out.begin(answer.status_code, ((b"content-type", kind),))
-            async for data in answer.aiter_raw():
-                await out.emit(data)
-            await out.end()
-        finally:
-            await answer.aclose()
-
-    return Passing(run)
-
-
-# measuring ------------------------------------------------------------------------------------
 @attrs.frozen
 class Relay:
+    """One that is measured; ``base`` is what it had in memory before its first load."""
+
     name: str
     port: int
     pid: int
     path: str = CHAT
+    base: int = attrs.field(init=False)
+
+    @base.default
+    def _look(self) -> int:
+        return self.memory()
 
     def cpu(self) -> float:
         """Return the CPU seconds of its processes, all threads."""
         return sum(map(_cpu, _tree(self.pid)))
+
+    def memory(self) -> int:
+        """Return the bytes that its processes have in memory."""
+        return sum(map(_resident, _tree(self.pid)))
+
+    @contextmanager
+    def bound(self, cores: Iterable[int]) -> Iterator[None]:
+        """Let it run on these cores only."""
+        before = os.sched_getaffinity(self.pid)
+        self._bind(cores)
+        try:
+            yield
+        finally:
+            self._bind(before)
+
+    def _bind(self, cores: Iterable[int]) -> None:
+        for pid in _tree(self.pid):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(task.name), cores)
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -199,6 +155,76 @@ def _cpu(pid: int) -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
+def _resident(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@contextmanager
+def running(argv: Sequence[str], stdout: int = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """Run a program; what it says goes nowhere, or to who reads its first line."""
+    # LiteLLM would ask the net for prices.
+    litellm = {"LITELLM_MASTER_KEY": TOKEN, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    environment = {**os.environ, **litellm}
+    with subprocess.Popen(
+        argv, stdout=stdout, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextmanager
+def relays(worker: int, names: Iterable[str], place: Path, tools: Path) -> Iterator[list[Relay]]:
+    """Run relays in front of one worker."""
+    with ExitStack() as stack:
+        found = []
+        for name in names:
+            try:
+                start = _run_ours if name in OURS else _run_other
+                found.append(start(stack, name, worker, place, tools))
+            except NotHereError as why:
+                show(f"without {name}: {why}")
+        yield found
+
+
+def _run_ours(stack: ExitStack, name: str, worker: int, place: Path, tools: Path) -> Relay:
+    argv = [sys.executable, str(HERE / "relays.py"), name, str(worker)]
+    if name == "ssh":
+        argv.append(target_of(stack.enter_context(open_hosts_sync("node", namespaces=False))))
+    process = stack.enter_context(running(argv))
+    assert process.stdout is not None
+    path = messages.TASKS if name == "tasks" else CHAT
+    return Relay(name, int(process.stdout.readline()), process.pid, path)
+
+
+def _run_other(stack: ExitStack, name: str, worker: int, place: Path, tools: Path) -> Relay:
+    port = free_port()
+    process = stack.enter_context(
+        running(OTHERS[name](place, tools, port, worker), subprocess.DEVNULL)
+    )
+    wait_listening(port, process)
+    return Relay(name, port, process.pid)
+
+
+def wait_listening(port: int, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + STARTS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return
+        except OSError as exc:
+            if process.poll() is not None or time.monotonic() > until:
+                raise NotHereError(f"{process.args!r} does not listen") from exc
+            time.sleep(0.1)
+
+
+# measuring ------------------------------------------------------------------------------------
 @attrs.define
 class Figures:
     """Samples by relay and what was measured; medians are what counts."""
@@ -215,136 +241,174 @@ class Figures:
         }
 
 
+@attrs.frozen
+class Seen:
+    """How a relay stood while a load ran."""
+
+    time: float
+    tokens: int
+    cpu: float
+    memory: int
+
+
 def show(*words: object) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
 def measure(relay: Relay, load: Load, program: Path, figures: Figures) -> None:
     """Run a load against a relay and note what it took."""
-    environment = {**os.environ, "TOKEN": TOKEN}
+    note, before = partial(figures.add, relay.name), relay.cpu()
+    with ExitStack() as stack:
+        cores = sorted(os.sched_getaffinity(0))
+        if load.name == "one core" and len(cores) > 1:
+            stack.enter_context(relay.bound(cores[:1]))
+        seen, result = run_load(relay, load, program)
+    spent = relay.cpu() - before
+    failed = result["errors"] + result["not_ok"]
+    lost = load.clients * load.requests - result["completed"]
+    if failed or lost:
+        show(f"{relay.name}, {load.name}: {result}")
+    if load.name == "4000 open":
+        note(f"{load.name}: failed", failed + lost)
+        most = max(one.memory for one in seen)
+        note(f"{load.name}: kB each", (most - relay.base) / load.clients / 1000)
+    elif load.name == "one core":
+        note(f"{load.name}: tokens/s", rate_of(seen))
+    elif relay.name != "direct" and load.streams:
+        note(f"{load.name}: CPU us/token", per_token(seen))
+    elif relay.name != "direct":
+        note(f"{load.name}: CPU us each", spent / result["completed"] * 1e6)
+    if load.name != "one core":  # where all that counts is how much comes through
+        note_lateness(load, result, note)
+
+
+def note_lateness(load: Load, result: Any, note: Callable[[str, float], None]) -> None:
+    note(f"{load.name}: first ms p50", result["first"]["p50"] / 1000)
+    note(f"{load.name}: first ms p99", result["first"]["p99"] / 1000)
+    if load.tokens > 2:
+        note(f"{load.name}: delay ms p50", result["delay"]["p50"] / 1000)
+        note(f"{load.name}: delay ms p99", result["delay"]["p99"] / 1000)
+
+
+def look(relay: Relay, tokens: int) -> Seen:
+    return Seen(time.monotonic(), tokens, relay.cpu(), relay.memory())
+
+
+def run_load(relay: Relay, load: Load, program: Path) -> tuple[list[Seen], Any]:
+    """Run the load program to its end; return what was seen meanwhile and what it tells."""
     argv = [str(program), *load.arguments(relay.port, relay.path)]
-    seen: list[tuple[int, float]] = []
-    before = relay.cpu()
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as running:
-        assert running.stdout is not None
-        for line in running.stdout:
+    environment = {**os.environ, "TOKEN": TOKEN}
+    seen: list[Seen] = []
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
             if line.startswith("{"):
                 result = json.loads(line)
             else:
-                seen.append((int(line), relay.cpu()))
-    spent = relay.cpu() - before
-    if result["errors"] or result["not_ok"] or result["completed"] != load.clients * load.requests:
-        show(f"{relay.name}, {load.name}: {result}")
-        figures.add(relay.name, f"{load.name}: failed", 1)
-    if load.streams:
-        figures.add(relay.name, f"{load.name}: us/token", per_token(seen))
-        figures.add(relay.name, f"{load.name}: delay p50 us", result["delay"]["p50"])
-        figures.add(relay.name, f"{load.name}: delay p99 us", result["delay"]["p99"])
-    else:
-        figures.add(relay.name, f"{load.name}: us/request", spent / result["completed"] * 1e6)
-    figures.add(relay.name, f"{load.name}: first p50 us", result["first"]["p50"])
-    figures.add(relay.name, f"{load.name}: first p99 us", result["first"]["p99"])
+                seen.append(look(relay, int(line)))
+    time.sleep(PAUSE)
+    return seen, result
 
 
-def per_token(seen: Sequence[tuple[int, float]]) -> float:
+def middle(seen: Sequence[Seen]) -> tuple[Seen, Seen]:
+    """Return the begin and the end of the time in which all streams run."""
+    return seen[len(seen) * 3 // 10], seen[len(seen) * 8 // 10]
+
+
+def per_token(seen: Sequence[Seen]) -> float:
     """Return the CPU microseconds of one token while all streams run."""
-    (begun, cpu), (until, later) = seen[len(seen) * 3 // 10], seen[len(seen) * 9 // 10]
-    return (later - cpu) / max(until - begun, 1) * 1e6
+    begin, end = middle(seen)
+    return (end.cpu - begin.cpu) / max(end.tokens - begin.tokens, 1) * 1e6
+
+
+def rate_of(seen: Sequence[Seen]) -> float:
+    begin, end = middle(seen)
+    return (end.tokens - begin.tokens) / (end.time - begin.time)
 
 
 def build(directory: Path) -> Callable[[str], Path]:
     """Compile the worker and the load."""
     for name in ("worker", "load"):
-        source = str(HERE / f"{name}.c")
+        source = str(HERE / "relay" / f"{name}.c")
         subprocess.run(["cc", "-O2", "-o", str(directory / name), source], check=True)
     return lambda name: directory / name
-
-
-@contextmanager
-def running(argv: Sequence[str], stdout: Any = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
-    with subprocess.Popen(argv, stdout=stdout, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-@contextmanager
-def relays(worker: int, others: Sequence[str]) -> Iterator[list[Relay]]:
-    """Run all relays in front of one worker."""
-    with ExitStack() as stack:
-        found = []
-        for kind in OURS:
-            argv = [sys.executable, __file__, "--serve", kind, "--worker", str(worker)]
-            process = stack.enter_context(running(argv))
-            assert process.stdout is not None
-            path = messages.TASKS if kind == "tasks" else CHAT
-            found.append(Relay(kind, int(process.stdout.readline()), process.pid, path))
-        for other in others:
-            name, _, command = other.partition("=")
-            port = free_port()
-            argv = shlex.split(command.format(port=port, worker=worker))
-            process = stack.enter_context(running(argv, stdout=sys.stderr))
-            wait_listening(port)
-            found.append(Relay(name, port, process.pid))
-        yield found
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def wait_listening(port: int) -> None:
-    until = time.monotonic() + STARTS
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
 
 
 def table(medians: dict[str, dict[str, float]]) -> str:
     names = list(dict.fromkeys(name for found in medians.values() for name in found))
     width = max(map(len, names))
-    lines = [" " * width + "".join(f"{relay:>14}" for relay in medians)]
+    lines = [" " * width + "".join(f"{relay:>12}" for relay in medians)]
     for name in names:
         cells = [found.get(name) for found in medians.values()]
-        lines.append(f"{name:{width}}" + "".join(
-            f"{'-' if cell is None else f'{cell:.0f}':>14}" for cell in cells
-        ))  # fmt: skip
+        lines.append(f"{name:{width}}" + "".join(f"{cell_of(cell):>12}" for cell in cells))
     return "\n".join(lines)
+
+
+def cell_of(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.2f}"
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on."""
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "at": time.strftime("%Y-%m-%d %H:%M"), "cpu": models[:1], "cores": len(models),
+        "kernel": platform.release(), "python": platform.python_version(),
+        "load": os.getloadavg(),
+    }  # fmt: skip
+
+
+def chosen(text: str, known: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in text.split(",")] if text else []
+    if unknown := set(names) - set(known):
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return [name for name in known if not names or name in names]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=COMMAND")
-    parser.add_argument("--serve", choices=OURS, help=argparse.SUPPRESS)
-    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help=f"some of {', '.join(NAMES)}")
+    loads = [load.name for load in LOADS]
+    parser.add_argument("--loads", default="", help=f"some of {', '.join(loads)}")
+    parser.add_argument("--tools", type=Path, help="where others are installed, and stay")
     options = parser.parse_args()
-    if options.serve:
-        trio.run(serve, options.serve, options.worker)
-        return
-    figures = Figures()
-    with tempfile.TemporaryDirectory() as place:
-        program = build(Path(place))
-        worker = free_port()
-        with (
-            running([str(program("worker")), str(worker)]),
-            relays(worker, options.also) as measured,
-        ):
-            for number in range(options.rounds):
-                for load in LOADS:
-                    for relay in measured:
-                        measure(relay, load, program("load"), figures)
-                show(f"round {number + 1} of {options.rounds}")
-    medians = figures.medians()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    names = chosen(options.only, NAMES)
+    asked = [load for load in LOADS if load.name in chosen(options.loads, loads)]
+    figures, begun = Figures(), machine()
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        program, port = build(place), free_port()
+        with running([str(program("worker")), str(port)], subprocess.DEVNULL) as worker:
+            others = [name for name in names if name != "direct"]
+            with relays(port, others, place, options.tools or place / "tools") as measured:
+                if "direct" in names:
+                    measured.append(Relay("direct", port, worker.pid))
+                for number in range(options.rounds):
+                    run_round(measured if number % 2 else measured[::-1], asked, program, figures)
+                    show(f"round {number + 1} of {options.rounds}")
+    medians = {name: found for name in NAMES if (found := figures.medians().get(name))}
     show(table(medians))
-    print(json.dumps({"medians": medians, "samples": figures.samples}))
+    machines = {"begin": begun, "end": machine()}
+    print(json.dumps({"machine": machines, "medians": medians, "samples": figures.samples}))
+
+
+def run_round(
+    measured: Sequence[Relay], loads: Sequence[Load], program: Callable[[str], Path],
+    figures: Figures,
+) -> None:  # fmt: skip
+    for load in loads:
+        for relay in measured:
+            if relay.name not in load.without:
+                measure(relay, load, program("load"), figures)
 
 
 if __name__ == "__main__":

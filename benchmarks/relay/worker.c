@@ -110,11 +110,18 @@ static int put_whole(struct connection *c) {
     return put(c, answer, size);
 }
 
+static int put_nothing(struct connection *c) {
+    static const char head[] = "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n";
+    return put(c, head, sizeof head - 1);
+}
+
 static int answer(struct connection *c, const char *body) {
     static const char head[] = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                                "transfer-encoding: chunked\r\n\r\n";
     double rate = number(body, "rate=", 0);
     c->is_job = !strncmp(c->request, "POST /execute ", 14);
+    if (!strncmp(c->request, "GET ", 4)) return put_whole(c);
+    if (!c->is_job && !strstr(c->request, "/chat/completions HTTP/")) return put_nothing(c);
     if (!c->is_job && !strstr(body, "\"stream\":true") && !strstr(body, "\"stream\": true")) return put_whole(c);
     c->sent = 0;
     c->total = number(body, "tokens=", 16);

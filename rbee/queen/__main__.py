@@ -57,6 +57,7 @@ def run_daemon(
     skip_httpx_command()
     from rbee import daemon
     from rbee.config import load_config
+    from rbee.garbage import collect_rarely
     from rbee.home import choose_token, open_home, short_name
     from rbee.model import new_id
     from rbee.queen.daemon import run
@@ -64,6 +65,7 @@ def run_daemon(
     from rbee.web.door import checked_origin
 
     async def main(root: daemon.Root) -> None:
+        collect_rarely()
         origins = tuple(map(checked_origin, allow_origin))
         place = open_home(home)
         queen_id = new_id("queen")

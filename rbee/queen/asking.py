@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 from rbee.errors import PeerError
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
-from rbee.web.client import answering_within
 from rbee.web.door import Headers
 from rbee.web.exchange import Address
-from rbee.web.upstream import Answer, Upstreams
+from rbee.web.upstream import Asking, Upstreams
 from rbee.wire import messages
 from rbee.wire.messages import WorkerInfo
 
@@ -41,8 +39,7 @@ async def ask_at(
         raise await assignments.lost(worker, has_begun=has_begun())
 
 
-@asynccontextmanager
-async def open_answer(
+def open_answer(
     upstreams: Upstreams,
     hive: Hive,
     worker: WorkerInfo,
@@ -50,7 +47,7 @@ async def open_answer(
     headers: Headers,
     body: bytes,
     silence: float,
-) -> AsyncGenerator[Answer, None]:
+) -> Asking:
     """Send a worker a request; the body runs once the answer's head is there.
 
     Raises:
@@ -64,8 +61,6 @@ async def open_answer(
         (b"authorization", b"Bearer " + hive.token.encode()),
         (messages.WORKER_ID_HEADER.encode(), worker.worker_id.encode()),
     )
-    asking = upstreams.ask(address, "POST", path.encode(), (*own, *headers), body, what)
-    async with AsyncExitStack() as stack:
-        with answering_within(silence, what):
-            answer = await stack.enter_async_context(asking)
-        yield answer
+    return upstreams.ask(
+        address, "POST", path.encode(), (*own, *headers), body, what, within=silence
+    )

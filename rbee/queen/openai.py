@@ -10,8 +10,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 
 import attrs
@@ -164,25 +164,19 @@ class Passages:
         start = StartWorker(model, engine=served.engine if served else "", task=task)
         return self._aliases.fill_start(start)
 
-    @contextmanager
-    def _in_progress(self) -> Iterator[trio.CancelScope]:
-        if not self._is_open:
-            raise self._ending()
-        with trio.CancelScope() as scope:
-            self._running.add(scope)
-            try:
-                yield scope
-            finally:
-                self._running.discard(scope)
-
     async def _run(self, call: Call, out: Out) -> None:
         """Answer; what goes wrong once the answer has begun is its last event."""
+        if not self._is_open:
+            raise self._ending()
         error: RbeeError | None = None
-        with self._in_progress() as scope:
+        with trio.CancelScope() as scope:
+            self._running.add(scope)
             try:
                 await self._pass(call, out)
             except RbeeError as exc:
                 error = exc
+            finally:
+                self._running.discard(scope)
         if scope.cancelled_caught:
             error = self._ending()
         if error is None:

@@ -12,6 +12,7 @@ MAX_LINE = 256  # bytes of a chunk's size with its extensions
 MAX_TRAILER = 8 << 10
 
 _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[\t -~\x80-\xff]*)?")
+_LINE = re.compile(rb"(0*[1-9A-Fa-f][0-9A-Fa-f]{0,7})\r\n")
 _CRLF = b"\r\n"
 
 
@@ -81,6 +82,10 @@ class Chunked:
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
+        if not self._left and not self._line and self._trailer < 0:
+            line = _LINE.match(data)
+            if line and len(data) - line.end() - 2 == int(line[1], 16) and data.endswith(_CRLF):
+                return data[line.end() : -2]  # one chunk, as most tokens come
         if self._line:
             data, self._line = self._line + data, b""
         pieces: list[bytes] = []

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from contextlib import suppress
+import socket
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import trio
@@ -11,6 +12,8 @@ import trio
 from rbee.errors import BadInputError
 from rbee.web.body import body_of_request
 from rbee.web.head import RequestHead, TooSlowError, find_head
+from rbee.web.line import Line
+from rbee.web.poller import CLIENT_GONE, HUNG_UP, OUT, Gone, Poller
 from rbee.web.router import MAX_BODY, too_large
 
 HEAD = 10.0  # seconds for a head, once it has begun
@@ -21,19 +24,53 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Connection:
-    """One connection.
+    """One connection; its poller tells it when the client goes, until `let_go` (`watched`).
 
     Attributes:
         ahead: what has been received and belongs to nobody yet.
+        client: its address and port.
     """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.SocketStream, poller: Poller) -> None:
         self.stream = stream
+        self.line = Line(stream.socket.fileno())
         self.ahead = b""
+        self.client = stream.socket.getpeername()
+        self._poller = poller
+        self._gone: Gone | None = None
+        self._has_hung_up = False
+        poller.add(self.line.fileno(), HUNG_UP, self._on_hang_up)
+
+    def let_go(self) -> None:
+        """Leave it to another; must come before it is closed."""
+        self._poller.remove(self.line.fileno())
+
+    def hang_up(self) -> None:
+        """Let whoever waits for a request see its end."""
+        with suppress(OSError):
+            self.stream.socket.shutdown(socket.SHUT_RD)
+
+    def watch(self, gone: Gone) -> None:
+        """Tell of it when the client goes, or has gone already."""
+        if self._has_hung_up:
+            gone(CLIENT_GONE)
+        self._gone = gone
+
+    def unwatch(self) -> None:
+        self._gone = None
+        self._poller.change(self.line.fileno(), HUNG_UP, self._on_hang_up)
+
+    def _on_hang_up(self, events: int) -> None:
+        if not events & ~OUT:
+            return
+        self._has_hung_up = True
+        self.let_go()
+        if self._gone is not None:
+            self._gone(CLIENT_GONE)
 
     async def read_ahead(self) -> bool:
         """Receive something; False at the connection's end."""
-        data = await self.stream.receive_some(PIECE)
+        data = await self.line.receive()
         self.ahead += data
         return bool(data)
 
@@ -63,6 +100,16 @@ class Connection:
             await self.stream.send_eof()
             while await self.stream.receive_some(PIECE):
                 pass
+
+
+@contextmanager
+def watched(stream: trio.SocketStream, poller: Poller) -> Iterator[Connection]:
+    """Make a connection of a stream; that is the caller's to close."""
+    connection = Connection(stream, poller)
+    try:
+        yield connection
+    finally:
+        connection.let_go()
 
 
 class RequestBody:
@@ -102,7 +149,7 @@ class RequestBody:
     async def _read_ahead(self) -> bool:
         if self._awaits_word:
             self._awaits_word = False
-            await self._connection.stream.send_all(CONTINUE)
+            await self._connection.line.send(CONTINUE)
         with trio.move_on_after(BODY):
             return await self._connection.read_ahead()
         raise TooSlowError(f"nothing of the body came for {BODY:.0f} s")

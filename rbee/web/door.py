@@ -12,6 +12,7 @@ import hmac
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any
 
@@ -90,13 +91,13 @@ class Door:
                 code="origin",
             )
 
-    def authorize(self, headers: Mapping[bytes, bytes], peer: str) -> None:
-        """Refuse whoever does not send the token."""
+    def authorize(self, headers: Mapping[bytes, bytes], client: Any) -> None:
+        """Refuse whoever does not send the token; ``client`` is ASGI's."""
         scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
         # No token is not the empty one: an empty token must not open the door.
         if self._token and scheme.lower() == b"bearer" and hmac.compare_digest(sent, self._token):
             return
-        if self._failures.is_over(peer):
+        if self._failures.is_over(peer_of(client)):
             raise TooManyFailuresError("too many requests without a valid token came from there")
         raise UnauthorizedError(
             "a valid token is required (Authorization: Bearer …)", hint="cat ~/.rbee/token"
@@ -113,12 +114,21 @@ class Door:
         return (vary, allow, (b"access-control-expose-headers", EXPOSED))
 
     def _is_ours(self, host: str) -> bool:
-        match = _HOST.fullmatch(host)
-        if match is None:
-            return False
-        v6, name = match["v6"], (match["name"] or "").lower()
-        address = _address(v6 or name)
-        return name in self._hosts if address is None else bool(v6) == (address.version == 6)
+        is_address, name = _parse_host(host)
+        return is_address or name in self._hosts
+
+
+@lru_cache(maxsize=64)
+def _parse_host(host: str) -> tuple[bool, str]:
+    """Tell whether ``Host`` is an address; else return the name in it, "" if it is malformed."""
+    match = _HOST.fullmatch(host)
+    if match is None:
+        return False, ""
+    v6, name = match["v6"], (match["name"] or "").lower()
+    address = _address(v6 or name)
+    if address is None:
+        return False, name
+    return bool(v6) == (address.version == 6), ""
 
 
 def _address(text: str) -> Any:
@@ -141,11 +151,13 @@ def peer_of(client: Any) -> str:
 def one_each(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return headers by name; refuse two where a proxy may have looked at the other one."""
     pairs = list(raw)
-    counts = Counter(name for name, _ in pairs)
-    for name in ONCE:
-        if counts[name] > 1:
-            raise BadInputError(f"the header {name.decode()} came {counts[name]} times")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        for name in ONCE:
+            if counts[name] > 1:
+                raise BadInputError(f"the header {name.decode()} came {counts[name]} times")
+    return found
 
 
 def with_key(headers: Mapping[bytes, bytes]) -> Mapping[bytes, bytes]:

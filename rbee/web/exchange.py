@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 import attrs
@@ -32,6 +33,7 @@ class Address:
     prefix: str = ""
 
     @classmethod
+    @lru_cache(maxsize=1024)
     def parse(cls, url: str) -> Address:
         """Take a URL apart; raise `BadInputError` if it is not one for HTTP."""
         parts = urlsplit(url)

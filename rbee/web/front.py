@@ -8,6 +8,7 @@ for a client that has begun with something else.
 from __future__ import annotations
 
 import logging
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -16,7 +17,7 @@ from typing import Any
 import trio
 
 from rbee.errors import BadInputError, RbeeError, leaves
-from rbee.web.connection import Connection, RequestBody
+from rbee.web.connection import Connection, RequestBody, watched
 from rbee.web.head import RequestHead, encode_answer, parse_request
 from rbee.web.pump import Pump
 from rbee.web.router import App, Asked, error_response
@@ -38,20 +39,28 @@ class Front:
         self.app = app
         self.pump = pump
         self.is_closing = False
-        self.waiting: set[trio.CancelScope] = set()
+        self._waiting: dict[Connection, float] = {}  # since when, the longest first
+        pump.look_too.append(self._look)
 
     def close_idle(self) -> None:
         """End the connections that wait for a request, and soon those that are answered now."""
         self.is_closing = True
-        for scope in self.waiting:
-            scope.cancel(reason="closing")
+        for connection in self._waiting:
+            connection.hang_up()
+
+    def _look(self, now: float) -> None:
+        """End the connections that have waited for too long."""
+        for connection, since in self._waiting.items():
+            if now - since < KEEP_ALIVE:
+                return
+            connection.hang_up()
 
     async def serve(self, stream: trio.SocketStream, hand_over: HandOver) -> None:
         """Serve one connection to its end; what goes wrong on it ends it alone."""
-        connection = Connection(stream)
         try:
-            while await self._serve_next(connection, hand_over):
-                pass
+            with watched(stream, self.pump.poller) as connection:
+                while await self._serve_next(connection, hand_over):
+                    pass
         except* (trio.BrokenResourceError, OSError):
             log.debug("a client went away")
         except* Exception as group:
@@ -75,6 +84,7 @@ class Front:
         if not raw:
             return False
         if head is None or not self._is_ours(head):
+            connection.let_go()
             await hand_over(Replayed(connection.stream, connection.ahead))
             return False
         connection.ahead = connection.ahead[len(raw) :]
@@ -84,13 +94,12 @@ class Front:
         """Wait for the first byte of a request."""
         if self.is_closing:
             return False
-        with trio.move_on_after(KEEP_ALIVE) as scope:
-            self.waiting.add(scope)
-            try:
-                return await connection.read_ahead()
-            finally:
-                self.waiting.discard(scope)
-        return False
+        # A scope with a deadline would cost each request more than its head does.
+        self._waiting[connection] = time.monotonic()
+        try:
+            return await connection.read_ahead()
+        finally:
+            del self._waiting[connection]
 
     def _is_ours(self, head: RequestHead) -> bool:
         plain = head.version == "1.1" and not head.upgrades
@@ -98,9 +107,8 @@ class Front:
 
     async def _answer(self, connection: Connection, head: RequestHead) -> bool:
         body = RequestBody(connection, head)
-        out = SocketOut(connection.stream, self.pump, partial(self._may_keep, head, body))
-        client = connection.stream.socket.getpeername()
-        asked = Asked(head.method, head.path, head.headers, client, body.receive)
+        out = SocketOut(connection, self.pump, partial(self._may_keep, head, body))
+        asked = Asked(head.method, head.path, head.headers, connection.client, body.receive)
         await self.app.respond(asked, out)
         if not out.keeps and not out.is_lost:
             await connection.linger()
@@ -116,7 +124,7 @@ async def _refuse(connection: Connection, error: RbeeError) -> None:
     length = (b"content-length", b"%d" % len(answer.body))
     kind = (b"content-type", answer.content_type)
     head = encode_answer(answer.status, (length, kind, *answer.headers, CLOSE, date()))
-    await connection.stream.send_all(head + answer.body)
+    await connection.line.send(head + answer.body)
     await connection.linger()
 
 

@@ -20,9 +20,14 @@ log = logging.getLogger(__name__)
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 HUNG_UP = select.EPOLLRDHUP
 BATCH = 512
+LOOKS = 2  # batches in a row, then all other tasks have their turn
 
 Ready = Callable[[int], None]
 """Takes the events of a descriptor. It may be called without any: of one that had its number."""
+
+CLIENT_GONE = "the client has gone"
+Gone = Callable[[str], None]
+"""Told why a client gets no more: he has gone, or does not read."""
 
 
 class Poller:
@@ -31,6 +36,7 @@ class Poller:
     def __init__(self, epoll: select.epoll) -> None:
         self._epoll = epoll
         self._ready: dict[int, Ready] = {}
+        self._events: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -39,12 +45,17 @@ class Poller:
         """Call ``ready`` as long as there are events; an error or a hang-up always is one."""
         self._epoll.register(fd, events)
         self._ready[fd] = ready
+        self._events[fd] = events
 
     def change(self, fd: int, events: int, ready: Ready | None = None) -> None:
         """Watch for other events, or have another take them, unless it was removed."""
-        if fd in self._ready:
+        if fd not in self._ready:
+            return
+        if self._events[fd] != events:
             self._epoll.modify(fd, events)
-            self._ready[fd] = ready or self._ready[fd]
+            self._events[fd] = events
+        if ready is not None:
+            self._ready[fd] = ready
 
     def remove(self, fd: int) -> None:
         """Cease to watch; must come before the descriptor is closed. Twice does no harm."""
@@ -54,12 +65,20 @@ class Poller:
 
     async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
         task_status.started()
-        ready = self._ready
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
-            for fd, events in self._epoll.poll(0, BATCH):
-                if (call := ready.get(fd)) is not None:
-                    self._call(call, fd, events)
+            # An engine has a token for each of its streams at once: the others come meanwhile.
+            for _ in range(LOOKS):
+                if not self._call_ready():
+                    break
+
+    def _call_ready(self) -> bool:
+        """Call for all that is ready; tell whether anything was."""
+        found, ready = self._epoll.poll(0, BATCH), self._ready
+        for fd, events in found:
+            if (call := ready.get(fd)) is not None:
+                self._call(call, fd, events)
+        return bool(found)
 
     def _call(self, call: Ready, fd: int, events: int) -> None:
         try:

@@ -20,16 +20,13 @@ from rbee.errors import PeerError, RbeeError
 from rbee.scopes import open_service
 from rbee.web.body import LAST_CHUNK, Body, chunk
 from rbee.web.events import WholeEvents
-from rbee.web.poller import HUNG_UP, IN, OUT, Poller
+from rbee.web.poller import CLIENT_GONE, HUNG_UP, IN, OUT, Gone, Poller
 
 log = logging.getLogger(__name__)
 
 PIECE = 1 << 16
 LOOK = 1.0  # seconds between two looks for streams that stand still
 BROKEN = "stream_broken"
-
-Gone = Callable[[str], None]
-"""Told why the client gets no more: he has gone, or does not read."""
 
 
 class Pump:
@@ -38,11 +35,13 @@ class Pump:
     Attributes:
         poller: watches their sockets, and may watch others.
         stall_limit: seconds for which a client may take nothing of what is pending for him.
+        look_too: called every second or so with the time, for others that watch for silence.
     """
 
     def __init__(self, poller: Poller, stall_limit: float) -> None:
         self.poller = poller
         self.stall_limit = stall_limit
+        self.look_too: list[Callable[[float], None]] = []
         self._relays: set[Relay] = set()
 
     def __len__(self) -> int:
@@ -55,6 +54,8 @@ class Pump:
             now = time.monotonic()
             for relay in list(self._relays):
                 relay.look(now)
+            for look in self.look_too:
+                look(now)
 
 
 @asynccontextmanager
@@ -213,7 +214,7 @@ class Relay:
 
     def _on_sink(self, events: int) -> None:
         if events & ~OUT:
-            self._lose("the client has gone")
+            self._lose(CLIENT_GONE)
         elif events and self.pending:
             self._flush()
 
@@ -238,7 +239,7 @@ class Relay:
         except BlockingIOError:
             return 0
         except OSError:
-            self._lose("the client has gone")
+            self._lose(CLIENT_GONE)
             return -1
 
     # its end ---------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ class Relay:
     def _on_late(self, events: int) -> None:
         """He goes before the connection is taken back, as while his last event is written."""
         if events & ~OUT:
-            self._lose("the client has gone")
+            self._lose(CLIENT_GONE)
 
     def _watch_source(self) -> None:
         if not self._watches_source:

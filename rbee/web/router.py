@@ -17,7 +17,7 @@ from rbee.errors import (
     TooManyFailuresError,
 )
 from rbee.hints import infer
-from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, peer_of, with_key
+from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, with_key
 from rbee.web.out import STREAM, AsgiOut, Out, Receive, Send
 from rbee.wire import codec, messages, sse
 
@@ -274,7 +274,7 @@ class App:
             return Response(status=204, headers=CORS)
         if found is None or not found[0].is_open:
             sent = with_key(headers) if found is not None and found[0].takes_key else headers
-            self._door.authorize(sent, peer_of(asked.client))
+            self._door.authorize(sent, asked.client)
         if found is not None:
             route, params = found
             return await route.handler(

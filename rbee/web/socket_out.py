@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from email.utils import formatdate
+from types import TracebackType
 
 import trio
 
 from rbee.web.body import LAST_CHUNK, chunk
-from rbee.web.connection import LINGER
+from rbee.web.connection import LINGER, Connection
 from rbee.web.door import Headers
 from rbee.web.events import WholeEvents
 from rbee.web.head import encode_answer
 from rbee.web.out import has_events, is_short, read_all
-from rbee.web.poller import HUNG_UP
+from rbee.web.poller import Gone
 from rbee.web.pump import Pump, Relay
 from rbee.web.upstream import Answer
 
@@ -33,8 +34,9 @@ class SocketOut:
         is_lost: whether the client has gone or does not read.
     """
 
-    def __init__(self, stream: trio.SocketStream, pump: Pump, may_keep: Callable[[], bool]) -> None:
-        self._stream = stream
+    def __init__(self, connection: Connection, pump: Pump, may_keep: Callable[[], bool]) -> None:
+        self._connection = connection
+        self._line = connection.line
         self._pump = pump
         self._may_keep = may_keep
         self._scope = trio.CancelScope()
@@ -49,26 +51,30 @@ class SocketOut:
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         length = () if status == 204 else ((b"content-length", b"%d" % len(body)),)
         keeps, head = self._encode(status, (*length, *headers))
-        await self._stream.send_all(head + body)
+        await self._line.send(head + body)
         self.keeps = keeps
 
     async def begin(self, status: int, headers: Headers, first: bytes = b"") -> None:
         _, head = self._encode(status, ((b"transfer-encoding", b"chunked"), *headers))
+        self._pending = head + chunk(first)
         self._events = WholeEvents() if has_events(headers) else None
-        await self._write(head + chunk(first))
+        await self._flush()
 
     async def emit(self, data: bytes) -> None:
-        await self._write(chunk(data))
+        self._pending = chunk(data)
+        await trio.lowlevel.checkpoint()  # whoever emits may wait for nothing else
+        await self._flush()
 
-    async def _write(self, data: bytes) -> None:
+    async def _flush(self) -> None:
         """Send; cancelling leaves in ``_pending`` what has not been sent, for `end_with`."""
-        self._pending = data
-        while self._pending:
-            sent = await self._stream.socket.send(self._pending)
-            self._pending = self._pending[sent:]
+        while True:
+            self._pending = self._pending[self._line.put(self._pending) :]
+            if not self._pending:
+                return
+            await trio.lowlevel.wait_writable(self._line.fileno())
 
     async def end(self) -> None:
-        await self._stream.send_all(LAST_CHUNK)
+        await self._line.send(LAST_CHUNK)
         self.keeps = self._may_keep()
 
     async def pass_on(self, answer: Answer, headers: Headers, *, silence: float) -> None:
@@ -80,7 +86,7 @@ class SocketOut:
             await self.begin(answer.head.status, headers)
         else:  # an event could not be added to a body whose length was told
             framing = ((b"content-length", b"%d" % length),)
-            await self._stream.send_all(self._encode(answer.head.status, (*framing, *headers))[1])
+            await self._line.send(self._encode(answer.head.status, (*framing, *headers))[1])
         await self._relay(answer, chunked=length is None, silence=silence)
 
     async def go_on(self, answer: Answer, events: WholeEvents, *, silence: float) -> None:
@@ -89,7 +95,7 @@ class SocketOut:
 
     async def _relay(self, answer: Answer, *, chunked: bool, silence: float) -> None:
         relay = Relay(
-            self._pump, answer.fileno(), self._stream.socket.fileno(), answer.body,
+            self._pump, answer.fileno(), self._line.fileno(), answer.body,
             self._lose, events=self._events, chunked=chunked, silence=silence,
         )  # fmt: skip
         try:
@@ -103,21 +109,11 @@ class SocketOut:
             return
         rest = b"" if self._has_ended else chunk(last) + LAST_CHUNK
         with trio.move_on_after(LINGER):
-            await self._write(self._pending + rest)
+            self._pending += rest
+            await self._flush()
 
-    @asynccontextmanager
-    async def watching(self) -> AsyncGenerator[None, None]:
-        poller, fd = self._pump.poller, self._stream.socket.fileno()
-        with self._scope:
-            poller.add(fd, HUNG_UP, self._on_hang_up)
-            try:
-                yield
-            finally:
-                poller.remove(fd)
-
-    def _on_hang_up(self, events: int) -> None:
-        self._pump.poller.remove(self._stream.socket.fileno())
-        self._lose("the client has gone")
+    def watching(self) -> AbstractAsyncContextManager[None]:
+        return _Watching(self._connection, self._scope, self._lose)
 
     def _lose(self, why: str) -> None:
         self.is_lost = True
@@ -131,6 +127,28 @@ class SocketOut:
         if not any(name == b"date" for name, _ in headers):
             own = (*own, date())
         return keeps, encode_answer(status, (*headers, *self.extra, *own))
+
+
+class _Watching(AbstractAsyncContextManager[None]):
+    """Watches a client while a scope runs."""
+
+    def __init__(self, connection: Connection, scope: trio.CancelScope, gone: Gone) -> None:
+        self._connection = connection
+        self._scope = scope
+        self._gone = gone
+
+    async def __aenter__(self) -> None:
+        self._scope.__enter__()
+        self._connection.watch(self._gone)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> bool:
+        self._connection.unwatch()
+        return self._scope.__exit__(kind, error, where)
 
 
 _today: tuple[int, tuple[bytes, bytes]] = (0, (b"date", b""))

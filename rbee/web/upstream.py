@@ -15,14 +15,15 @@ import trio
 
 from rbee.errors import PeerError, UnavailableError
 from rbee.web.body import Body, body_of_answer
+from rbee.web.client import answering_within
 from rbee.web.exchange import BROKEN, Address
 from rbee.web.head import MAX_HEAD, AnswerHead, Headers, encode_request, parse_answer
+from rbee.web.line import Line, open_line
 from rbee.web.poller import HUNG_UP, IN, Poller
 from rbee.web.transport import CONNECT
 
 IDLE = 30.0  # seconds after which a connection is not used again
 KEPT = 256  # idle connections to one worker
-PIECE = 1 << 16
 
 
 @attrs.define(eq=False)
@@ -35,12 +36,12 @@ class Answer:
     head: AnswerHead
     body: Body
     first: bytes
-    _stream: trio.SocketStream
+    _line: Line
     _what: str
 
     def fileno(self) -> int:
         """Return the descriptor that the rest of the body comes from."""
-        return self._stream.socket.fileno()
+        return self._line.fileno()
 
     async def chunk(self) -> bytes:
         """Return what has come of the body, b"" at its end.
@@ -55,22 +56,29 @@ class Answer:
 
     async def _receive(self) -> bytes:
         try:
-            data = await self._stream.receive_some(PIECE)
-        except trio.BrokenResourceError as exc:
+            data = await self._line.receive()
+        except OSError as exc:
             raise PeerError(f"{self._what} broke the connection", code=BROKEN) from exc
         if data:
-            return self.body.feed(bytes(data))
+            return self.body.feed(data)
         if not self.body.ends_with_connection:
             raise PeerError(f"{self._what} ended in the middle of the answer", code=BROKEN)
         self.body.done = True
         return b""
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left, so that its connection can take another request."""
+        return self.body.done and not self.body.rest and self.head.keeps_alive
+
 
 class _Idle:
     """A connection that waits for its next request."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.stream = stream
+    __slots__ = ("line", "since")
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
         self.since = trio.current_time()
 
 
@@ -81,10 +89,17 @@ class Upstreams:
         self._poller = poller
         self._idle: dict[tuple[str, int], list[_Idle]] = {}
 
-    @asynccontextmanager
-    async def ask(
-        self, address: Address, method: str, target: bytes, headers: Headers, body: bytes, what: str
-    ) -> AsyncGenerator[Answer, None]:
+    def ask(
+        self,
+        address: Address,
+        method: str,
+        target: bytes,
+        headers: Headers,
+        body: bytes,
+        what: str,
+        *,
+        within: float = float("inf"),
+    ) -> Asking:
         """Send a request; the ``async with`` runs once the answer's head is there.
 
         Leaving it before the body has ended closes the connection, which is how a worker learns
@@ -92,29 +107,19 @@ class Upstreams:
         been used before ended without a byte of an answer.
 
         Raises:
-            UnavailableError: nobody answers at the address within 5 s; nothing was sent.
+            UnavailableError: nobody answers at the address within 5 s; nothing was sent. Or, as
+                ``unresponsive``, the head of the answer has not come ``within`` seconds.
             PeerError: whoever answers breaks off or does not speak HTTP.
         """
         head = encode_request(method, target, (*headers, (b"content-length", b"%d" % len(body))))
-        stream, answer = await self._exchange(address, head + body, what)
-        is_kept = False
-        try:
-            yield answer
-            is_kept = answer.body.done and not answer.body.rest and answer.head.keeps_alive
-        finally:
-            if is_kept:
-                self._keep(address, stream)
-            else:
-                stream.socket.close()
+        return Asking(self, address, head + body, what, within)
 
-    async def _exchange(
-        self, address: Address, request: bytes, what: str
-    ) -> tuple[trio.SocketStream, Answer]:
+    async def _exchange(self, address: Address, request: bytes, what: str) -> tuple[Line, Answer]:
         used = self._take(address)
         if used is not None and (answer := await _try(used, request, what, is_used=True)):
             return used, answer
         try:
-            stream = await _connect(address, what)
+            line = await _connect(address, what)
         except UnavailableError as exc:
             if used is None:
                 raise
@@ -122,33 +127,31 @@ class Upstreams:
             raise PeerError(
                 f"{what} closed the connection before it answered", code=BROKEN
             ) from exc
-        answer = await _try(stream, request, what, is_used=False)
+        answer = await _try(line, request, what, is_used=False)
         assert answer is not None
-        return stream, answer
+        return line, answer
 
     # idle connections ------------------------------------------------------------------------
-    def _take(self, address: Address) -> trio.SocketStream | None:
+    def _take(self, address: Address) -> Line | None:
         idle = self._idle.get((address.host, address.port))
         if not idle:
             return None
         if trio.current_time() - idle[-1].since > IDLE:  # and so it is with all below
             self._drop(address)
             return None
-        stream = idle.pop().stream
-        self._poller.remove(stream.socket.fileno())
-        return stream
+        line = idle.pop().line
+        self._poller.remove(line.fileno())
+        return line
 
-    def _keep(self, address: Address, stream: trio.SocketStream) -> None:
+    def _keep(self, address: Address, line: Line) -> None:
         idle = self._idle.setdefault((address.host, address.port), [])
         if len(idle) >= KEPT:
-            stream.socket.close()
+            line.close()
             return
-        kept = _Idle(stream)
+        kept = _Idle(line)
         idle.append(kept)
         # Its end is seen at once: nothing can come on it any more.
-        self._poller.add(
-            stream.socket.fileno(), IN | HUNG_UP, partial(self._lose, address, idle, kept)
-        )
+        self._poller.add(line.fileno(), IN | HUNG_UP, partial(self._lose, address, idle, kept))
 
     def _lose(self, address: Address, idle: list[_Idle], kept: _Idle, events: int) -> None:
         idle.remove(kept)
@@ -161,14 +164,44 @@ class Upstreams:
             self._close(kept)
 
     def _close(self, kept: _Idle) -> None:
-        self._poller.remove(kept.stream.socket.fileno())
-        kept.stream.socket.close()
+        self._poller.remove(kept.line.fileno())
+        kept.line.close()
 
     def close(self) -> None:
         for idle in self._idle.values():
             for kept in idle:
                 self._close(kept)
         self._idle.clear()
+
+
+class Asking:
+    """A request that is sent, and its answer, while the body of the ``async with`` runs."""
+
+    __slots__ = ("_address", "_answer", "_line", "_request", "_upstreams", "_what", "_within")
+
+    def __init__(
+        self, upstreams: Upstreams, address: Address, request: bytes, what: str, within: float
+    ) -> None:
+        self._upstreams = upstreams
+        self._address = address
+        self._request = request
+        self._what = what
+        self._within = within
+
+    async def __aenter__(self) -> Answer:
+        asking = self._upstreams._exchange(self._address, self._request, self._what)
+        if self._within == float("inf"):
+            self._line, self._answer = await asking
+        else:
+            with answering_within(self._within, self._what):
+                self._line, self._answer = await asking
+        return self._answer
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._answer.is_over:
+            self._upstreams._keep(self._address, self._line)
+        else:
+            self._line.close()
 
 
 @asynccontextmanager
@@ -181,10 +214,10 @@ async def open_upstreams(poller: Poller) -> AsyncGenerator[Upstreams, None]:
         upstreams.close()
 
 
-async def _connect(address: Address, what: str) -> trio.SocketStream:
+async def _connect(address: Address, what: str) -> Line:
     try:
         with trio.fail_after(CONNECT):
-            return await trio.open_tcp_stream(address.host, address.port)
+            return await open_line(address.host, address.port)
     except trio.TooSlowError as exc:
         raise UnavailableError(
             f"{what} did not answer within {CONNECT:.0f} s", code="unreachable"
@@ -193,9 +226,7 @@ async def _connect(address: Address, what: str) -> trio.SocketStream:
         raise UnavailableError(f"{what} does not answer: {exc}", code="unreachable") from exc
 
 
-async def _try(
-    stream: trio.SocketStream, request: bytes, what: str, *, is_used: bool
-) -> Answer | None:
+async def _try(line: Line, request: bytes, what: str, *, is_used: bool) -> Answer | None:
     """Send a request and read the head of its answer; None if a used connection was over.
 
     The connection is closed unless there is an answer.
@@ -203,21 +234,21 @@ async def _try(
     answer = None
     try:
         # Whoever refuses early may have closed already; the answer tells.
-        with suppress(trio.BrokenResourceError):
-            await stream.send_all(request)
-        answer = await _read_answer(stream, what, is_used=is_used)
+        with suppress(OSError):
+            await line.send(request)
+        answer = await _read_answer(line, what, is_used=is_used)
         return answer
     finally:
         if answer is None:
-            stream.socket.close()
+            line.close()
 
 
-async def _read_answer(stream: trio.SocketStream, what: str, *, is_used: bool) -> Answer | None:
+async def _read_answer(line: Line, what: str, *, is_used: bool) -> Answer | None:
     data = b""
     while True:
         try:
-            piece = await stream.receive_some(PIECE)
-        except trio.BrokenResourceError:
+            piece = await line.receive()
+        except OSError:
             piece = b""
         if not piece:
             if is_used and not data:
@@ -229,7 +260,7 @@ async def _read_answer(stream: trio.SocketStream, what: str, *, is_used: bool) -
             data = data[end:]
             if head.status >= 200:
                 body = body_of_answer(head, PeerError)
-                return Answer(head, body, body.feed(data) if data else b"", stream, what)
+                return Answer(head, body, body.feed(data) if data else b"", line, what)
 
 
 def _end_of_head(data: bytes, what: str) -> int:
