@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
@@ -26,6 +27,7 @@ from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.tries import ask_until_answered
 from rbee.scopes import TaskOwner
+from rbee.trace import REQUEST_ID, current, elsewhere
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
 from rbee.wire.messages import (
@@ -71,6 +73,7 @@ class Job:
         if end > 1:
             await self._send.send(data[:end])
             self.watch.feed(data[:end])  # now that the reader will get it
+            current().is_told = self.watch.seen
 
     def narrate(self, narration: Narration) -> None:
         """Tell the reader what is going on; lost if he does not keep up."""
@@ -82,6 +85,7 @@ class Job:
     def finish(self, error: RbeeError) -> None:
         """Make ``error`` the terminal event, unless one went by already."""
         if not self.watch.seen and not self.last:
+            current().error = error.code
             log.info("job %s: %s: %s", self.id, error.code, error)
             self.last = sse.encode(Error(error.code, error.message, error.hint, error.details))
 
@@ -177,20 +181,27 @@ class Jobs(TaskOwner):
         """Pass the worker's events through, byte for byte."""
         what = f"worker {worker.worker_id}"
         body = _execute(job)
-        headers = {messages.WORKER_ID_HEADER: worker.worker_id}
+        headers = {
+            messages.WORKER_ID_HEADER: worker.worker_id,
+            REQUEST_ID.decode(): current().id,
+        }
         client = open_client(hive.way_to(worker.url), hive.token)
         async with client, AsyncExitStack() as stack:
             opened = open_events(client, "POST", messages.EXECUTE, body, what=what, headers=headers)
-            with answering_within(STALL, what):
+            with answering_within(STALL, what), elsewhere():
                 events = await stack.enter_async_context(opened)
+            pace = self._assignments.figures.pace_of_stream(skip=1)
             try:
                 while chunk := await self._next_chunk(events, what):
                     job.streaming = True
+                    pace.piece(chunk, time.monotonic())
                     await job.emit(chunk)
             except PeerError as exc:
                 if not job.streaming:
                     raise
                 raise await self._assignments.broken(worker) from exc
+            finally:
+                self._assignments.figures.take_end(pace)
         if not job.streaming:
             raise PeerError(f"{what} ended before its answer")
         if not job.watch.seen:

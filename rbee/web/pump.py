@@ -20,6 +20,7 @@ from rbee.errors import PeerError, RbeeError
 from rbee.scopes import open_service
 from rbee.web.body import LAST_CHUNK, Body, chunk
 from rbee.web.events import WholeEvents
+from rbee.web.pace import Pace
 from rbee.web.poller import HUNG_UP, IN, OUT, Poller
 
 log = logging.getLogger(__name__)
@@ -75,11 +76,12 @@ class Relay:
         events: lets whole server-sent events through only; None for any other body.
         chunked: whether the client gets chunks; else he gets the bytes as they are.
         silence: seconds without a byte after which the source is given up.
+        pace: is told of each piece.
     """
 
     __slots__ = (
-        "_body", "_chunked", "_done", "_error", "_events", "_gone", "_heard", "_pump", "_silence",
-        "_sink", "_source", "_stalled", "_watches_source", "pending",
+        "_body", "_chunked", "_done", "_error", "_events", "_gone", "_heard", "_pace", "_pump",
+        "_silence", "_sink", "_source", "_stalled", "_watches_source", "pending",
     )  # fmt: skip
 
     def __init__(
@@ -93,6 +95,7 @@ class Relay:
         events: WholeEvents | None = None,
         chunked: bool = True,
         silence: float = float("inf"),
+        pace: Pace | None = None,
     ) -> None:
         self._pump = pump
         self._source = source
@@ -102,6 +105,7 @@ class Relay:
         self._events = events
         self._chunked = chunked
         self._silence = silence
+        self._pace = pace
         self._heard = time.monotonic()
         self._stalled = 0.0
         self._watches_source = False
@@ -123,6 +127,8 @@ class Relay:
         self._pump._relays.add(self)
         try:
             self._watch_source()
+            if first and self._pace is not None:
+                self._pace.piece(first, time.monotonic())
             self._pass_on(first)
             await done.wait()
         finally:
@@ -159,7 +165,10 @@ class Relay:
         if data:
             self._heard = time.monotonic()
             try:
-                self._pass_on(self._body.feed(data))
+                data = self._body.feed(data)
+                if data and self._pace is not None:
+                    self._pace.piece(data, self._heard)
+                self._pass_on(data)
             except RbeeError as error:
                 self._end(error)
         elif self._body.ends_with_connection:
@@ -217,6 +226,8 @@ class Relay:
             return
         self._pump.poller.change(self._sink, HUNG_UP)
         self._heard = time.monotonic()  # what came meanwhile has only waited
+        if self._pace is not None:
+            self._pace.rest()
         if self._body.done:
             self._end(None)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from email.utils import formatdate
 
@@ -40,8 +40,9 @@ class SocketOut:
         self._scope = trio.CancelScope()
         self._events: WholeEvents | None = None
         self._pending = b""
-        self.extra: Headers = ()
+        self.extra: Iterable[tuple[bytes, bytes]] = ()
         self.begun = False
+        self.status = 0
         self.keeps = False
         self.is_lost = False
 
@@ -77,6 +78,7 @@ class SocketOut:
         relay = Relay(
             self._pump, answer.fileno(), self._stream.socket.fileno(), answer.body,
             self._lose, events=self._events, chunked=length is None, silence=silence,
+            pace=answer.pace,
         )  # fmt: skip
         try:
             await relay.run(answer.first)
@@ -111,6 +113,7 @@ class SocketOut:
     def _encode(self, status: int, headers: Headers) -> tuple[bool, bytes]:
         """Return whether another request may follow, and the head that says so."""
         self.begun = True
+        self.status = status
         keeps = self._may_keep()
         own: Headers = () if keeps else (CLOSE,)
         if not any(name == b"date" for name, _ in headers):

@@ -183,6 +183,6 @@ def wait_for_requests(worker: str, token: str, count: int, limit: float) -> None
     while True:
         asked = time.monotonic()
         with urllib.request.urlopen(request, timeout=10) as response:
-            if f"\nrbee_engine_requests {count}\n" in response.read().decode():
+            if f"\nrbee_worker_engine_requests {count}.0\n" in response.read().decode():
                 return
         assert asked < until, f"not {count} after {limit} s"

@@ -295,7 +295,9 @@ async def test_a_hostile_request_is_refused_and_the_connection_closed(
         answer = await server.ask(request_)
         assert status_of(answer) == status
         assert answer.count(b"HTTP/1.1") == 1
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["message"]
+        assert b"\r\nx-request-id: " + error["correlation_id"].encode() + b"\r\n" in answer
 
 
 @pytest.mark.parametrize("sent", [b"P", LINE, post(b"/echo", b"abc")[:-1]], ids=range(3))
