@@ -28,7 +28,7 @@ LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0)
 TINY = (0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 2.0)
 
-MODELS = 100  # names of models that have figures of their own; all further ones share theirs
+NAMES = 100  # names, as of models, that have figures of their own; all further ones share theirs
 OTHER = "other"
 
 Labels = tuple[str, ...]
@@ -54,25 +54,25 @@ class Histogram:
 
 
 @attrs.define(eq=False)
-class ByModel:
-    """Histograms by the name of a model, of which there are at most `MODELS` + 1."""
+class ByName:
+    """Histograms by the name of a route or a model, of which there are at most `NAMES` + 1."""
 
     bounds: Sequence[float]
     _of: dict[Labels, Histogram] = attrs.field(factory=dict)
 
-    def of(self, model: str) -> Histogram:
-        labels = (bounded(model, self._of),)
-        if labels not in self._of:
-            self._of[labels] = Histogram(self.bounds)
-        return self._of[labels]
+    def of(self, name: str) -> Histogram:
+        if (found := self._of.get((name,))) is None:
+            labels = (bounded(name, self._of),)
+            found = self._of.setdefault(labels, Histogram(self.bounds))
+        return found
 
     def all(self) -> Mapping[Labels, Histogram]:
         return self._of
 
 
-def bounded(model: str, known: Mapping[Labels, Any]) -> str:
-    """Return the label of a model: clients name any, and each costs memory for ever."""
-    return model if (model,) in known or len(known) < MODELS else OTHER
+def bounded(name: str, known: Mapping[Labels, Any]) -> str:
+    """Return the label for a name: clients name any model, and each costs memory for ever."""
+    return name if (name,) in known or len(known) < NAMES else OTHER
 
 
 def by_state(states: Iterable[str]) -> dict[Labels, float]:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from rbee import open_cluster
 from rbee.cluster import AsyncCluster
-from rbee.metrics import MODELS, OTHER, ByModel, Histogram, counter, expose, histogram
+from rbee.metrics import NAMES, OTHER, ByName, Histogram, counter, expose, histogram
 
 DOCS = Path(__file__).parent.parent / "docs"
 MODEL = "echo?rate=500"
@@ -68,10 +68,10 @@ def test_a_histogram_counts_up_to_each_bound() -> None:
 
 
 def test_models_that_clients_name_are_bounded() -> None:
-    by = ByModel((1.0,))
-    for number in range(MODELS + 50):
+    by = ByName((1.0,))
+    for number in range(NAMES + 50):
         by.of(f"m{number}").observe(0.1)
-    assert len(by.all()) == MODELS + 1
+    assert len(by.all()) == NAMES + 1
     assert by.all()[OTHER,].count == 50
     assert by.of("m0").count == 1
 

@@ -10,7 +10,7 @@ import attrs
 
 from rbee import __version__, metrics
 from rbee.clean import Clean
-from rbee.metrics import LONG, SHORT, TINY, ByModel, Histogram, Labels, bounded
+from rbee.metrics import LONG, SHORT, TINY, ByName, Histogram, Labels, bounded
 from rbee.queen.usage import is_end, tokens_told
 from rbee.trace import Trace, current
 from rbee.web.out import has_events, headers_of
@@ -30,9 +30,9 @@ MODEL = ("model",)
 class Figures:
     """What one queen measures of what she passes on."""
 
-    _firsts: ByModel = attrs.field(factory=lambda: ByModel(LONG))
-    _gaps: ByModel = attrs.field(factory=lambda: ByModel(SHORT))
-    _queued: ByModel = attrs.field(factory=lambda: ByModel(LONG))
+    _firsts: ByName = attrs.field(factory=lambda: ByName(LONG))
+    _gaps: ByName = attrs.field(factory=lambda: ByName(SHORT))
+    _queued: ByName = attrs.field(factory=lambda: ByName(LONG))
     _overhead: Histogram = attrs.field(factory=lambda: Histogram(TINY))
     _tokens_in: Counter[Labels] = attrs.field(factory=Counter)
     _tokens_out: Counter[Labels] = attrs.field(factory=Counter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 
 from rbee.metrics import Histogram
 
@@ -39,16 +40,23 @@ class Pace:
         self.last = 0.0
 
     def piece(self, data: bytes, now: float) -> None:
-        self._before, self._end = self._end, data
-        if self._gaps is None or self._firsts is None:
+        self._before = self._end
+        self._end = data
+        if (last := self.last) and (gaps := self._gaps) is not None:
+            self.last = now
+            gap = now - last  # `Histogram.observe`, without the call
+            gaps.counts[bisect_left(gaps.bounds, gap)] += 1
+            gaps.sum += gap
+        else:
+            self._begin(now)
+
+    def _begin(self, now: float) -> None:
+        if self._firsts is None:
             return
-        if self.last:
-            self._gaps.observe(now - self.last)
-        elif self._skip:
+        if self._skip:
             self._skip -= 1
             return
-        else:
-            self._firsts.observe(now - self._began)
+        self._firsts.observe(now - self._began)
         self.last = now
 
     def rest(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from rbee.metrics import LONG, Histogram, Labels, counter, gauge, histogram
+from rbee.metrics import LONG, ByName, Labels, counter, gauge, histogram
 from rbee.trace import REQUEST_ID, Trace
 from rbee.web.door import Headers
 from rbee.web.out import Out
@@ -54,7 +54,7 @@ class Requests:
     seen: Callable[[Trace], None] = _nothing
     _running: Counter[str] = attrs.field(factory=Counter)
     _ended: Counter[Labels] = attrs.field(factory=Counter)
-    _seconds: dict[Labels, Histogram] = attrs.field(factory=dict)
+    _seconds: ByName = attrs.field(factory=lambda: ByName(LONG))
 
     @contextmanager
     def counted(self, route: str, trace: Trace, out: Out) -> Iterator[None]:
@@ -65,8 +65,7 @@ class Requests:
         finally:
             self._running[route] -= 1
             self._ended[route, str(out.status or GONE_STATUS), trace.error] += 1
-            seconds = self._seconds.setdefault((route,), Histogram(LONG))
-            seconds.observe(time.monotonic() - trace.began)
+            self._seconds.of(route).observe(time.monotonic() - trace.began)
             self.seen(trace)
 
     def collect(self, component: str) -> Iterable[Metric]:
@@ -78,7 +77,5 @@ class Requests:
             ("route", "code", "error"),
         )  # fmt: skip
         yield gauge(f"{prefix}s_running", "Requests that are being answered.", running, ("route",))
-        yield histogram(
-            f"{prefix}_seconds", "From a request's head to the end of its answer.", self._seconds,
-            ("route",),
-        )  # fmt: skip
+        text = "From a request's head to the end of its answer."
+        yield histogram(f"{prefix}_seconds", text, self._seconds.all(), ("route",))
