@@ -6,8 +6,8 @@ outlives the request finds a trace that is over.
 
 from __future__ import annotations
 
+import os
 import re
-import secrets
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -79,7 +79,7 @@ def trace_of(headers: Iterable[tuple[bytes, bytes]]) -> Trace:
 
 
 def new_request_id() -> str:
-    return f"req-{secrets.token_hex(8)}"
+    return f"req-{os.urandom(8).hex()}"
 
 
 def current() -> Trace:
@@ -91,6 +91,11 @@ def running_id() -> str:
     """Return the id of the request that is being answered here; "" if none is."""
     trace = _current.get()
     return "" if trace is None or trace.is_over else trace.id
+
+
+def forwarded() -> dict[str, str]:
+    """Return the header by which a peer knows the request that is being answered here, if any."""
+    return {REQUEST_ID.decode(): name} if (name := running_id()) else {}
 
 
 @contextmanager

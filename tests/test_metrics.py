@@ -119,8 +119,8 @@ async def scrape(cluster: AsyncCluster) -> dict[str, Scraped]:
     return told
 
 
-async def post(cluster: AsyncCluster, path: str, body: Any) -> httpx.Response:
-    headers = {"authorization": f"Bearer {cluster.token}"}
+async def post(cluster: AsyncCluster, path: str, body: Any, **more: str) -> httpx.Response:
+    headers = {"authorization": f"Bearer {cluster.token}", **more}
     async with httpx.AsyncClient(headers=headers, trust_env=False) as client:
         return await client.post(cluster.url + path, json=body)
 
@@ -155,6 +155,19 @@ async def test_a_cluster_tells_what_it_has_done(cluster: AsyncCluster) -> None:
     assert told["worker"].value("rbee_worker_ttft_seconds_count") == 1
     assert told["hive"].value("rbee_hive_workers", state="ready") == 1
     check_named(told)
+    await check_followed(cluster, MODEL)
+
+
+async def check_followed(cluster: AsyncCluster, model: str) -> None:
+    """See that a request is found by its id in the log of the worker that did it."""
+    named = {"x-request-id": "mine-1"}
+    job = {"model": model, "prompt": "one", "max_tokens": 1}
+    answer = await post(cluster, "/v2/tasks", job, **named)
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert "event: end\n" in answer.text
+    (worker,) = await cluster.client.workers()
+    log = (cluster.queen.home / "logs" / f"{worker.worker_id}.log").read_text()
+    assert " done, 1 tokens [mine-1]\n" in log
 
 
 @pytest.mark.slow

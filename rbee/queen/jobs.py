@@ -27,7 +27,7 @@ from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.tries import ask_until_answered
 from rbee.scopes import TaskOwner
-from rbee.trace import REQUEST_ID, current, elsewhere
+from rbee.trace import current, elsewhere
 from rbee.web.client import EventStream, answering_within, open_client, open_events
 from rbee.wire import messages, sse
 from rbee.wire.messages import (
@@ -181,10 +181,7 @@ class Jobs(TaskOwner):
         """Pass the worker's events through, byte for byte."""
         what = f"worker {worker.worker_id}"
         body = _execute(job)
-        headers = {
-            messages.WORKER_ID_HEADER: worker.worker_id,
-            REQUEST_ID.decode(): current().id,
-        }
+        headers = {messages.WORKER_ID_HEADER: worker.worker_id}
         client = open_client(hive.way_to(worker.url), hive.token)
         async with client, AsyncExitStack() as stack:
             opened = open_events(client, "POST", messages.EXECUTE, body, what=what, headers=headers)
