@@ -7,6 +7,7 @@ import os
 import sys
 
 from rbee.printable import printable
+from rbee.trace import running_id
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +18,12 @@ class OneLine(logging.Formatter):
     """Keep a record on one line, and its traceback indented below.
 
     Peers choose names, paths and texts that come to be logged; none of them can look like a line
-    of ours.
+    of ours. The id of the request that is being answered stands at its end.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        return printable(super().formatMessage(record))
+        text, request = super().formatMessage(record), running_id()
+        return printable(f"{text} [{request}]" if request and request not in text else text)
 
     def formatException(self, ei: object) -> str:  # noqa: N802 - logging's name
         lines = super().formatException(ei).split("\n")  # type: ignore[arg-type]

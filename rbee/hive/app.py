@@ -11,6 +11,7 @@ from rbee import __version__
 from rbee.devices import devices
 from rbee.errors import ConflictError, NotFoundError
 from rbee.hive.catalog import list_catalog, remove_here, stream_pull
+from rbee.hive.metrics import add_metrics
 from rbee.hive.owners import Owners
 from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers
@@ -103,9 +104,6 @@ def make_app(
         stop("shutdown asked for over HTTP")
         return Response(status=202)
 
-    async def metrics(request: Request) -> Response:
-        return _metrics(workers)
-
     app.add("GET", messages.HEALTH, health, is_open=True)
     app.add("GET", messages.HIVE_WORKERS, list_workers)
     app.add("POST", messages.HIVE_WORKERS, start_worker)
@@ -120,7 +118,7 @@ def make_app(
     app.add("DELETE", messages.HIVE_MODELS + "/{model}", remove_model)
     app.add("GET", messages.HIVE_LOGS + "/{worker}", show_log)
     app.add("POST", messages.SHUTDOWN, shutdown)
-    app.add("GET", messages.METRICS, metrics)
+    add_metrics(app, workers, pulse)
     return app
 
 
@@ -147,16 +145,3 @@ def _log_of(setup: HiveSetup, worker: str) -> Response:
             f"no log of worker {worker!r} on {setup.node}", hint="rbee-keeper worker list"
         )
     return Response(log_tail(path, LOG_BYTES).encode(), content_type=b"text/plain; charset=utf-8")
-
-
-def _metrics(workers: Workers) -> Response:
-    counts: dict[str, int] = {}
-    for info in workers.infos():
-        counts[info.state] = counts.get(info.state, 0) + 1
-    lines = [
-        "# HELP rbee_hive_workers Workers of this hive by state.",
-        "# TYPE rbee_hive_workers gauge",
-    ]
-    lines += [f'rbee_hive_workers{{state="{state}"}} {n}' for state, n in sorted(counts.items())]
-    text = "\n".join(lines) + "\n"
-    return Response(text.encode(), content_type=b"text/plain; version=0.0.4; charset=utf-8")

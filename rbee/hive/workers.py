@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
@@ -13,6 +15,7 @@ import attrs
 import trio
 
 from rbee.broadcast import Broadcast
+from rbee.clean import Clean
 from rbee.errors import (
     BadInputError,
     ConflictError,
@@ -32,6 +35,7 @@ from rbee.hive.peer import Connect, Peer, connect_with
 from rbee.hive.room import Memory, Room, Tenant, shares
 from rbee.home import Home, short_name
 from rbee.log_files import prune_logs
+from rbee.metrics import Labels
 from rbee.model import KEEP_ALIVE, Grace, WorkerConfig, WorkerId, WorkerSpec, WorkerState, new_id
 from rbee.models.child import Narrate
 from rbee.models.footprint import MemoryPlan
@@ -141,6 +145,7 @@ class Worker:
     is_asked: bool = False
     unloading: bool = False
     seen_at: float = 0.0
+    ending_since: float = 0.0
     is_fresh: bool = True
 
     @property
@@ -207,6 +212,8 @@ class Workers(TaskOwner):
         self._room = Room(memory, there, self._look_at_all, self._make_idle_go)
         self.url = ""
         self.news: Broadcast[News] = Broadcast()
+        self.cleaned = Clean("worker")
+        self.ends: Counter[Labels] = Counter()
         self.on_ready: Callable[[WorkerInfo], None] = lambda info: None
 
     def infos(self) -> list[WorkerInfo]:
@@ -269,10 +276,13 @@ class Workers(TaskOwner):
             except* (RbeeError, OSError) as group:
                 failure = next(leaves(group))
             await self._until_nothing_left(worker, failure)
+            if worker.ending_since:
+                self.cleaned.note(worker.ending_since)
             if failure is None or (as_left(failure) and worker.is_over):
                 self._change(worker, state=WorkerState.STOPPED.value, error=None)
             else:
                 self._fail(worker, failure)
+            self.ends[worker.info.state,] += 1
         finally:
             worker.ended.set()
             self._workers.pop(worker.id, None)
@@ -403,12 +413,15 @@ class Workers(TaskOwner):
         )
 
     async def _until_end(self, worker: Worker, process: Process, loading: trio.CancelScope) -> int:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_lift_limit, worker.became_ready, loading)
-            nursery.start_soon(self._watch, worker)
-            status = await process.wait()
-            nursery.cancel_scope.cancel(reason="worker ended")
-        return status
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_lift_limit, worker.became_ready, loading)
+                nursery.start_soon(self._watch, worker)
+                status = await process.wait()
+                nursery.cancel_scope.cancel(reason="worker ended")
+            return status
+        finally:
+            worker.ending_since = time.monotonic()
 
     # events ----------------------------------------------------------------------------------
     def ready(self, message: WorkerReady) -> None:

@@ -48,7 +48,9 @@ def make_app(
     allowed_origins: Sequence[str] = (),
 ) -> App:
     """Wire one queen's routes; ``stop`` begins the end of the daemon."""
-    app = App(token=setup.token, hosts=(setup.host,), allowed_origins=allowed_origins)
+    app = App(
+        token=setup.token, hosts=(setup.host,), allowed_origins=allowed_origins, tells_overhead=True
+    )
     models = Models(setup.home, hives)
 
     async def health(request: Request) -> Response:
@@ -121,9 +123,6 @@ def make_app(
         stop("shutdown asked for over HTTP")
         return Response(status=202)
 
-    async def metrics(request: Request) -> Response:
-        return _metrics(hives, jobs, passages)
-
     app.add("GET", messages.HEALTH, health, is_open=True)
     add_task_routes(app, jobs)
     add_openai_routes(app, passages)
@@ -140,7 +139,6 @@ def make_app(
     app.add("DELETE", messages.QUEEN_MODELS + "/{node}/{model}", remove_model)
     app.add("POST", messages.QUEEN_WORKER_READY, worker_ready)
     app.add("POST", messages.SHUTDOWN, shutdown)
-    app.add("GET", messages.METRICS, metrics)
     return app
 
 
@@ -151,28 +149,3 @@ def _worker(hives: Hives, worker_id: str) -> messages.WorkerInfo:
             f"no worker {worker_id!r}", code="unknown_worker", hint="rbee-keeper worker list"
         )
     return info
-
-
-def _metrics(hives: Hives, jobs: Jobs, passages: Passages) -> Response:
-    counts: dict[str, int] = {}
-    for info in hives.workers:
-        counts[info.state] = counts.get(info.state, 0) + 1
-    lines = [
-        "# HELP rbee_queen_jobs Jobs that have not ended.",
-        "# TYPE rbee_queen_jobs gauge",
-        f"rbee_queen_jobs {len(jobs)}",
-        "# HELP rbee_queen_kept_jobs Jobs of the asynchronous form that can be asked for.",
-        "# TYPE rbee_queen_kept_jobs gauge",
-        f"rbee_queen_kept_jobs {len(jobs.shelf)}",
-        "# HELP rbee_queen_kept_bytes What they take.",
-        "# TYPE rbee_queen_kept_bytes gauge",
-        f"rbee_queen_kept_bytes {jobs.shelf.size}",
-        "# HELP rbee_queen_passages Requests of other APIs that are passed on and have not ended.",
-        "# TYPE rbee_queen_passages gauge",
-        f"rbee_queen_passages {len(passages)}",
-        "# HELP rbee_queen_workers Workers by state.",
-        "# TYPE rbee_queen_workers gauge",
-        *(f'rbee_queen_workers{{state="{state}"}} {n}' for state, n in sorted(counts.items())),
-    ]
-    text = "\n".join(lines) + "\n"
-    return Response(text.encode(), content_type=b"text/plain; version=0.0.4; charset=utf-8")

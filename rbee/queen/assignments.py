@@ -27,11 +27,13 @@ from rbee.queen.attempts import Narrate
 from rbee.queen.backoff import Backoff
 from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
+from rbee.queen.metrics import Figures
 from rbee.queen.placement import choose, is_called, start_for
 from rbee.queen.places import Places
 from rbee.queen.turns import Turns
 from rbee.queen.where import located
 from rbee.remains import LEFT
+from rbee.trace import current
 from rbee.wire.messages import Narration, StartWorker, TaskRequest, WorkerInfo, WorkerNarration
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,7 @@ class Assignments:
         self._at: Counter[str] = Counter()
         self._waiting: Counter[str] = Counter()
         self._backoff = Backoff()
+        self.figures = Figures()
 
     async def worker_for(self, request: Asked, narrate: Narrate) -> WorkerInfo:
         """Return a ready worker, started if there is none.
@@ -93,11 +96,15 @@ class Assignments:
             raise UnavailableError(f"the hive on {worker.node} is gone", code="hive_lost")
         self._at[worker.worker_id] += 1
         try:
-            with hive.relaying() as scope:
+            with current().at_worker(worker.model), hive.relaying() as scope:
                 yield hive, scope
         finally:
             self._at[worker.worker_id] -= 1
             self._at += Counter()  # drops what is at 0
+
+    def waiting(self) -> int:
+        """Return how many requests wait for a worker."""
+        return sum(self._waiting.values())
 
     def is_forwarded(self, worker: WorkerInfo) -> bool:
         """Tell whether its node's connections are taken by a forward, whatever is behind it."""

@@ -21,11 +21,13 @@ from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
+from rbee.queen.metrics import add_metrics
 from rbee.queen.needs import counting
 from rbee.queen.offer import Offer
 from rbee.queen.openai import Passages
 from rbee.queen.places import Places
 from rbee.queen.starts import Starts
+from rbee.queen.targets import add_target_routes
 from rbee.queen.views import Views
 from rbee.scopes import open_service
 from rbee.sweep import claim, retire, sweep_abandoned
@@ -82,6 +84,8 @@ async def serve(
         jobs = Jobs(assignments, aliases, upstreams, ending)
         passages = Passages(assignments, aliases, Offer(aliases, views.look), upstreams, ending)
         app = make_app(setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins)
+        add_metrics(app, assignments, hives, jobs)
+        add_target_routes(app, hives)
         serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))
         async with (
             open_service(serving) as url,

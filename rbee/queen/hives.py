@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import trio
 
 from rbee import __version__
 from rbee.broadcast import Broadcast
+from rbee.clean import Clean
 from rbee.daemon import read_run_file
 from rbee.errors import (
     ConflictError,
@@ -68,6 +70,7 @@ class Hives(TaskOwner):
         self._locks: dict[str, trio.Lock] = {}
         self._starts: dict[str, _Started] = {}
         self._left: dict[str, _Left] = {}
+        self.cleaned = Clean("hive")
         self.queen_id = setup.id
         self.url = ""
         self.workers: Registry[WorkerId, WorkerInfo] = Registry()
@@ -156,7 +159,10 @@ class Hives(TaskOwner):
             del self._starts[node]
         if status.done:  # before the registry, which may wait for a lock
             log.warning("hive on %s is gone: %s", node, error)
-            self._note_left(node, as_left(error) or self._unseen(node), status)
+            left = as_left(error) or self._unseen(node)
+            if left is None and status.ending_since:
+                self.cleaned.note(status.ending_since)
+            self._note_left(node, left, status)
             self._lose(node, error)
         if not status.scope.cancelled_caught:
             await self.machines.note(node, error)
@@ -255,7 +261,10 @@ class Hives(TaskOwner):
                 hive = Hive(info, True, setup.token, client, status.scope, machine.via)
                 if node != LOCALHOST:
                     await _check_reached(hive, daemon)
-                await self._use_owned(hive, daemon, status)
+                try:
+                    await self._use_owned(hive, daemon, status)
+                finally:
+                    status.ending_since = time.monotonic()
 
     async def _use_owned(self, hive: Hive, daemon: OwnedHive, status: _Started) -> None:
         async with trio.open_nursery() as nursery:
@@ -452,6 +461,7 @@ class _Started:
     _status: trio.TaskStatus[Hive]
     done: bool = False
     run_dir: str = ""
+    ending_since: float = 0.0
     used: trio.Event = attrs.field(factory=trio.Event)
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
 

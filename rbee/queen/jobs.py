@@ -25,6 +25,7 @@ from rbee.queen.job import Job
 from rbee.queen.shelf import KEPT, Shelf
 from rbee.queen.tries import ask_until_answered
 from rbee.scopes import TaskOwner
+from rbee.trace import REQUEST_ID, current
 from rbee.web.door import Headers
 from rbee.web.out import Out, read_all
 from rbee.web.upstream import Upstreams
@@ -115,6 +116,9 @@ class Jobs(TaskOwner):
         try:
             with self._in_progress(job):
                 error = await self._run(job, delivery)
+            if error is not None:
+                current().error = error.code
+            current().is_told = True
             await delivery.end(error)
         finally:
             if not job.ended:
@@ -211,15 +215,20 @@ class Jobs(TaskOwner):
         self, worker: WorkerInfo, job: Job, delivery: Delivery, hive: Hive
     ) -> None:
         """Pass the worker's events through, byte for byte."""
+        headers = (*HEADERS, (REQUEST_ID, current().id.encode()))
         asking = open_answer(
-            self._upstreams, hive, worker, messages.EXECUTE, HEADERS, codec.dumps(_execute(job)),
+            self._upstreams, hive, worker, messages.EXECUTE, headers, codec.dumps(_execute(job)),
             STALL,
         )  # fmt: skip
         async with asking as answer:
             if answer.head.status != 200:
                 raise error_of(answer.head.status, await read_all(answer))
             job.note_worker(worker)
-            await delivery.pass_on(answer)
+            pace = self._assignments.figures.pace(answer, skip=1)
+            try:
+                await delivery.pass_on(answer)
+            finally:
+                self._assignments.figures.take_end(pace)
 
 
 def _execute(job: Job) -> ExecuteRequest:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
@@ -31,6 +30,7 @@ from rbee.queen.offer import Offer
 from rbee.queen.placement import GENERATE
 from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
 from rbee.queen.tries import ask_until_answered
+from rbee.trace import REQUEST_ID, current
 from rbee.web.head import Headers, end_to_end
 from rbee.web.out import Out, headers_of, read_all
 from rbee.web.router import App, Passing, Request, Response
@@ -44,7 +44,6 @@ ANY_TASK = ("/tokenize", "/detokenize")
 ROUTES = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses", *ANY_TASK)
 ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
 MODELS = "/v1/models"
-REQUEST_ID = b"x-request-id"
 EMBED = "embed"
 
 BIG = 1 << 20  # bytes of a body beyond which it is decoded in a thread
@@ -144,7 +143,7 @@ class Passages:
             await self._start(request.path, asked.model),
             bool(asked.stream),
             shape,
-            request.headers.get(REQUEST_ID) or b"req-" + secrets.token_hex(8).encode(),
+            current().id.encode(),
         )
         return Passing(partial(self._run, call))
 
@@ -183,6 +182,7 @@ class Passages:
             return
         if not out.begun:
             raise error
+        current().error = error.code
         log.info("%s: %s: %s", call.path, error.code, error)
         await out.end_with(call.shape.event(error))
 
@@ -209,13 +209,16 @@ class Passages:
             await self._answer(call, answer, out, silence)
 
     async def _answer(self, call: Call, answer: Answer, out: Out, silence: float) -> None:
-        headers = headers_of(answer)
-        if not any(name == REQUEST_ID for name, _ in headers):
-            headers = (*headers, (REQUEST_ID, call.id))
+        headers = tuple(pair for pair in headers_of(answer) if pair[0] != REQUEST_ID)
+        figures = self._assignments.figures
+        pace = figures.pace(answer)
         if call.streams:
             headers = (*headers, (b"x-accel-buffering", b"no"))
         if answer.head.status not in (401, 409, 429, 503):
-            await out.pass_on(answer, headers, silence=silence)
+            try:
+                await out.pass_on(answer, headers, silence=silence)
+            finally:
+                figures.take_end(pace)
             return
         body = await read_all(answer)
         if (code := _code(body)) in GONE | LEAVING:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from rbee.errors import ConflictError, PeerError, RbeeError, UnauthorizedError, UnavailableError
 from rbee.queen.assignments import Asked, Assignments
 from rbee.queen.attempts import Narrate
+from rbee.trace import current
 from rbee.wire.messages import WorkerInfo
 
 TRIES = 3  # workers that may be gone when a request comes to them: unloaded, or lost
@@ -33,6 +34,7 @@ async def ask_until_answered(
     Raises:
         RbeeError: why there is no worker, or what the last one raised.
     """
+    current().want_worker()
     worker = await assignments.worker_for(asked, narrate)
     deaths = 0
     for left in reversed(range(TRIES)):

@@ -10,6 +10,7 @@ import httpx
 import trio
 
 from rbee.errors import BadInputError, PeerError, RbeeError, UnavailableError
+from rbee.trace import forwarded
 from rbee.wire import codec, refusal, sse
 
 T = TypeVar("T")
@@ -66,7 +67,9 @@ async def call(
         UnavailableError: nobody answers, or not within ``limit`` seconds (a frozen process).
     """
     content = None if body is None else codec.dumps(body)
-    headers = {} if body is None else {"content-type": "application/json"}
+    headers = forwarded()
+    if body is not None:
+        headers["content-type"] = "application/json"
     _check_open(client, what)
     with answering_within(limit, what), translated(what):
         response = await client.request(method, path, content=content, headers=headers)
@@ -107,7 +110,7 @@ async def open_events(
 ) -> AsyncGenerator[EventStream, None]:
     """Open a stream of server-sent events; closed with the body of the ``async with``."""
     content = None if body is None else codec.dumps(body)
-    headers = {"accept": sse.CONTENT_TYPE.decode(), **(headers or {})}
+    headers = {"accept": sse.CONTENT_TYPE.decode(), **forwarded(), **(headers or {})}
     if body is not None:
         headers["content-type"] = "application/json"
     request = client.build_request(method, path, content=content, headers=headers)

@@ -32,10 +32,15 @@ Headers = tuple[tuple[bytes, bytes], ...]
 ONCE = (b"host", b"origin", b"authorization", b"x-api-key", b"content-type")
 CORS: Headers = (
     (b"access-control-allow-methods", b"GET, POST, PATCH, PUT, DELETE"),
-    (b"access-control-allow-headers", b"authorization, content-type, prefer, last-event-id"),
+    (
+        b"access-control-allow-headers",
+        b"authorization, content-type, prefer, last-event-id, x-request-id",
+    ),
     (b"access-control-max-age", b"600"),
 )
-EXPOSED = b"x-rbee-job-id, retry-after, location, preference-applied"
+EXPOSED = (
+    b"x-rbee-job-id, retry-after, location, preference-applied, x-request-id, x-rbee-overhead-ms"
+)
 
 _HOST = re.compile(r"(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:\[\]]+))(?::[0-9]*)?")
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:\[[0-9a-f:.]+\]|[^/:?#@\s*\[\]]+)(?::[0-9]+)?")

@@ -17,6 +17,7 @@ from typing import Any
 import trio
 
 from rbee.errors import BadInputError, RbeeError, leaves
+from rbee.trace import REQUEST_ID, trace_of, tracing
 from rbee.web.connection import Connection, RequestBody, watched
 from rbee.web.head import RequestHead, encode_answer, parse_request
 from rbee.web.pump import Pump
@@ -120,10 +121,13 @@ class Front:
 
 async def _refuse(connection: Connection, error: RbeeError) -> None:
     """Answer what is no request."""
-    answer = error_response(error)
+    trace = trace_of(())
+    with tracing(trace):
+        answer = error_response(error)
     length = (b"content-length", b"%d" % len(answer.body))
     kind = (b"content-type", answer.content_type)
-    head = encode_answer(answer.status, (length, kind, *answer.headers, CLOSE, date()))
+    named = (REQUEST_ID, trace.id.encode())
+    head = encode_answer(answer.status, (length, kind, *answer.headers, named, CLOSE, date()))
     await connection.line.send(head + answer.body)
     await connection.linger()
 

@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from rbee.errors import MachineError, RbeeError, leaves
+from rbee.trace import current
 from rbee.web.router import Emit, Stream
 from rbee.wire import sse
 from rbee.wire.messages import Error, Narration
@@ -42,6 +43,7 @@ def narrated(work: Work) -> Stream:
             nursery.start_soon(_emit_all, receive, emit)
             with send:
                 last = await _last_event(work, tell)
+        current().is_told = True
         await emit(sse.encode(last))
 
     return Stream(run)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
 import trio
 
 from rbee.errors import PeerError
+from rbee.trace import elsewhere
 from rbee.web.door import Headers
 from rbee.web.events import WholeEvents
 from rbee.web.exchange import BROKEN
@@ -31,12 +32,14 @@ class Out(Protocol):
     """One answer on its way.
 
     Attributes:
-        extra: headers that it gets whatever it is.
+        extra: headers that it gets whatever it is; looked at when the head is sent.
         begun: whether its head is sent, so that it cannot be another any more.
+        status: that of the head; 0 before it is sent.
     """
 
-    extra: Headers
+    extra: Iterable[tuple[bytes, bytes]]
     begun: bool
+    status: int
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send an answer whose body is here."""
@@ -135,8 +138,9 @@ async def pass_whole(
 
 async def read_all(answer: Answer) -> bytes:
     parts = []
-    while part := await answer.chunk():
-        parts.append(part)
+    with elsewhere():
+        while part := await answer.chunk():
+            parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -147,8 +151,9 @@ class AsgiOut:
         self._receive = receive
         self._send = send
         self._events: WholeEvents | None = None
-        self.extra: Headers = ()
+        self.extra: Iterable[tuple[bytes, bytes]] = ()
         self.begun = False
+        self.status = 0
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         await self.begin(status, ((b"content-length", b"%d" % len(body)), *headers))
@@ -157,6 +162,7 @@ class AsgiOut:
     async def begin(self, status: int, headers: Headers, first: bytes = b"") -> None:
         self.begun = True
         self._events = WholeEvents() if has_events(headers) else None
+        self.status = status
         start = {"type": "http.response.start", "status": status}
         await self._send({**start, "headers": [*headers, *self.extra]})
         if first:

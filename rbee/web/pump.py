@@ -20,6 +20,7 @@ from rbee.errors import PeerError, RbeeError
 from rbee.scopes import open_service
 from rbee.web.body import LAST_CHUNK, Body, chunk
 from rbee.web.events import WholeEvents
+from rbee.web.pace import Pace
 from rbee.web.poller import CLIENT_GONE, HUNG_UP, IN, OUT, Gone, Poller
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Relay:
         events: lets whole server-sent events through only; None for any other body.
         chunked: whether the client gets chunks; else he gets the bytes as they are.
         silence: seconds without a byte after which the source is given up.
+        pace: is told of each piece.
 
     Attributes:
         pending: what the client has not taken yet.
@@ -83,8 +85,8 @@ class Relay:
     """
 
     __slots__ = (
-        "_body", "_chunked", "_done", "_error", "_events", "_gone", "_heard", "_pump", "_silence",
-        "_sink", "_source", "_stalled", "_watches_source", "has_ended", "pending",
+        "_body", "_chunked", "_done", "_error", "_events", "_gone", "_heard", "_pace", "_pump",
+        "_silence", "_sink", "_source", "_stalled", "_watches_source", "has_ended", "pending",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +100,7 @@ class Relay:
         events: WholeEvents | None = None,
         chunked: bool = True,
         silence: float = float("inf"),
+        pace: Pace | None = None,
     ) -> None:
         self._pump = pump
         self._source = source
@@ -107,6 +110,7 @@ class Relay:
         self._events = events
         self._chunked = chunked
         self._silence = silence
+        self._pace = pace
         self._heard = time.monotonic()
         self._stalled = 0.0
         self._watches_source = False
@@ -129,6 +133,8 @@ class Relay:
         self._pump._relays.add(self)
         try:
             self._watch_source()
+            if first and self._pace is not None:
+                self._pace.piece(first, time.monotonic())
             self._pass_on(first)
             await done.wait()
         finally:
@@ -165,7 +171,10 @@ class Relay:
         if data:
             self._heard = time.monotonic()
             try:
-                self._pass_on(self._body.feed(data))
+                data = self._body.feed(data)
+                if data and self._pace is not None:
+                    self._pace.piece(data, self._heard)
+                self._pass_on(data)
             except RbeeError as error:
                 self._end(error)
         elif self._body.ends_with_connection:
@@ -227,6 +236,8 @@ class Relay:
             return
         self._pump.poller.change(self._sink, HUNG_UP)
         self._heard = time.monotonic()  # what came meanwhile has only waited
+        if self._pace is not None:
+            self._pace.rest()
         if self._body.done:
             self._end(None)
         else:

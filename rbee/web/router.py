@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,8 +16,11 @@ from rbee.errors import (
     TooManyFailuresError,
 )
 from rbee.hints import infer
+from rbee.metrics import OTHER
+from rbee.trace import REQUEST_ID, current, elsewhere, trace_of, tracing
 from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, with_key
 from rbee.web.out import STREAM, AsgiOut, Out, Receive, Send
+from rbee.web.requests import CLIENT_GONE, Extra, Requests
 from rbee.wire import codec, messages, sse
 
 log = logging.getLogger(__name__)
@@ -66,7 +68,8 @@ class Request:
         """Read the whole body; at most `MAX_BODY` bytes."""
         parts, size, more = [], 0, True
         while more:
-            message = await self._receive()
+            with elsewhere():
+                message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise BadInputError("the body ended early")
             parts.append(message.get("body", b""))
@@ -151,12 +154,13 @@ def error_response(error: RbeeError) -> Response:
 
 
 def note_refusal(error: RbeeError) -> str:
-    """Log an error that is told to a client; return what both are found by."""
-    correlation_id = secrets.token_hex(4)
+    """Log an error that is told to a client; return what both are found by: the request's id."""
+    trace = current()
+    trace.error = error.code
     # A flood of them is answered, but does not fill the log.
     level = logging.DEBUG if isinstance(error, TooManyFailuresError) else logging.INFO
-    log.log(level, "refused [%s]: %s: %s", correlation_id, error.code, error)
-    return correlation_id
+    log.log(level, "refused [%s]: %s: %s", trace.id, error.code, error)
+    return trace.id
 
 
 def refusal(error: RbeeError, body: bytes) -> Response:
@@ -184,6 +188,15 @@ class Route:
     refuse: Refuse = error_response
 
 
+Found = tuple[tuple[Route, dict[str, str]] | None, list[str]]
+"""A route with the parameters in the path; without one, the methods that the path does take."""
+
+
+def name_of(found: tuple[Route, dict[str, str]] | None) -> str:
+    """Return how a route is called in figures; one name for all that is none of ours."""
+    return OTHER if found is None else "/" + "/".join(found[0].parts)
+
+
 class App:
     """Routes of one daemon.
 
@@ -192,6 +205,11 @@ class App:
         hosts: names allowed in ``Host`` beside localhost and IP addresses.
         allowed_origins: the web pages that may call, as `checked_origin` returns them.
         fallback: takes what no route matches, after the same checks.
+        tells_overhead: whether answers of data routes carry `OVERHEAD`: the milliseconds until
+            they began that it took itself.
+
+    Attributes:
+        requests: counts what it has answered.
     """
 
     def __init__(
@@ -201,12 +219,15 @@ class App:
         hosts: Iterable[str] = (),
         allowed_origins: Iterable[str] = (),
         fallback: Any | None = None,
+        tells_overhead: bool = False,
     ) -> None:
         self._door = Door(token, hosts, allowed_origins)
         self._routes: list[Route] = []
         self._data: dict[tuple[str, str], Route] = {}
         self._data_patterns: list[Route] = []
         self.fallback = fallback
+        self.requests = Requests()
+        self._tells_overhead = tells_overhead
 
     def add(self, method: str, path: str, handler: Handler, **options: Any) -> None:
         """Add a route; ``options`` are those of `Route`."""
@@ -232,7 +253,7 @@ class App:
 
         async def fall_back() -> None:
             assert self.fallback is not None
-            await self.fallback(scope, receive, _sending(send, out.extra))
+            await self.fallback(scope, receive, _sending(send, out))
 
         asked = Asked(
             scope["method"], scope["path"], scope["headers"], scope.get("client"), receive
@@ -243,12 +264,23 @@ class App:
         self, asked: Asked, out: Out, fall_back: Callable[[], Awaitable[None]] | None = None
     ) -> None:
         """Answer one request; ``fall_back`` takes what no route matches."""
+        found = self._match(asked.method, asked.path)
+        trace = trace_of(asked.headers)
+        with tracing(trace), self.requests.counted(name_of(found[0]), trace, out):
+            told = self._tells_overhead and found[0] is not None and found[0][0].is_data
+            out.extra = extra = Extra(trace, told)
+            await self._respond(asked, out, extra, found, fall_back)
+
+    async def _respond(
+        self, asked: Asked, out: Out, extra: Extra, found: Found,
+        fall_back: Callable[[], Awaitable[None]] | None,
+    ) -> None:  # fmt: skip
         answer: Response | Stream | Passing | None
-        route, others = self._match(asked.method, asked.path)
+        route, others = found
         refuse = error_response if route is None else route[0].refuse
         try:
             headers = one_each(asked.headers)
-            out.extra = self._door.cors(headers)
+            extra.cors = self._door.cors(headers)
             answer = await self._answer(asked, headers, route, others, fall_back)
         except RbeeError as error:
             answer = refuse(error)
@@ -287,10 +319,7 @@ class App:
         await fall_back()
         return None
 
-    def _match(
-        self, method: str, path: str
-    ) -> tuple[tuple[Route, dict[str, str]] | None, list[str]]:
-        """Find the route; without one, the methods that the path does take."""
+    def _match(self, method: str, path: str) -> Found:
         if (data := self._data.get((method, path))) is not None:
             return (data, {}), []
         parts = path.strip("/").split("/")
@@ -321,14 +350,14 @@ def _match_parts(pattern: Sequence[str], parts: list[str]) -> dict[str, str] | N
     return params
 
 
-def _sending(send: Send, headers: Headers) -> Send:
-    """Return ``send`` for answers that carry ``headers`` as well."""
-    if not headers:
-        return send
+def _sending(send: Send, out: Out) -> Send:
+    """Return ``send`` for an answer that is not ours; it carries what all answers do."""
 
     async def send_with(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], *headers]}
+            out.status = message["status"]
+            theirs = [pair for pair in message["headers"] if pair[0].lower() != REQUEST_ID]
+            message = {**message, "headers": [*theirs, *out.extra]}
         await send(message)
 
     return send_with
@@ -343,23 +372,29 @@ async def _send_response(answer: Response, out: Out) -> None:
 
 async def _send_going(answer: Stream | Passing, out: Out, refuse: Refuse) -> None:
     refused: RbeeError | None = None
+    trace, is_sent = current(), False
     async with out.watching():
         try:
             if isinstance(answer, Passing):
                 await answer.run(out)
             else:
                 await _run_stream(answer, out)
+            is_sent = True
         except RbeeError as error:
             if out.begun:
+                trace.error = error.code
                 raise
             refused = error
         except Exception:
             if out.begun:
+                trace.error = RbeeError.code
                 raise
             log.exception("an answer failed before it had begun")
             refused = RbeeError("internal error, see the log")
     if refused is not None:
         await _send_response(refuse(refused), out)
+    elif not is_sent and not trace.is_told:
+        trace.error = CLIENT_GONE
 
 
 async def _run_stream(answer: Stream, out: Out) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from email.utils import formatdate
 from types import TracebackType
@@ -43,8 +43,9 @@ class SocketOut:
         self._events: WholeEvents | None = None
         self._pending = b""
         self._has_ended = False
-        self.extra: Headers = ()
+        self.extra: Iterable[tuple[bytes, bytes]] = ()
         self.begun = False
+        self.status = 0
         self.keeps = False
         self.is_lost = False
 
@@ -97,6 +98,7 @@ class SocketOut:
         relay = Relay(
             self._pump, answer.fileno(), self._line.fileno(), answer.body,
             self._lose, events=self._events, chunked=chunked, silence=silence,
+            pace=answer.pace,
         )  # fmt: skip
         try:
             await relay.run(answer.first)
@@ -122,6 +124,7 @@ class SocketOut:
     def _encode(self, status: int, headers: Headers) -> tuple[bool, bytes]:
         """Return whether another request may follow, and the head that says so."""
         self.begun = True
+        self.status = status
         keeps = self._may_keep()
         own: Headers = () if keeps else (CLOSE,)
         if not any(name == b"date" for name, _ in headers):

@@ -6,6 +6,7 @@ cancelled while others queue for it; this is what token streams use instead.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -14,11 +15,13 @@ import attrs
 import trio
 
 from rbee.errors import PeerError, UnavailableError
+from rbee.trace import elsewhere
 from rbee.web.body import Body, body_of_answer
 from rbee.web.client import answering_within
 from rbee.web.exchange import BROKEN, Address
 from rbee.web.head import MAX_HEAD, AnswerHead, Headers, encode_request, parse_answer
 from rbee.web.line import Line, open_line
+from rbee.web.pace import Pace
 from rbee.web.poller import HUNG_UP, IN, Poller
 from rbee.web.transport import CONNECT
 
@@ -30,7 +33,8 @@ KEPT = 256  # idle connections to one worker
 class Answer:
     """The answer to one request: its head is here, its body comes.
 
-    Whoever reads the body by other means than `chunk` goes on from ``first`` with ``body``.
+    Whoever reads the body by other means than `chunk` goes on from ``first`` with ``body``, and
+    tells ``pace``, if there is one, of each piece.
     """
 
     head: AnswerHead
@@ -38,6 +42,7 @@ class Answer:
     first: bytes
     _line: Line
     _what: str
+    pace: Pace | None = None
 
     def fileno(self) -> int:
         """Return the descriptor that the rest of the body comes from."""
@@ -52,6 +57,8 @@ class Answer:
         data, self.first = self.first, b""
         while not data and not self.body.done:
             data = await self._receive()
+        if data and self.pace is not None:
+            self.pace.piece(data, time.monotonic())
         return data
 
     async def _receive(self) -> bytes:
@@ -236,7 +243,8 @@ async def _try(line: Line, request: bytes, what: str, *, is_used: bool) -> Answe
         # Whoever refuses early may have closed already; the answer tells.
         with suppress(OSError):
             await line.send(request)
-        answer = await _read_answer(line, what, is_used=is_used)
+        with elsewhere():
+            answer = await _read_answer(line, what, is_used=is_used)
         return answer
     finally:
         if answer is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import trio
@@ -22,8 +22,11 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.home import default_root
+from rbee.metrics import CONTENT_TYPE, scrape
 from rbee.model import WorkerConfig, WorkerState, new_id
+from rbee.trace import REQUEST_ID, current
 from rbee.web.out import Receive, Send
+from rbee.web.requests import Requests
 from rbee.web.router import App, Emit, Request, Response, Scope, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import ExecuteRequest, Health, ReadyState, StopWorker
@@ -31,7 +34,10 @@ from rbee.worker.engine import Engine
 from rbee.worker.execute import Execution
 from rbee.worker.jobs import Jobs
 from rbee.worker.limits import check_request
-from rbee.worker.metrics import CONTENT_TYPE, Figures
+from rbee.worker.metrics import Figures, collect_state
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +112,7 @@ def make_app(worker: Worker) -> App:
     app.add("POST", messages.EXECUTE, partial(execute, worker))
     app.add("DELETE", messages.EXECUTE + "/{job_id}", partial(cancel, worker))
     app.add("POST", messages.SHUTDOWN, partial(shutdown, worker))
-    app.add("GET", messages.METRICS, partial(metrics, worker))
+    app.add("GET", messages.METRICS, partial(metrics, worker, app.requests))
     return app
 
 
@@ -184,19 +190,30 @@ async def shutdown(worker: Worker, request: Request) -> Response:
     return Response(status=202)
 
 
-async def metrics(worker: Worker, request: Request) -> Response:
+async def metrics(worker: Worker, requests: Requests, request: Request) -> Response:
     running, theirs = worker.engine_figures()
-    ours = worker.figures.text(
-        ready=worker.state is WorkerState.READY,
-        jobs_running=len(worker.jobs),
-        engine_running=running,
-    )
-    return Response((theirs + ours).encode(), content_type=CONTENT_TYPE)
+
+    def collect() -> Iterable[Metric]:
+        yield from collect_state(
+            worker.config.spec,
+            ready=worker.state is WorkerState.READY,
+            jobs_running=len(worker.jobs),
+            engine_running=running,
+        )
+        yield from worker.figures.collect()
+        yield from requests.collect("worker")
+
+    return Response(theirs.encode() + await scrape(collect), content_type=CONTENT_TYPE)
 
 
 async def call_engine_app(worker: Worker, scope: Scope, receive: Receive, send: Send) -> None:
-    """Hand a request to the engine's own app; like a job, it ends when the worker does."""
+    """Hand a request to the engine's own app; like a job, it ends when the worker does.
+
+    The app gets the id that the answer and our log have, also where it came with none.
+    """
     check_addressee(worker, dict(scope["headers"]))
+    others = [pair for pair in scope["headers"] if pair[0] != REQUEST_ID]
+    scope = {**scope, "headers": [*others, (REQUEST_ID, current().id.encode())]}
     app = worker.engine.app
     if app is None:
         raise NotFoundError(f"no route {scope['method']} {scope['path']}")

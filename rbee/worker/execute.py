@@ -41,6 +41,7 @@ class Execution:
     _began: float = attrs.field(factory=trio.current_time)
     _awaited: float | None = attrs.field(factory=trio.current_time)
     _first: float | None = None
+    _last: float = 0.0
     _tokens: int = 0
     _started: bool = False
     _outcome: str = "cancelled"
@@ -116,8 +117,13 @@ class Execution:
             await trio.sleep(left)
 
     def _encode(self, chunks: list[Chunk], tokens_in: int) -> bytes:
+        now = trio.current_time()
         if self._first is None:
-            self._first = trio.current_time()
+            self._first = now
+            self.figures.firsts.observe(now - self._began)
+        else:
+            self.figures.gaps.observe(now - self._last)
+        self._last = now
         parts = []
         for chunk in chunks:
             self._tokens += chunk.tokens

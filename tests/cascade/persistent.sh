@@ -25,7 +25,7 @@ worker = json.loads(sys.argv[1])[0]
 request = urllib.request.Request(worker["url"] + "/metrics")
 request.add_header("Authorization", f"Bearer {sys.argv[2]}")
 text = urllib.request.urlopen(request).read().decode()
-print(next(l.split()[-1] for l in text.splitlines() if l.startswith("rbee_engine_requests")))
+print(next(l.split()[-1] for l in text.splitlines() if l.startswith("rbee_worker_engine_requests")))
 PY
 ) || exit 1
 [ "${running%.*}" = 0 ] || { echo "the request was not cancelled: $running running"; exit 1; }

@@ -195,6 +195,6 @@ def test_pages_reach_the_queen_only_from_an_allowed_origin_with_the_token(
     with httpx.Client(headers={"authorization": f"Bearer {pages.token}"}) as client:
         for path in ("/v2/hives", "/v2/workers"):
             assert client.get(pages.queen + path).json() == []
-        assert "rbee_queen_jobs 0\n" in client.get(f"{pages.queen}/metrics").text
+        assert "rbee_queen_jobs 0.0\n" in client.get(f"{pages.queen}/metrics").text
     assert "job-" not in home.log_file("queen").read_text()
     assert run("queen", "stop").code == 0

@@ -160,7 +160,7 @@ def ask_by_anthropic(url: str, token: str) -> None:
 
 
 def leave_in_the_middle(url: str, worker: str, token: str, *, streams: bool) -> None:
-    """Leave a long answer; the engine is free within 0.3 s."""
+    """Leave a long answer; the engine is free within 0.3 s, as vLLM itself tells."""
     host, _, port = url.removeprefix("http://").partition(":")
     body = {"model": "smollm2-135m", "messages": MESSAGES, "max_tokens": 1500, "stream": streams}
     data = json.dumps({**body, "ignore_eos": True}).encode()
@@ -175,6 +175,17 @@ def leave_in_the_middle(url: str, worker: str, token: str, *, streams: bool) -> 
     wait_for_requests(worker, token, 0, 0.3)
 
 
+RUNNING = ("rbee_worker_engine_requests", "vllm:num_requests_running")
+
+
+def check_vllms_names(figures: str) -> None:
+    """See that vLLM exports what the dashboard shows of it."""
+    dashboard = Path(__file__).parents[2] / "docs" / "grafana.json"
+    names = set(re.findall(r"vllm:\w+", dashboard.read_text()))
+    assert names
+    assert names <= set(re.findall(r"^vllm:\w+", figures, re.M))
+
+
 def wait_for_requests(worker: str, token: str, count: int, limit: float) -> None:
     """Wait until so many requests are in a worker's engine."""
     request = urllib.request.Request(f"{worker}/metrics")
@@ -183,6 +194,8 @@ def wait_for_requests(worker: str, token: str, count: int, limit: float) -> None
     while True:
         asked = time.monotonic()
         with urllib.request.urlopen(request, timeout=10) as response:
-            if f"\nrbee_engine_requests {count}\n" in response.read().decode():
-                return
+            figures = response.read().decode()
+        if all(re.search(rf"^{name}(?:{{.*}})? {count}\.0$", figures, re.M) for name in RUNNING):
+            check_vllms_names(figures)
+            return
         assert asked < until, f"not {count} after {limit} s"

@@ -175,7 +175,7 @@ async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
         return OwnerGoneError("the queen ended")
 
     listener = open_listener("127.0.0.1", 0, exact=True)
-    app = App(token=TOKEN)
+    app = App(token=TOKEN, tells_overhead=True)
     async with (
         trio.open_nursery() as nursery,
         attempts.open(),
@@ -286,6 +286,7 @@ async def test_a_request_id_goes_from_end_to_end() -> None:
         answer = await queen.post(headers={"x-request-id": "mine"})
         assert (answer.headers["x-request-id"], worker.header(b"x-request-id")) == ("mine", b"mine")
         answer = await queen.post()
+        assert 0 < float(answer.headers["x-rbee-overhead-ms"]) < 1000
         made = answer.headers["x-request-id"]
         assert made.startswith("req-")
         assert worker.header(b"x-request-id") == made.encode()

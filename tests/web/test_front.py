@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import os
+import resource
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -295,7 +299,9 @@ async def test_a_hostile_request_is_refused_and_the_connection_closed(
         answer = await server.ask(request_)
         assert status_of(answer) == status
         assert answer.count(b"HTTP/1.1") == 1
-        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["message"]
+        assert b"\r\nx-request-id: " + error["correlation_id"].encode() + b"\r\n" in answer
 
 
 @pytest.mark.parametrize("sent", [b"P", LINE, post(b"/echo", b"abc")[:-1]], ids=range(3))
@@ -445,35 +451,70 @@ async def test_a_client_that_leaves_frees_the_worker_at_once(sent: bytes, by: st
         assert server.cancelled == ["pass"]
 
 
-async def test_a_thousand_clients_that_vanish_at_once_free_the_worker() -> None:
-    """As many as descriptors allow here, in one moment."""
-    count, here, most = 150, 0, 0
-    changed = trio.Event()
+async def test_a_thousand_clients_that_vanish_at_once_free_the_worker_and_leave_nothing() -> None:
+    """Twice: what the first thousand took is there for the second."""
+    crowd = Crowd()
+    async with serving(crowd.serve) as server:
+        await crowd.come_and_vanish(server)
+        before = crowd.held()
+        await crowd.come_and_vanish(server)
+        descriptors, memory = (now - then for now, then in zip(crowd.held(), before, strict=True))
+        assert descriptors == 0
+        assert memory < 4 << 20
+        ended = server.front.app.requests._ended
+        assert ended == {("/pass", "200", "client_gone"): 2 * crowd.size}
+        assert (await server.ask(post(b"/echo", b"abc", CLOSE))).endswith(b"abc")
 
-    async def serve(stream: trio.SocketStream) -> None:
-        nonlocal here, most, changed
+
+class Crowd:
+    """As many clients, up to a thousand, as descriptors allow here: each takes five."""
+
+    def __init__(self) -> None:
+        most = (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100) // 5
+        self.size = min(1000, most)
+        self.here = 0
+        self.changed = trio.Event()
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """Be the worker of one."""
         async with stream:
             await stream.receive_some()
             await stream.send_all(EVENTS + b"9\r\ndata: a\n\n\r\n")
-            here += 1
-            most = max(most, here)
+            self.note(1)
             with suppress(trio.BrokenResourceError):
                 await stream.receive_some()
-            here -= 1
-            changed.set()
-            changed = trio.Event()
+            self.note(-1)
 
-    async with serving(serve) as server:
-        streams = [await server.connect(post(b"/pass", b"{}")) for _ in range(count)]
+    def note(self, change: int) -> None:
+        self.here += change
+        self.changed.set()
+        self.changed = trio.Event()
+
+    async def come_and_vanish(self, server: Server) -> None:
+        streams = [await server.connect(post(b"/pass", b"{}")) for _ in range(self.size)]
         for stream in streams:
             await read_until(stream, b"data: a\n\n\r\n")
+        assert self.here == self.size
         for stream in streams:
             stream.socket.close()
-        with trio.fail_after(2):
-            while here:
-                await changed.wait()
-        assert most == count
-        assert (await server.ask(post(b"/echo", b"abc", CLOSE))).endswith(b"abc")
+        with trio.fail_after(5):
+            while self.here or server.front.app.requests._running["/pass"]:
+                await self.changed.wait() if self.here else await trio.sleep(0.01)
+
+    def held(self) -> tuple[int, int]:
+        """Return our descriptors, and our memory in bytes."""
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(os.listdir("/proc/self/fd")), pages * resource.getpagesize()
+
+
+async def flood(stream: trio.SocketStream) -> None:
+    """Be a worker that sends without end, to whoever does not read."""
+    with suppress(trio.BrokenResourceError):
+        await stream.receive_some()
+        await stream.send_all(HEAD + b"\r\n")
+        while True:
+            await stream.send_all(b"x" * 65536)
 
 
 async def test_a_client_that_does_not_read_is_dropped_and_delays_no_other(
@@ -481,16 +522,11 @@ async def test_a_client_that_does_not_read_is_dropped_and_delays_no_other(
 ) -> None:
     gone = trio.Event()
 
-    async def flood(stream: trio.SocketStream) -> None:
-        try:
-            await stream.receive_some()
-            await stream.send_all(HEAD + b"\r\n")
-            while True:
-                await stream.send_all(b"x" * 65536)
-        except trio.BrokenResourceError:
-            gone.set()
+    async def flood_until_gone(stream: trio.SocketStream) -> None:
+        await flood(stream)
+        gone.set()
 
-    async with serving(flood, stall_limit=0.5) as server:
+    async with serving(flood_until_gone, stall_limit=0.5) as server:
         stalled = await server.connect(post(b"/pass", b"{}"), buffer=4096)
         await trio.sleep(0.2)
         assert not gone.is_set()
@@ -528,6 +564,22 @@ async def test_the_end_closes_idle_connections_and_bounds_the_others() -> None:
             await server.ended.wait()
         assert trio.current_time() - began == pytest.approx(0.3, abs=0.25)
         for stream in (idle, fresh, streaming):
+            await stream.aclose()
+
+
+async def test_clients_that_do_not_read_do_not_hold_up_the_end() -> None:
+    async with serving(flood, grace=0.3) as server:
+        stalled = [await server.connect(post(b"/pass", b"{}"), buffer=4096) for _ in range(20)]
+        relays = server.front.pump._relays
+        with trio.fail_after(2):
+            while sum(bool(one.pending) for one in relays) < 20:  # noqa: ASYNC110 - nothing tells
+                await trio.sleep(0.01)
+        began = trio.current_time()
+        server.scope.cancel()
+        with trio.fail_after(2):
+            await server.ended.wait()
+        assert trio.current_time() - began == pytest.approx(0.3, abs=0.25)
+        for stream in stalled:
             await stream.aclose()
 
 

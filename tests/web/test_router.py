@@ -121,6 +121,72 @@ async def test_an_unknown_path_is_404() -> None:
     assert answer.error["correlation_id"]
 
 
+@pytest.mark.parametrize(
+    "given", ["mine", "0af7651916cd43dd8448eb211c80319c", "a.b_c~d:e/f+g=h@i-j"]
+)
+async def test_an_answer_has_the_id_that_the_request_came_with(given: str) -> None:
+    for path in ("/v1/workers", "/v1/nothing"):
+        answer = await ask(make(), "GET", path, x_request_id=given)
+        assert answer.headers[b"x-request-id"] == given.encode()
+    assert answer.error["correlation_id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "a\xe9", '"', "a,b"])
+async def test_an_id_that_will_not_do_is_replaced(given: str) -> None:
+    answer = await ask(make(), "GET", "/v1/nothing", x_request_id=given)
+    made = answer.headers[b"x-request-id"].decode()
+    assert made.startswith("req-")
+    assert answer.error["correlation_id"] == made
+    other = await ask(make(), "GET", "/v1/nothing", x_request_id=given)
+    assert other.headers[b"x-request-id"].decode() != made
+
+
+async def test_what_another_app_answers_has_our_id_and_status_in_the_figures() -> None:
+    async def other(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"x-request-id", b"theirs")]
+        await send({"type": "http.response.start", "status": 418, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    app = make(fallback=other)
+    answer = await ask(app, "GET", "/v1/nothing", x_request_id="mine")
+    assert (answer.status, answer.headers[b"x-request-id"]) == (418, b"mine")
+    assert ended(app) == {("other", "418", ""): 1}
+
+
+async def test_requests_are_counted_by_what_they_came_to() -> None:
+    async def run(emit: Emit) -> None:
+        await emit(b"a")
+        if breaks:
+            raise UnavailableError("gone", code="worker_died")
+        await trio.sleep_forever()
+
+    async def stream(request: Request) -> Stream:
+        return Stream(run)
+
+    app = make()
+    app.add("GET", "/stream/{id}", stream)
+    await ask(app, "GET", "/v1/workers")
+    await ask(app, "GET", "/v1/workers", authorization="no")
+    breaks = True
+    with pytest.RaisesGroup(UnavailableError, flatten_subgroups=True):
+        await ask(app, "GET", "/stream/1")
+    breaks = False
+    async with trio.open_nursery() as nursery:
+        call = Call(app, [b""])
+        headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}"}
+        nursery.start_soon(call.run, "GET", "/stream/2", headers)
+        await wait_all_tasks_blocked()
+        call.left.set()
+    assert ended(app) == {
+        ("/v1/workers", "200", ""): 1, ("/v1/workers", "401", "unauthorized"): 1,
+        ("/stream/{id}", "200", "worker_died"): 1, ("/stream/{id}", "200", "client_gone"): 1,
+    }  # fmt: skip
+
+
+def ended(app: App) -> dict[tuple[str, ...], int]:
+    return dict(app.requests._ended)
+
+
 async def test_a_path_with_other_methods_is_405_and_names_them() -> None:
     answer = await ask(make(), "PUT", "/v1/workers")
     assert answer.status == 405

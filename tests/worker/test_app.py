@@ -66,7 +66,7 @@ async def test_a_refusal_before_the_start_is_a_plain_error_and_leaves_nothing_ru
         assert response.status_code == status
         assert response.headers["content-type"] == "application/json"
         assert said in response.json()["error"]["message"]
-        assert "rbee_jobs_running 0" in await running(worker)
+        assert "rbee_worker_jobs_running 0" in await running(worker)
 
 
 async def test_two_jobs_of_one_id_at_once_are_a_conflict(open_worker):
@@ -86,7 +86,7 @@ async def test_delete_ends_the_stream_with_cancelled_and_is_idempotent(open_work
         assert names(rest).count("error") == 1
         assert fields(rest, "error")[0]["code"] == "cancelled"
         assert (await worker.client.delete("/execute/never-was")).status_code == 204
-        assert 'rbee_jobs_total{outcome="cancelled"} 1' in await running(worker)
+        assert 'rbee_worker_jobs_total{outcome="cancelled"} 1' in await running(worker)
 
 
 async def test_a_client_that_leaves_aborts_its_generation_at_once(open_worker):
@@ -95,9 +95,9 @@ async def test_a_client_that_leaves_aborts_its_generation_at_once(open_worker):
             body = {"job_id": "job-9", "prompt": "x", "max_tokens": 1000}
             async with other.stream("POST", "/execute", json=body) as response:
                 await anext(response.aiter_raw())
-                assert "rbee_engine_requests 1" in await running(worker)
+                assert "rbee_worker_engine_requests 1" in await running(worker)
         with trio.fail_after(0.3):
-            while "rbee_engine_requests 0" not in await running(worker):
+            while "rbee_worker_engine_requests 0" not in await running(worker):
                 pass
 
 
@@ -124,9 +124,9 @@ async def test_ready_and_metrics_tell_the_state(open_worker):
         await worker.events(max_tokens=4)
         metrics = (await worker.client.get("/metrics")).text
         assert "rbee_worker_ready 1" in metrics
-        assert "rbee_tokens_in_total 3" in metrics
-        assert "rbee_tokens_out_total 4" in metrics
-        assert 'rbee_jobs_total{outcome="done"} 1' in metrics
+        assert "rbee_worker_tokens_in_total 3" in metrics
+        assert "rbee_worker_tokens_out_total 4" in metrics
+        assert 'rbee_worker_jobs_total{outcome="done"} 1' in metrics
 
 
 async def ready_state(worker):

@@ -321,5 +321,5 @@ def _leaving_aborts(client, path, body):
 
 def _wait_running(client, count, limit):
     until = time.monotonic() + limit
-    while f"rbee_engine_requests {count}\n" not in client.get("/metrics").text:
+    while f"rbee_worker_engine_requests {count}.0\n" not in client.get("/metrics").text:
         assert time.monotonic() < until
