@@ -38,6 +38,9 @@ class QueenConfig:
     lease: float = 10.0
     token_file: str | None = None
     allow_origin: tuple[str, ...] = ()
+    slots: int | None = None
+    max_waiting: int = 1024
+    max_waiting_per_model: int = 256
 
 
 @attrs.frozen

@@ -95,6 +95,7 @@ def make_app(
         worker = _worker(hives, request.params["worker"])
         hive = hives.running(worker.node)
         if hive is not None:
+            hives.take_info(attrs.evolve(worker, state=WorkerState.STOPPING.value))
             await hive.stop_worker(worker.worker_id)
         return Response(status=204)
 
@@ -114,7 +115,9 @@ def make_app(
         info = _worker(hives, message.worker_id)
         log.info("worker %s on %s called back: it is ready", info.worker_id, info.node)
         state = WorkerState.READY.value
-        ready = attrs.evolve(info, state=state, url=message.url, model=message.model_ref)
+        ready = attrs.evolve(
+            info, state=state, url=message.url, model=message.model_ref, slots=message.slots
+        )
         if hive := hives.running(info.node):
             await hives.take_news(hive, ready)
         return Response(status=204)

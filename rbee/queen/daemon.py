@@ -73,7 +73,7 @@ async def serve(
     views = Views(setup.home, hives, attempts, machines.store, machines.fenced_for)
     needed = counting(setup.home, aliases.meanings)
     places = Places(views.look, attempts, needed, aliases.meanings)
-    assignments = Assignments(hives, places, aliases)
+    assignments = Assignments(hives, places, aliases, setup.limits)
     starts, works = Starts(hives, places, assignments), Works(ending)
     # HTTP outlives the jobs: each open stream still gets its last event. SSH outlives hives.
     async with (
@@ -92,6 +92,7 @@ async def serve(
             machines.open(),
             hives.open(),
             attempts.open(),
+            assignments.open(),
             jobs.open(),
             passages.open(),
             works.open(),

@@ -39,6 +39,7 @@ class Job:
     id: JobId
     request: TaskRequest
     log: EventLog | None = None
+    session: str = ""
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     worker: WorkerInfo | None = None
     position: int = 0

@@ -24,6 +24,7 @@ from rbee.queen.hive import Hive
 from rbee.queen.job import Job
 from rbee.queen.shelf import KEPT, Shelf
 from rbee.queen.tries import ask_until_answered
+from rbee.queen.waiting_room import Terms
 from rbee.scopes import TaskOwner
 from rbee.trace import REQUEST_ID, current
 from rbee.web.door import Headers
@@ -87,8 +88,11 @@ class Jobs(TaskOwner):
         if (job := self._running.get(JobId(job_id))) is not None:
             job.cancel(why)
 
-    def accept(self, request: TaskRequest) -> Job:
+    def accept(self, request: TaskRequest, session: str = "") -> Job:
         """Make the job of a request, which `attach` or `keep` is to run.
+
+        Args:
+            session: what belongs to the same goes to the same worker while that has room.
 
         Raises:
             BadInputError: its deadline has passed before it begins, its priority is out of range,
@@ -104,7 +108,7 @@ class Jobs(TaskOwner):
         job_id = JobId(new_id("job"))
         while job_id in self._running or job_id in self.shelf:
             job_id = JobId(new_id("job"))
-        return Job(job_id, self._aliases.fill(request))
+        return Job(job_id, self._aliases.fill(request), session=session)
 
     async def attach(self, job: Job, out: Out) -> None:
         """Run a job for a client who reads; cancelling, as when he leaves, ends it.
@@ -203,8 +207,9 @@ class Jobs(TaskOwner):
     async def _place_and_relay(self, job: Job, delivery: Delivery) -> None:
         relay = partial(self._relay, job, delivery)
         await ask_until_answered(
-            self._assignments, job.request, delivery.tell, relay, lambda: delivery.has_passed
-        )
+            self._assignments, job.request, delivery.tell, relay, lambda: delivery.has_passed,
+            Terms(job.request.priority, job.session, partial(_tell_position, job, delivery)),
+        )  # fmt: skip
 
     # relaying --------------------------------------------------------------------------------
     async def _relay(self, job: Job, delivery: Delivery, worker: WorkerInfo) -> None:
@@ -229,6 +234,11 @@ class Jobs(TaskOwner):
                 await delivery.pass_on(answer)
             finally:
                 self._assignments.figures.take_end(pace)
+
+
+def _tell_position(job: Job, delivery: Delivery, position: int) -> None:
+    job.position = position
+    delivery.tell(Queued(job.id, position))
 
 
 def _execute(job: Job) -> ExecuteRequest:

@@ -28,8 +28,10 @@ from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.offer import Offer
 from rbee.queen.placement import GENERATE
+from rbee.queen.sessions import session_of
 from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
 from rbee.queen.tries import ask_until_answered
+from rbee.queen.waiting_room import Terms
 from rbee.trace import REQUEST_ID, current
 from rbee.web.head import Headers, end_to_end
 from rbee.web.out import Out, headers_of, read_all
@@ -43,6 +45,7 @@ EMBEDDINGS = "/v1/embeddings"
 ANY_TASK = ("/tokenize", "/detokenize")
 ROUTES = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses", *ANY_TASK)
 ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
+NO_WORK = (*ANY_TASK, "/v1/messages/count_tokens")  # the engine has no part in them
 MODELS = "/v1/models"
 EMBED = "embed"
 
@@ -78,6 +81,7 @@ class Call:
     streams: bool
     shape: Shape
     id: bytes
+    terms: Terms
 
 
 class WorkerGoneError(UnavailableError):
@@ -144,6 +148,11 @@ class Passages:
             bool(asked.stream),
             shape,
             current().id.encode(),
+            Terms(
+                asked.priority or 0,
+                session_of(request.headers),
+                takes_slot=request.path not in NO_WORK,
+            ),
         )
         return Passing(partial(self._run, call))
 
@@ -189,7 +198,7 @@ class Passages:
     async def _pass(self, call: Call, out: Out) -> None:
         ask = partial(self._pass_from, call, out)
         await ask_until_answered(
-            self._assignments, call.start, _say_nothing, ask, lambda: out.begun
+            self._assignments, call.start, _say_nothing, ask, lambda: out.begun, call.terms
         )
 
     async def _pass_from(self, call: Call, out: Out, worker: WorkerInfo) -> None:

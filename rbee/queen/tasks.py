@@ -9,6 +9,7 @@ from rbee.queen.delivery import last_event
 from rbee.queen.event_log import EventLog
 from rbee.queen.job import Job
 from rbee.queen.jobs import Jobs
+from rbee.queen.sessions import session_of
 from rbee.web.router import App, Emit, Passing, Request, Response, Stream, json_response
 from rbee.wire import codec, messages
 from rbee.wire.messages import TaskAccepted, TaskRequest
@@ -19,7 +20,7 @@ ASYNC = b"respond-async"
 def add_task_routes(app: App, jobs: Jobs) -> None:
     async def start(request: Request) -> Passing | Response:
         body = await request.json()
-        job = jobs.accept(codec.loads(body, TaskRequest))
+        job = jobs.accept(codec.loads(body, TaskRequest), session_of(request.headers))
         if not prefers_async(request):
             return Passing(partial(jobs.attach, job))
         await jobs.keep(job, len(body))

@@ -454,7 +454,7 @@ async def test_a_client_that_leaves_frees_the_worker(streams: bool) -> None:
         with trio.fail_after(0.3):
             await worker.left.wait()
         assert len(queen.passages) == 0
-        assert not queen.passages._assignments._at
+        assert not queen.passages._assignments.room.slots.total()
 
 
 async def test_a_client_that_leaves_while_a_worker_is_started_is_forgotten() -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from rbee.errors import GoneError
 from rbee.queen.jobs import Jobs
+from rbee.queen.limits import Limits
 from rbee.queen.shelf import KEPT
 from rbee.queen.tasks import prefers_async
 from rbee.web.router import Request
@@ -79,7 +80,7 @@ async def test_the_workers_events_follow_the_queens_byte_for_byte(http2: bool) -
             assert (sent["job_id"], sent["prompt"], sent["priority"]) == (job_id, "hi", -2)
             assert worker.heads[-1].startswith(b"POST /execute HTTP/1.1\r\n")
             assert (await client.get(f"{PATH}/{job_id}")).status_code == 410
-        assert not queen.jobs._assignments._at
+        assert not queen.jobs._assignments.room.slots.total()
 
 
 async def test_a_job_that_runs_can_be_looked_at_and_cancelled() -> None:
@@ -118,7 +119,8 @@ async def test_a_client_that_leaves_frees_the_worker(answers: list[bytes]) -> No
 
 
 async def test_what_is_refused_at_once_is_a_plain_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbee.queen.assignments.WAITING", 0)
+    limits = Limits(waiting_per_model=0)
+    monkeypatch.setattr("rbee.queen.assignments.Limits", lambda: limits)
     async with open_queen() as queen:
         for headers in ({}, ASYNC):
             full = await queen.post(PATH, json=ASK, headers=headers)
