@@ -83,7 +83,10 @@ async def serve(
     ):
         jobs = Jobs(assignments, aliases, upstreams, ending)
         passages = Passages(assignments, aliases, Offer(aliases, views.look), upstreams, ending)
-        app = make_app(setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins)
+        app = make_app(
+            setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins,
+            assignments.room.reading,
+        )  # fmt: skip
         add_metrics(app, assignments, hives, jobs)
         add_target_routes(app, hives)
         serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))

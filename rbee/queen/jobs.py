@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 
 import trio
@@ -22,6 +22,7 @@ from rbee.queen.assignments import Assignments
 from rbee.queen.delivery import Connected, Delivery, Kept
 from rbee.queen.hive import Hive
 from rbee.queen.job import Job
+from rbee.queen.keys import Key
 from rbee.queen.shelf import KEPT, Shelf
 from rbee.queen.tries import ask_until_answered
 from rbee.queen.waiting_room import Terms
@@ -88,27 +89,27 @@ class Jobs(TaskOwner):
         if (job := self._running.get(JobId(job_id))) is not None:
             job.cancel(why)
 
-    def accept(self, request: TaskRequest, session: str = "") -> Job:
+    def accept(self, request: TaskRequest, session: str = "", key: Key | None = None) -> Job:
         """Make the job of a request, which `attach` or `keep` is to run.
-
-        Args:
-            session: what belongs to the same goes to the same worker while that has room.
 
         Raises:
             BadInputError: its deadline has passed before it begins, its priority is out of range,
                 or config.toml is wrong.
+            ForbiddenError: the key is not for this model.
             RbeeError: the queen is stopping.
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
         if not -PRIORITIES <= request.priority < PRIORITIES:
             raise BadInputError(f"priority must fit into 64 bits: {request.priority}")
+        if key is not None:
+            key.check_model(request.model, self._aliases.meanings)
         if not self.takes_tasks:
             raise self._ending()
         job_id = JobId(new_id("job"))
         while job_id in self._running or job_id in self.shelf:
             job_id = JobId(new_id("job"))
-        return Job(job_id, self._aliases.fill(request), session=session)
+        return Job(job_id, self._aliases.fill(request), session=session, key=key)
 
     async def attach(self, job: Job, out: Out) -> None:
         """Run a job for a client who reads; cancelling, as when he leaves, ends it.
@@ -173,7 +174,9 @@ class Jobs(TaskOwner):
             raise self._ending()
         self._running[job.id] = job
         try:
-            yield
+            # One that is kept goes on when the request that began it, which counts too, has ended.
+            with job.key.holding() if job.key and job.log is not None else nullcontext():
+                yield
         finally:
             del self._running[job.id]
             if job.log is None:

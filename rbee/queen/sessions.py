@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from rbee.web.router import Request
 from rbee.wire.messages import WorkerInfo
 
 HEADER = b"x-session-id"  # as other routers for language models have it
@@ -12,10 +13,12 @@ KEPT = 10_000  # sessions that are remembered; the one that is longest silent is
 LONGEST = 255  # characters of a name
 
 
-def session_of(headers: Mapping[bytes, bytes]) -> str:
+def session_of(request: Request) -> str:
     """Return the name of the session that a request belongs to; "" for none."""
-    name = headers.get(HEADER, b"").decode("latin-1")
-    return name if len(name) <= LONGEST else ""
+    name = request.headers.get(HEADER, b"").decode("latin-1")
+    if not name or len(name) > LONGEST:
+        return ""
+    return f"{request.caller.name}/{name}" if request.caller else name
 
 
 class Sessions:

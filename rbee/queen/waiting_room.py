@@ -26,6 +26,7 @@ from rbee.registry import Registry
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
 TELL = 0.25  # seconds between two words about a request's position
+READ = 1024  # requests whose bodies may be on their way at once
 
 Asked = TaskRequest | StartWorker
 """What a worker is wanted for; a `StartWorker` is the one to start if there is none."""
@@ -102,6 +103,7 @@ class WaitingRoom:
         self._queue: Queue[Claim] = Queue()
         self._sessions = Sessions()
         self._number = 0
+        self._read = 0
         self._ready: frozenset[str] = frozenset()
         self._fewer = trio.Event()  # ready workers
         self._moved = trio.Event()
@@ -119,6 +121,21 @@ class WaitingRoom:
         """Return one name for all that mean the same model."""
         names = (name for name in self._meanings(asked.model) if ":" in name)
         return min(names, default=asked.model)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a request while its body is read, which is not begun if too many wait.
+
+        Raises:
+            QueueFullError: too many do.
+        """
+        if len(self._queue) >= self._limits.waiting or self._read >= READ:
+            raise full(len(self._queue) + self._read)
+        self._read += 1
+        try:
+            yield
+        finally:
+            self._read -= 1
 
     # taking and leaving ----------------------------------------------------------------------
     def take(self, claim: Claim) -> bool:
