@@ -28,6 +28,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_tokens": (lambda value: value >= 1, "at least 1"),
     "max_model_len": (lambda value: value >= 1, "at least 1"),
     "max_num_seqs": (lambda value: value >= 1, "at least 1"),
+    "slots": (lambda value: value >= 1, "at least 1"),
     "kv_cache": (lambda value: value >= 1, "above 0"),
     "stop": (lambda value: "" not in value, "texts with something in them"),
     "backend": (lambda value: value in ("cpu", "cuda"), "cpu or cuda"),
@@ -40,7 +41,8 @@ _PREFIX = "not a valid Defaults: "
 class Defaults:
     """What holds for requests under an alias where they say nothing; names as in `TaskRequest`.
 
-    ``keep_alive``: seconds; negative: for ever. ``kv_cache``: bytes.
+    ``keep_alive``: seconds; negative: for ever. ``kv_cache``: bytes. ``slots``: requests that the
+    queen gives to one worker at once, whatever its engine can do.
     """
 
     system: str | None = None
@@ -61,6 +63,7 @@ class Defaults:
     device: str | None = None
     engine: str | None = None
     keep_alive: float | None = None
+    slots: int | None = None
 
     def said(self) -> dict[str, Any]:
         """Return what is set."""

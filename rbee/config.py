@@ -1,12 +1,14 @@
 """``$RBEE_HOME/config.toml`` as frozen values.
 
-The file has tables of its own: ``[aliases]``, and ``[queen]``, ``[hive]`` and ``[worker]`` with the
-flags of these three programs. Everything else in it are flags of `rbee-keeper`, checked there: at
-the top for every command, in a table named after a command (``[infer]``) for that one.
+The file has tables of its own: ``[aliases]``, ``[keys.NAME]`` for who may use the models of the
+queen, and ``[queen]``, ``[hive]`` and ``[worker]`` with the flags of these three programs. All else
+in it are flags of `rbee-keeper`, checked there: at the top for every command, in a table named
+after a command (``[infer]``) for that one.
 """
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from rbee.alias import Defaults, read_alias
 from rbee.errors import UsageError
 from rbee.model import HIVE_PORT, LOCALHOST, QUEEN_PORT, WORKER_PORT
 
-OWN_TABLES = ("aliases", "queen", "hive", "worker")
+OWN_TABLES = ("aliases", "keys", "queen", "hive", "worker")
+_KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class ConfigError(UsageError):
@@ -38,6 +42,9 @@ class QueenConfig:
     lease: float = 10.0
     token_file: str | None = None
     allow_origin: tuple[str, ...] = ()
+    slots: int | None = None
+    max_waiting: int = 1024
+    max_waiting_per_model: int = 256
 
 
 @attrs.frozen
@@ -76,6 +83,23 @@ class WorkerFlags:
 
 
 @attrs.frozen
+class KeyConfig:
+    """``[keys.NAME]``: who may use models without the queen's token.
+
+    Attributes:
+        sha256: of the key, in hex; it stands here instead of a ``file`` with the key.
+        requests_at_once, requests_per_minute: beyond them is a 429; None is no bound.
+        models: the names that may be asked for, and others for the same models; () is all.
+    """
+
+    sha256: str = attrs.field(default="", repr=False)
+    file: str = ""
+    requests_at_once: int | None = None
+    requests_per_minute: int | None = None
+    models: tuple[str, ...] = ()
+
+
+@attrs.frozen
 class Config:
     """One ``config.toml``.
 
@@ -83,6 +107,7 @@ class Config:
         aliases: a model's short name → its sources, tried in order.
         defaults: the same names → what holds for requests that say nothing else; only those that
             set something.
+        keys: who may use models, by name.
         flags: what is not one of the tables above, as parsed.
         source: the file's path, for errors.
     """
@@ -92,6 +117,7 @@ class Config:
     queen: QueenConfig = attrs.field(factory=QueenConfig)
     hive: HiveConfig = attrs.field(factory=HiveConfig)
     worker: WorkerFlags = attrs.field(factory=WorkerFlags)
+    keys: dict[str, KeyConfig] = attrs.field(factory=dict)
     flags: dict[str, Any] = attrs.field(factory=dict)
     source: str = ""
 
@@ -131,6 +157,7 @@ def _structure(data: dict[str, Any], path: Path) -> Config:
         queen=_table(data.get("queen", {}), "queen", QueenConfig, path),
         hive=_table(data.get("hive", {}), "hive", HiveConfig, path),
         worker=_table(data["worker"] if "worker" in own else {}, "worker", WorkerFlags, path),
+        keys=_keys(data.get("keys", {}), path),
         flags={key: value for key, value in data.items() if key not in own},
         source=str(path),
     )
@@ -159,6 +186,29 @@ def _table(data: Any, name: str, kind: type[Any], path: Path) -> Any:
         raise ConfigError(
             f"{path}: [{name}]: {exc.message}", hint=f"${{EDITOR:-vi}} {path}"
         ) from exc
+
+
+def _keys(data: Any, path: Path) -> dict[str, KeyConfig]:
+    if not isinstance(data, dict):
+        raise wrong(path, "keys", "must hold tables [keys.NAME]")
+    return {name: _key(name, value, path) for name, value in data.items()}
+
+
+def _key(name: str, data: Any, path: Path) -> KeyConfig:
+    where = f"keys.{name}"
+    if not _KEY_NAME.fullmatch(name):
+        raise wrong(path, where, "must be letters, digits and ._- (at most 63)")
+    key: KeyConfig = _table(data, where, KeyConfig, path)
+    if bool(key.sha256) == bool(key.file):
+        raise wrong(path, where, "needs either sha256 or file")
+    if key.sha256 and not _DIGEST.fullmatch(key.sha256.lower()):
+        raise wrong(
+            path, f"{where}.sha256", "must be 64 hexadecimal digits (printf %s KEY | sha256sum)"
+        )
+    for limit in ("requests_at_once", "requests_per_minute"):
+        if (value := getattr(key, limit)) is not None and value < 1:
+            raise wrong(path, f"{where}.{limit}", f"must be at least 1, got {value}")
+    return key
 
 
 def _aliases(data: Any, path: Path) -> dict[str, tuple[tuple[str, ...], Defaults]]:

@@ -89,6 +89,13 @@ class QueueFullError(RbeeError):
     http_status = 429
 
 
+class RateLimitedError(RbeeError):
+    """A key has had its share; ``details`` holds ``retry_after`` in seconds."""
+
+    code = "rate_limited"
+    http_status = 429
+
+
 class CancelledError(RbeeError):
     """Somebody asked for the end: the client went away or sent DELETE."""
 
@@ -140,7 +147,7 @@ BY_CODE: dict[str, type[RbeeError]] = {
         RbeeError, BadInputError, UsageError, UnauthorizedError, ForbiddenError, NotFoundError,
         DeadlineError, ConflictError, TooLargeError, QueueFullError, CancelledError,
         UnavailableError, InsufficientError, MachineError, PeerError, ChildExitedError,
-        OwnerGoneError, TooManyFailuresError, GoneError,
+        OwnerGoneError, TooManyFailuresError, GoneError, RateLimitedError,
     )
 }  # fmt: skip
 BY_STATUS: dict[int, type[RbeeError]] = {

@@ -17,6 +17,7 @@ class Registry(Generic[K, V]):
     def __init__(self) -> None:
         self._values: dict[K, V] = {}
         self._changed = trio.Event()
+        self._listeners: list[Callable[[], None]] = []
 
     def __iter__(self) -> Iterator[V]:
         return iter(list(self._values.values()))
@@ -39,9 +40,15 @@ class Registry(Generic[K, V]):
         self._values.pop(key, None)
         self._wake()
 
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call ``listener`` after every change, before anybody who waits runs."""
+        self._listeners.append(listener)
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
+        for listener in self._listeners:
+            listener()
 
     async def wait_until(self, found: Callable[[], V | None]) -> V:
         """Return ``found()`` as soon as it is not None, looking again after every change."""

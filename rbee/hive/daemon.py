@@ -96,7 +96,9 @@ class ReadyCallbacks(TaskOwner):
 
 
 async def _post_ready(url: str, token: str, info: WorkerInfo) -> None:
-    message = WorkerReady(info.worker_id, info.url, info.model, info.backend, info.device)
+    message = WorkerReady(
+        info.worker_id, info.url, info.model, info.backend, info.device, info.slots
+    )
     async with open_client(url, token) as client:
         try:
             await _call(client, messages.QUEEN_WORKER_READY, message)

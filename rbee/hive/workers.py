@@ -441,7 +441,10 @@ class Workers(TaskOwner):
             worker.cards.note_tree(worker.info.pid)
         worker.seen_at = worker.ready_at = trio.current_time()
         state = WorkerState.READY.value
-        self._change(worker, state=state, url=message.url, pid=pid, progress="", share=None)
+        self._change(
+            worker, state=state, url=message.url, pid=pid, progress="", share=None,
+            slots=message.slots,
+        )  # fmt: skip
         log.info("worker %s ready at %s", worker.id, message.url)
         self.on_ready(worker.info)
 

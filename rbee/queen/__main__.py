@@ -29,6 +29,9 @@ def run_daemon(
     lease: float = 10.0,
     token_file: Path | None = None,
     allow_origin: Annotated[tuple[str, ...], cyclopts.Parameter(negative=())] = (),
+    slots: int | None = None,
+    max_waiting: int = 1024,
+    max_waiting_per_model: int = 256,
     owned: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> int:
     """Run a queen until it is told to stop.
@@ -49,6 +52,13 @@ def run_daemon(
         File with the token that callers must send; default: the token of the home.
     allow_origin:
         Web page that may call, with the token: https://chat.example; repeatable.
+    slots:
+        Requests that one worker gets at once; default: as many as its engine works on. The others
+        wait. A model's alias may say another number.
+    max_waiting:
+        Requests that may wait, of all models; the next one is refused with 429.
+    max_waiting_per_model:
+        Requests that may wait for one model.
     owned:
         End with the owner, whose lifeline is stdin.
     """
@@ -61,6 +71,7 @@ def run_daemon(
     from rbee.home import choose_token, open_home, short_name
     from rbee.model import new_id
     from rbee.queen.daemon import run
+    from rbee.queen.limits import Limits
     from rbee.queen.machine import QueenSetup
     from rbee.web.door import checked_origin
 
@@ -84,6 +95,7 @@ def run_daemon(
             exact_port=not owned,
             hive_port=load_config(place.config_file).hive.port if hive_port is None else hive_port,
             lease=start.lease if start else lease,
+            limits=Limits(slots, max_waiting, max_waiting_per_model),
         )
         await run(setup, root, allowed_origins=origins)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,6 +67,7 @@ class Aliases:
         self._config = Config()
         self._seen: tuple[int, ...] | None = None
         self._meanings: dict[str, frozenset[str]] = {}
+        self._slots: dict[str, int] = {}
 
     def fill(self, request: TaskRequest) -> TaskRequest:
         """Apply the defaults of the alias that a request names, then the engine.
@@ -114,6 +116,11 @@ class Aliases:
         """
         parse(name, self._read().aliases)
 
+    def slots_of(self, names: Iterable[str]) -> int | None:
+        """Return how many requests at once the file lets a model's workers have, if it says so."""
+        slots = self._slots
+        return next((slots[name] for name in names if name in slots), None) if slots else None
+
     def meanings(self, name: str) -> frozenset[str]:
         """Return every name of what ``name`` means, as the file was when it was last read."""
         found = self._meanings.get(name)
@@ -127,6 +134,9 @@ class Aliases:
         seen = self._stamp()
         if seen != self._seen:
             self._config = load_config(self._file)
+            self._slots = {
+                name: said.slots for name, said in self._config.defaults.items() if said.slots
+            }
             self._meanings.clear()
             self._seen = seen
         return self._config

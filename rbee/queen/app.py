@@ -15,6 +15,7 @@ from rbee.model import DEFAULT_ENGINE, WorkerId, WorkerState
 from rbee.queen.aliases import Aliases
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
+from rbee.queen.keys import Keys
 from rbee.queen.machine import QueenSetup
 from rbee.queen.models import Models
 from rbee.queen.nodes import add_node_routes
@@ -22,7 +23,7 @@ from rbee.queen.openai import Passages, add_openai_routes
 from rbee.queen.starts import Starts
 from rbee.queen.tasks import add_task_routes
 from rbee.web.narrated import Tell, Works
-from rbee.web.router import App, Request, Response, Stream, json_response
+from rbee.web.router import App, Gate, Request, Response, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import (
     Health,
@@ -46,10 +47,16 @@ def make_app(
     aliases: Aliases,
     stop: Callable[[str], None],
     allowed_origins: Sequence[str] = (),
+    gate: Gate | None = None,
 ) -> App:
-    """Wire one queen's routes; ``stop`` begins the end of the daemon."""
+    """Wire one queen's routes; ``stop`` begins the end of the daemon, ``gate`` is `App`'s."""
     app = App(
-        token=setup.token, hosts=(setup.host,), allowed_origins=allowed_origins, tells_overhead=True
+        token=setup.token,
+        hosts=(setup.host,),
+        allowed_origins=allowed_origins,
+        keys=Keys(setup.home.config_file),
+        gate=gate,
+        tells_overhead=True,
     )
     models = Models(setup.home, hives)
 
@@ -95,6 +102,7 @@ def make_app(
         worker = _worker(hives, request.params["worker"])
         hive = hives.running(worker.node)
         if hive is not None:
+            hives.take_info(attrs.evolve(worker, state=WorkerState.STOPPING.value))
             await hive.stop_worker(worker.worker_id)
         return Response(status=204)
 
@@ -114,7 +122,9 @@ def make_app(
         info = _worker(hives, message.worker_id)
         log.info("worker %s on %s called back: it is ready", info.worker_id, info.node)
         state = WorkerState.READY.value
-        ready = attrs.evolve(info, state=state, url=message.url, model=message.model_ref)
+        ready = attrs.evolve(
+            info, state=state, url=message.url, model=message.model_ref, slots=message.slots
+        )
         if hive := hives.running(info.node):
             await hives.take_news(hive, ready)
         return Response(status=204)

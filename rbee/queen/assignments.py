@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TypeVar
 
 import attrs
@@ -14,7 +13,6 @@ import trio
 from rbee.errors import (
     BadInputError,
     ChildExitedError,
-    QueueFullError,
     RbeeError,
     UnavailableError,
     from_wire,
@@ -27,12 +25,15 @@ from rbee.queen.attempts import Narrate
 from rbee.queen.backoff import Backoff
 from rbee.queen.hive import Hive
 from rbee.queen.hives import Hives
+from rbee.queen.limits import Limits
 from rbee.queen.metrics import Figures
 from rbee.queen.placement import choose, is_called, start_for
 from rbee.queen.places import Places
 from rbee.queen.turns import Turns
+from rbee.queen.waiting_room import Asked, Claim, Terms, WaitingRoom
 from rbee.queen.where import located
 from rbee.remains import LEFT
+from rbee.scopes import open_service
 from rbee.trace import current
 from rbee.wire.messages import Narration, StartWorker, TaskRequest, WorkerInfo, WorkerNarration
 
@@ -40,41 +41,78 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOG_LINES = 12
-WAITING = 64  # requests that may wait for workers of one model
 TOLD_WITHIN = 1.0  # seconds for the news of a worker's end
 
 
-Asked = TaskRequest | StartWorker
-"""What a worker is wanted for; a `StartWorker` is the one to start if there is none."""
-
-
 class Assignments:
-    """Finds the workers of one queen for its requests, and knows how many each is at."""
+    """Finds the workers of one queen for its requests, and has those wait that find none free."""
 
-    def __init__(self, hives: Hives, places: Places, aliases: Aliases) -> None:
+    def __init__(
+        self, hives: Hives, places: Places, aliases: Aliases, limits: Limits | None = None
+    ) -> None:
         self._hives = hives
         self._places = places
         self._aliases = aliases
+        self._limits = limits or Limits()
         self._turns = Turns()
-        self._at: Counter[str] = Counter()
-        self._waiting: Counter[str] = Counter()
         self._backoff = Backoff()
         self.figures = Figures()
+        self.room = WaitingRoom(hives.workers, aliases.meanings, self._capacity, self._limits)
 
-    async def worker_for(self, request: Asked, narrate: Narrate) -> WorkerInfo:
-        """Return a ready worker, started if there is none.
+    @asynccontextmanager
+    async def open(self) -> AsyncGenerator[None, None]:
+        """Tell those that wait how their turn comes nearer, while the body runs."""
+        async with open_service(self.room.keep_telling):
+            yield
+
+    def claim(self, asked: Asked, terms: Terms) -> Claim:
+        """Make a request's claim to a worker: from now on it has its place among the others."""
+        return self.room.claim(asked, terms)
+
+    @asynccontextmanager
+    async def open_slot(self, claim: Claim, narrate: Narrate) -> AsyncGenerator[WorkerInfo, None]:
+        """Have a slot of a worker that is ready, started if there is none, while the body runs.
 
         Raises:
             QueueFullError: too many wait for one already.
+            RbeeError: why there will be none.
+        """
+        try:
+            if not self.room.take(claim):
+                with self.room.waiting(claim):
+                    await self._wait_served(claim, narrate)
+            assert claim.worker is not None
+            yield claim.worker
+        finally:
+            self.room.give_back(claim)
+
+    async def _wait_served(self, claim: Claim, narrate: Narrate) -> None:
+        """Wait for its turn, and see to it that there is a worker which that can come from."""
+        try:
+            with claim.served:
+                while True:
+                    await self.worker_for(claim.asked, narrate)
+                    await self.room.wait_deserted(claim.asked)
+        except RbeeError:
+            if claim.worker is None:  # its turn may have come at the same moment
+                raise
+
+    def _capacity(self, worker: WorkerInfo) -> float:
+        said = self._aliases.slots_of((worker.model, *worker.served_names)) or self._limits.slots
+        return said or worker.slots or float("inf")
+
+    async def worker_for(self, request: Asked, narrate: Narrate) -> WorkerInfo:
+        """Return a ready worker, if a busy one, started if there is none.
+
+        Raises:
             RbeeError: why there is none.
         """
         if (ready := self.ready_for(request)) is not None:
             return ready
-        with self._waiting_for(request.model):
-            return await self._wait_for_worker(request, narrate)
+        return await self._wait_for_worker(request, narrate)
 
     def ready_for(self, request: Asked) -> WorkerInfo | None:
-        """Return a worker that is ready now."""
+        """Return a worker that is ready now, if a busy one."""
         found = self._choose(request)
         is_ready = found is not None and found.state == WorkerState.READY.value
         return found if is_ready else None
@@ -86,7 +124,7 @@ class Assignments:
 
     @contextmanager
     def at(self, worker: WorkerInfo) -> Iterator[tuple[Hive, trio.CancelScope]]:
-        """Count a request of a worker, and cancel it when its node is lost.
+        """Cancel a request of a worker when its node is lost.
 
         Raises:
             UnavailableError: it is lost already.
@@ -94,17 +132,12 @@ class Assignments:
         hive = self._hives.running(worker.node)
         if hive is None:
             raise UnavailableError(f"the hive on {worker.node} is gone", code="hive_lost")
-        self._at[worker.worker_id] += 1
-        try:
-            with current().at_worker(worker.model), hive.relaying() as scope:
-                yield hive, scope
-        finally:
-            self._at[worker.worker_id] -= 1
-            self._at += Counter()  # drops what is at 0
+        with current().at_worker(worker.model), hive.relaying() as scope:
+            yield hive, scope
 
     def waiting(self) -> int:
         """Return how many requests wait for a worker."""
-        return sum(self._waiting.values())
+        return len(self.room)
 
     def is_forwarded(self, worker: WorkerInfo) -> bool:
         """Tell whether its node's connections are taken by a forward, whatever is behind it."""
@@ -143,31 +176,18 @@ class Assignments:
         return self._hives.failures.get(worker_id)
 
     # finding one ------------------------------------------------------------------------------
-    @contextmanager
-    def _waiting_for(self, model: str) -> Iterator[None]:
-        if self._waiting[model] >= WAITING:
-            raise QueueFullError(
-                f"{WAITING} requests wait for {shown(model)} to be loaded; no more can",
-                hint="rbee-keeper worker list",
-            )
-        self._waiting[model] += 1
-        try:
-            yield
-        finally:
-            self._waiting[model] -= 1
-            self._waiting += Counter()  # drops what is at 0
-
     async def _wait_for_worker(self, request: Asked, narrate: Narrate) -> WorkerInfo:
         start = self._aliases.spell_out(self._start_for(request))
         with self._hives.narrations.subscribe() as narrations:
             worker = await self._have_worker(request, start, narrate)
             try:
-                ready = await self.until_ready(worker.worker_id, narrations, narrate)
+                return await self.until_ready(worker.worker_id, narrations, narrate)
             except RbeeError as exc:
                 self._backoff.note_failure(start, worker.worker_id, exc)
                 raise
-            self._backoff.note_success(start)
-            return ready
+            finally:
+                if self._is_ready(worker.worker_id):
+                    self._backoff.note_success(start)
 
     def _start_for(self, request: Asked) -> StartWorker:
         if isinstance(request, TaskRequest):
@@ -185,7 +205,7 @@ class Assignments:
             return self._choose(request) or await self._start(request, start, asked, narrate)
 
     def _choose(self, request: Asked) -> WorkerInfo | None:
-        return choose(self._hives.workers, request, self._aliases.meanings, self._at)
+        return choose(self._hives.workers, request, self._aliases.meanings)
 
     async def _start(
         self, request: Asked, start: StartWorker, asked: float, narrate: Narrate
@@ -219,17 +239,24 @@ class Assignments:
             if item.worker_id == worker_id:
                 narrate(Narration(item.actor, item.action, item.text, item.share))
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_for_each, narrations, forward)
-            worker = await self._hives.workers.wait_until(lambda: self._settled(worker_id))
-            nursery.cancel_scope.cancel(reason="worker settled")
-        with suppress(trio.WouldBlock, trio.EndOfChannel):
-            while True:  # what was told before it settled
-                forward(narrations.receive_nowait())
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_for_each, narrations, forward)
+                worker = await self._hives.workers.wait_until(lambda: self._settled(worker_id))
+                nursery.cancel_scope.cancel(reason="worker settled")
+        finally:  # a request whose turn comes with the worker waits no more, but is told as well
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
+                while True:  # what was told before it settled
+                    forward(narrations.receive_nowait())
+            if self._is_ready(worker_id):
+                narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
         if worker.state != WorkerState.READY.value:
             raise located(_failure(worker), worker.node)
-        narrate(Narration("queen", "ready", f"after {trio.current_time() - began:.1f} s"))
         return worker
+
+    def _is_ready(self, worker_id: str) -> bool:
+        worker = self._hives.workers.get(WorkerId(worker_id))
+        return worker is not None and worker.state == WorkerState.READY.value
 
     def _settled(self, worker_id: str) -> WorkerInfo | None:
         worker = self._hives.workers.get(WorkerId(worker_id))

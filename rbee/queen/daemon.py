@@ -73,7 +73,7 @@ async def serve(
     views = Views(setup.home, hives, attempts, machines.store, machines.fenced_for)
     needed = counting(setup.home, aliases.meanings)
     places = Places(views.look, attempts, needed, aliases.meanings)
-    assignments = Assignments(hives, places, aliases)
+    assignments = Assignments(hives, places, aliases, setup.limits)
     starts, works = Starts(hives, places, assignments), Works(ending)
     # HTTP outlives the jobs: each open stream still gets its last event. SSH outlives hives.
     async with (
@@ -83,7 +83,10 @@ async def serve(
     ):
         jobs = Jobs(assignments, aliases, upstreams, ending)
         passages = Passages(assignments, aliases, Offer(aliases, views.look), upstreams, ending)
-        app = make_app(setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins)
+        app = make_app(
+            setup, hives, jobs, starts, works, passages, aliases, stop, allowed_origins,
+            assignments.room.reading,
+        )  # fmt: skip
         add_metrics(app, assignments, hives, jobs)
         add_target_routes(app, hives)
         serving = partial(serve_http, app, listener, grace=0.5, front=Front(app, pump))
@@ -92,6 +95,7 @@ async def serve(
             machines.open(),
             hives.open(),
             attempts.open(),
+            assignments.open(),
             jobs.open(),
             passages.open(),
             works.open(),

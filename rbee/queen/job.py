@@ -12,6 +12,8 @@ import trio
 from rbee.errors import RbeeError
 from rbee.model import JobId, JobState
 from rbee.queen.event_log import EventLog
+from rbee.queen.keys import Key
+from rbee.web.door import Caller
 from rbee.wire import sse
 from rbee.wire.messages import (
     End,
@@ -32,6 +34,8 @@ class Job:
 
     Attributes:
         log: its events, if it belongs to nobody; else they are on the connection that it is of.
+        session: what belongs to the same goes to the same worker while that has room.
+        key: whose job it is; None with the queen's token.
         position: how many are before it.
         created, started, ended: seconds since the epoch; 0 is not yet.
     """
@@ -39,6 +43,8 @@ class Job:
     id: JobId
     request: TaskRequest
     log: EventLog | None = None
+    session: str = ""
+    key: Key | None = None
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     worker: WorkerInfo | None = None
     position: int = 0
@@ -60,6 +66,10 @@ class Job:
     def why_cancelled(self) -> RbeeError | None:
         """The error of a job that was cancelled, if that has happened."""
         return self._why if self.scope.cancelled_caught else None
+
+    def is_of(self, caller: Caller | None) -> bool:
+        """Tell whether it is a caller's to see and to end; with the token all are."""
+        return caller is None or (self.key is not None and self.key.name == caller.name)
 
     def cancel(self, why: RbeeError) -> None:
         """End it for this reason; the first reason stays."""

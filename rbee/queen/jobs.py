@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from functools import partial
 
 import trio
@@ -22,8 +22,10 @@ from rbee.queen.assignments import Assignments
 from rbee.queen.delivery import Connected, Delivery, Kept
 from rbee.queen.hive import Hive
 from rbee.queen.job import Job
+from rbee.queen.keys import Key
 from rbee.queen.shelf import KEPT, Shelf
 from rbee.queen.tries import ask_until_answered
+from rbee.queen.waiting_room import Terms
 from rbee.scopes import TaskOwner
 from rbee.trace import REQUEST_ID, current
 from rbee.web.door import Headers
@@ -87,24 +89,27 @@ class Jobs(TaskOwner):
         if (job := self._running.get(JobId(job_id))) is not None:
             job.cancel(why)
 
-    def accept(self, request: TaskRequest) -> Job:
+    def accept(self, request: TaskRequest, session: str = "", key: Key | None = None) -> Job:
         """Make the job of a request, which `attach` or `keep` is to run.
 
         Raises:
             BadInputError: its deadline has passed before it begins, its priority is out of range,
                 or config.toml is wrong.
+            ForbiddenError: the key is not for this model.
             RbeeError: the queen is stopping.
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
         if not -PRIORITIES <= request.priority < PRIORITIES:
             raise BadInputError(f"priority must fit into 64 bits: {request.priority}")
+        if key is not None:
+            key.check_model(request.model, self._aliases.meanings)
         if not self.takes_tasks:
             raise self._ending()
         job_id = JobId(new_id("job"))
         while job_id in self._running or job_id in self.shelf:
             job_id = JobId(new_id("job"))
-        return Job(job_id, self._aliases.fill(request))
+        return Job(job_id, self._aliases.fill(request), session=session, key=key)
 
     async def attach(self, job: Job, out: Out) -> None:
         """Run a job for a client who reads; cancelling, as when he leaves, ends it.
@@ -169,7 +174,9 @@ class Jobs(TaskOwner):
             raise self._ending()
         self._running[job.id] = job
         try:
-            yield
+            # One that is kept goes on when the request that began it, which counts too, has ended.
+            with job.key.holding() if job.key and job.log is not None else nullcontext():
+                yield
         finally:
             del self._running[job.id]
             if job.log is None:
@@ -203,8 +210,9 @@ class Jobs(TaskOwner):
     async def _place_and_relay(self, job: Job, delivery: Delivery) -> None:
         relay = partial(self._relay, job, delivery)
         await ask_until_answered(
-            self._assignments, job.request, delivery.tell, relay, lambda: delivery.has_passed
-        )
+            self._assignments, job.request, delivery.tell, relay, lambda: delivery.has_passed,
+            Terms(job.request.priority, job.session, partial(_tell_position, job, delivery)),
+        )  # fmt: skip
 
     # relaying --------------------------------------------------------------------------------
     async def _relay(self, job: Job, delivery: Delivery, worker: WorkerInfo) -> None:
@@ -229,6 +237,11 @@ class Jobs(TaskOwner):
                 await delivery.pass_on(answer)
             finally:
                 self._assignments.figures.take_end(pace)
+
+
+def _tell_position(job: Job, delivery: Delivery, position: int) -> None:
+    job.position = position
+    delivery.tell(Queued(job.id, position))
 
 
 def _execute(job: Job) -> ExecuteRequest:

@@ -19,6 +19,7 @@ from rbee.errors import RbeeError
 from rbee.home import Home, read_token_file
 from rbee.model import LOCALHOST, Grace
 from rbee.process import Daemon, open_daemon, own_environment
+from rbee.queen.limits import Limits
 from rbee.wire.messages import DaemonStart, Hello, RunFile
 
 
@@ -31,6 +32,7 @@ class QueenSetup:
         lease: seconds that its hives and their guards allow it.
         engine: of requests that leave it open; "" is the default one.
         is_ephemeral: whether its home goes with it.
+        limits: how much it takes at once.
     """
 
     id: str
@@ -48,6 +50,7 @@ class QueenSetup:
     engine: str = ""
     is_ephemeral: bool = False
     grace: Grace = attrs.field(factory=Grace)
+    limits: Limits = attrs.field(factory=Limits)
 
 
 @attrs.frozen

@@ -26,10 +26,13 @@ from rbee.queen.aliases import Aliases
 from rbee.queen.asking import STALL, ask_at, open_answer
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
+from rbee.queen.keys import key_of
 from rbee.queen.offer import Offer
 from rbee.queen.placement import GENERATE
+from rbee.queen.sessions import session_of
 from rbee.queen.shapes import ANTHROPIC, OPENAI, Shape
 from rbee.queen.tries import ask_until_answered
+from rbee.queen.waiting_room import Terms
 from rbee.trace import REQUEST_ID, current
 from rbee.web.head import Headers, end_to_end
 from rbee.web.out import Out, headers_of, read_all
@@ -43,6 +46,7 @@ EMBEDDINGS = "/v1/embeddings"
 ANY_TASK = ("/tokenize", "/detokenize")
 ROUTES = ("/v1/chat/completions", "/v1/completions", EMBEDDINGS, "/v1/responses", *ANY_TASK)
 ANTHROPIC_ROUTES = ("/v1/messages", "/v1/messages/count_tokens")
+NO_WORK = (*ANY_TASK, "/v1/messages/count_tokens")  # the engine has no part in them
 MODELS = "/v1/models"
 EMBED = "embed"
 
@@ -78,6 +82,7 @@ class Call:
     streams: bool
     shape: Shape
     id: bytes
+    terms: Terms
 
 
 class WorkerGoneError(UnavailableError):
@@ -121,10 +126,11 @@ class Passages:
 
     async def models(self, request: Request) -> Response:
         """List what can be asked for."""
-        now = int(time.time())
+        now, key = int(time.time()), key_of(request.caller)
         items = [
             {"id": name, "object": "model", "created": now, "owned_by": "rbee"}
             for name in await self._offer.names()
+            if key is None or key.may_use(name, self._aliases.meanings)
         ]
         return Response(json.dumps({"object": "list", "data": items}).encode())
 
@@ -136,6 +142,8 @@ class Passages:
             raise BadInputError("the request names no model", param="model")
         if len(asked.model) > LONGEST_NAME:
             raise BadInputError("the name of the model is too long", param="model")
+        if (key := key_of(request.caller)) is not None:
+            key.check_model(asked.model, self._aliases.meanings)
         call = Call(
             request.path,
             end_to_end(tuple(request.headers.items()), without=KEPT_BACK),
@@ -144,6 +152,11 @@ class Passages:
             bool(asked.stream),
             shape,
             current().id.encode(),
+            Terms(
+                asked.priority or 0,
+                session_of(request),
+                takes_slot=request.path not in NO_WORK,
+            ),
         )
         return Passing(partial(self._run, call))
 
@@ -189,7 +202,7 @@ class Passages:
     async def _pass(self, call: Call, out: Out) -> None:
         ask = partial(self._pass_from, call, out)
         await ask_until_answered(
-            self._assignments, call.start, _say_nothing, ask, lambda: out.begun
+            self._assignments, call.start, _say_nothing, ask, lambda: out.begun, call.terms
         )
 
     async def _pass_from(self, call: Call, out: Out, worker: WorkerInfo) -> None:
@@ -268,8 +281,8 @@ def _say_nothing(narration: Narration) -> None:
 
 
 def add_openai_routes(app: App, passages: Passages) -> None:
-    app.add("GET", MODELS, passages.models, is_data=True, takes_key=True, refuse=OPENAI.refuse)
+    add = partial(app.add, is_data=True, takes_key=True, for_keys=True)
+    add("GET", MODELS, passages.models, refuse=OPENAI.refuse)
     for paths, shape in ((ROUTES, OPENAI), (ANTHROPIC_ROUTES, ANTHROPIC)):
         for path in paths:
-            take = partial(passages.take, shape=shape)
-            app.add("POST", path, take, is_data=True, takes_key=True, refuse=shape.refuse)
+            add("POST", path, partial(passages.take, shape=shape), refuse=shape.refuse)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable
 
 from rbee.model import DEFAULT_ENGINE, WorkerState
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
@@ -34,6 +34,14 @@ def fits(
     )
 
 
+def kind_of(request: TaskRequest | StartWorker) -> Hashable:
+    """Return what is the same for requests that the same workers fit."""
+    task = request.task if isinstance(request, StartWorker) else GENERATE
+    placed = (request.model, task, request.node, request.engine, request.backend, request.device)
+    options = tuple(getattr(request, name) for name in OPTIONS)
+    return (*placed, *options, tuple(sorted(request.engine_args.items())))
+
+
 def is_called(worker: WorkerInfo, names: Collection[str]) -> bool:
     """Tell whether a worker serves one of the names, as far as it tells itself."""
     return not {worker.model, *worker.served_names}.isdisjoint(names)
@@ -56,19 +64,10 @@ def choose(
     workers: Iterable[WorkerInfo],
     request: TaskRequest | StartWorker,
     meanings: Meanings = itself,
-    running: Mapping[str, int] | None = None,
 ) -> WorkerInfo | None:
-    """Take a ready worker before one that is still on its way; None if there is neither.
-
-    Of several the one with the fewest requests: as it says, or as ``running`` knows better.
-    """
-
-    def order(worker: WorkerInfo) -> tuple[int, int]:
-        at = max(worker.running, (running or {}).get(worker.worker_id, 0))
-        return _ORDER.index(worker.state), at
-
+    """Take a ready worker before one that is still on its way; None if there is neither."""
     fitting = (worker for worker in workers if fits(worker, request, meanings))
-    return min(fitting, key=order, default=None)
+    return min(fitting, key=lambda worker: _ORDER.index(worker.state), default=None)
 
 
 def start_for(request: TaskRequest, owner: str) -> StartWorker:

@@ -95,7 +95,7 @@ class Shelf:
             return self._jobs[name]
         if name in self._gone:
             raise GoneError(f"job {job_id} has ended and is not kept any more", code="job_gone")
-        raise NotFoundError(f"no job {job_id!r}", code="unknown_job")
+        raise unknown_job(job_id)
 
     def __contains__(self, job_id: JobId) -> bool:
         return job_id in self._jobs or job_id in self._gone
@@ -114,3 +114,7 @@ class Shelf:
             return False
         longest.shrink()
         return True
+
+
+def unknown_job(job_id: str) -> NotFoundError:
+    return NotFoundError(f"no job {job_id!r}", code="unknown_job")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 
-from rbee.errors import BadInputError, CancelledError, ConflictError, GoneError
+from rbee.errors import BadInputError, CancelledError, ConflictError, GoneError, NotFoundError
 from rbee.queen.delivery import last_event
 from rbee.queen.event_log import EventLog
 from rbee.queen.job import Job
 from rbee.queen.jobs import Jobs
+from rbee.queen.keys import key_of
+from rbee.queen.sessions import session_of
+from rbee.queen.shelf import unknown_job
 from rbee.web.router import App, Emit, Passing, Request, Response, Stream, json_response
 from rbee.wire import codec, messages
 from rbee.wire.messages import TaskAccepted, TaskRequest
@@ -19,25 +23,33 @@ ASYNC = b"respond-async"
 def add_task_routes(app: App, jobs: Jobs) -> None:
     async def start(request: Request) -> Passing | Response:
         body = await request.json()
-        job = jobs.accept(codec.loads(body, TaskRequest))
+        asked, key = codec.loads(body, TaskRequest), key_of(request.caller)
+        job = jobs.accept(asked, session_of(request), key)
         if not prefers_async(request):
             return Passing(partial(jobs.attach, job))
         await jobs.keep(job, len(body))
         return accepted(job)
 
     async def all_jobs(request: Request) -> Response:
-        return json_response([job.info() for job in jobs])
+        return json_response([job.info() for job in jobs if job.is_of(request.caller)])
+
+    def own(request: Request) -> Job:
+        job = jobs.get(request.params["job"])
+        if not job.is_of(request.caller):
+            raise unknown_job(job.id)
+        return job
 
     async def one(request: Request) -> Response:
-        return json_response(jobs.get(request.params["job"]).info())
+        return json_response(own(request).info())
 
     async def cancel(request: Request) -> Response:
-        job_id = request.params["job"]
-        jobs.cancel(job_id, CancelledError(f"job {job_id} was cancelled"))
+        with suppress(NotFoundError, GoneError):  # one that has ended, or never was, is fine
+            job = own(request)
+            jobs.cancel(job.id, CancelledError(f"job {job.id} was cancelled"))
         return Response(status=204)
 
     async def events(request: Request) -> Stream | Response:
-        job = jobs.get(request.params["job"])
+        job = own(request)
         if job.log is None:
             raise ConflictError(
                 f"job {job.id} belongs to the connection that asked for it, and so do its events",
@@ -49,11 +61,12 @@ def add_task_routes(app: App, jobs: Jobs) -> None:
         job.log.after(seen)
         return Stream(partial(read_log, job.log, seen), (job_id_header(job),))
 
-    app.add("POST", messages.TASKS, start, is_data=True)
-    app.add("GET", messages.TASKS, all_jobs)
-    app.add("GET", messages.TASKS + "/{job}", one)
-    app.add("DELETE", messages.TASKS + "/{job}", cancel)
-    app.add("GET", messages.TASKS + "/{job}/events", events, is_data=True)
+    add = partial(app.add, for_keys=True)
+    add("POST", messages.TASKS, start, is_data=True)
+    add("GET", messages.TASKS, all_jobs)
+    add("GET", messages.TASKS + "/{job}", one)
+    add("DELETE", messages.TASKS + "/{job}", cancel)
+    add("GET", messages.TASKS + "/{job}/events", events, is_data=True)
 
 
 def prefers_async(request: Request) -> bool:

@@ -5,7 +5,8 @@ as its "engine process", and when that dies the engine is dead. Imports no torch
 
 ``spec.engine_args``, or the model's name as in ``echo?rate=20&load=3``: ``rate`` (tokens a second
 and request), ``latency`` (seconds to the first),
-``load`` (seconds of loading), ``context`` (words), ``fail``: ``load``, ``canary`` or ``after=N``
+``load`` (seconds of loading), ``context`` (words), ``slots`` (requests at once; others wait),
+``fail``: ``load``, ``canary`` or ``after=N``
 (the engine process is killed when a request wants its N+1st token).
 """
 
@@ -32,7 +33,7 @@ from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.limits import answer_budget
 
 DEFAULT_COUNT = 16
-KINDS = {"rate": float, "latency": float, "load": float, "context": int, "fail": str}
+KINDS = {"rate": float, "latency": float, "load": float, "context": int, "slots": int, "fail": str}
 EXAMPLE = infer("--engine", "echo", model="echo?rate=20")
 TELL = 0.1  # seconds between two words about the loading
 NOTICE = 0.2  # seconds in which a waiting request notices that the engine process died
@@ -44,6 +45,7 @@ class EchoOptions:
     latency: float = 0.0
     load: float = 0.0
     context: int = 4096
+    slots: int = 256
     fail: str = ""
 
     @property
@@ -63,6 +65,8 @@ def echo_options(spec: WorkerSpec) -> EchoOptions:
     given: dict[str, object] = {}
     if spec.max_model_len is not None:
         given["context"] = spec.max_model_len
+    if spec.max_num_seqs is not None:
+        given["slots"] = spec.max_num_seqs
     for key, text in {**model_options(spec.model), **spec.engine_args}.items():
         if key not in KINDS:
             raise BadInputError(
@@ -73,8 +77,10 @@ def echo_options(spec: WorkerSpec) -> EchoOptions:
         except ValueError as exc:
             raise BadInputError(f"{key} is not a number: {text!r}", hint=EXAMPLE) from exc
     options = EchoOptions(**given)  # type: ignore[arg-type]
-    if not (options.rate > 0 and options.context > 1):
-        raise BadInputError("the echo engine needs rate > 0 and context > 1", hint=EXAMPLE)
+    if not (options.rate > 0 and options.context > 1 and options.slots > 0):
+        raise BadInputError(
+            "the echo engine needs rate > 0, context > 1 and slots > 0", hint=EXAMPLE
+        )
     is_after = options.fail.startswith("after=") and options.fail[6:].isdigit()
     if options.fail not in ("", "load", "canary") and not is_after:
         raise BadInputError(f"fail is load, canary or after=N: {options.fail!r}", hint=EXAMPLE)
@@ -201,8 +207,10 @@ class EchoEngine:
         self.app = EchoApi(self, names)
         self.options = options
         self.context = options.context
+        self.slots = options.slots
         self.process = process
         self._running = 0
+        self._batch = trio.Semaphore(options.slots)
 
     def running(self) -> int:
         return self._running
@@ -217,7 +225,8 @@ class EchoEngine:
         total = left if request.max_tokens else min(left, DEFAULT_COUNT)
         self._running += 1
         try:
-            yield EchoGeneration(self, words, total, "length" if request.max_tokens else "stop")
+            async with self._batch:
+                yield EchoGeneration(self, words, total, "length" if request.max_tokens else "stop")
         finally:
             self._running -= 1
 

@@ -125,6 +125,15 @@ class RequestBody:
     def is_read(self) -> bool:
         return self._body.done and not self._body.rest
 
+    def skip(self) -> None:
+        """Drop what of the body has come.
+
+        So who is refused on the head of a short request may send the next one.
+        """
+        with suppress(BadInputError):
+            self._body.feed(self._connection.ahead)
+            self._connection.ahead = b""
+
     async def receive(self) -> MutableMapping[str, Any]:
         """Return the next part, as ASGI has it.
 

@@ -12,9 +12,10 @@ import hmac
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import trio
@@ -71,11 +72,35 @@ class Failures:
         return over
 
 
+class Caller(Protocol):
+    """Who comes with a key of his own instead of the token."""
+
+    @property
+    def name(self) -> str: ...
+
+    def using(self) -> AbstractContextManager[None]:
+        """Count a request while the body runs; raise if he has too many."""
+        ...
+
+
+class Keyring(Protocol):
+    def find(self, sent: bytes) -> Caller | None:
+        """Return whose key that is."""
+        ...
+
+
 class Door:
     """The checks before any route, in their order: host, origin, token."""
 
-    def __init__(self, token: str, hosts: Iterable[str], allowed_origins: Iterable[str]) -> None:
+    def __init__(
+        self,
+        token: str,
+        hosts: Iterable[str],
+        allowed_origins: Iterable[str],
+        keys: Keyring | None = None,
+    ) -> None:
         self._token = token.encode()
+        self._keys = keys
         self._hosts = {"localhost", *(host.lower() for host in hosts if host)}
         self._origins = {origin.encode() for origin in allowed_origins}
         self._failures = Failures()
@@ -96,12 +121,29 @@ class Door:
                 code="origin",
             )
 
-    def authorize(self, headers: Mapping[bytes, bytes], client: Any) -> None:
-        """Refuse whoever does not send the token; ``client`` is ASGI's."""
+    def authorize(
+        self, headers: Mapping[bytes, bytes], client: Any, *, for_keys: bool = False
+    ) -> Caller | None:
+        """Refuse whoever does not send the token, nor, if those may come in, a key.
+
+        Args:
+            client: ASGI's.
+
+        Returns:
+            whose key it is; None for the token.
+        """
         scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
         # No token is not the empty one: an empty token must not open the door.
         if self._token and scheme.lower() == b"bearer" and hmac.compare_digest(sent, self._token):
-            return
+            return None
+        if self._keys is not None and sent and scheme.lower() == b"bearer":
+            caller = self._keys.find(sent)
+            if caller is not None and not for_keys:
+                raise ForbiddenError(
+                    f"the key {caller.name!r} opens the routes of models only", code="not_for_keys"
+                )
+            if caller is not None:
+                return caller
         if self._failures.is_over(peer_of(client)):
             raise TooManyFailuresError("too many requests without a valid token came from there")
         raise UnauthorizedError(

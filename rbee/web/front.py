@@ -109,7 +109,9 @@ class Front:
     async def _answer(self, connection: Connection, head: RequestHead) -> bool:
         body = RequestBody(connection, head)
         out = SocketOut(connection, self.pump, partial(self._may_keep, head, body))
-        asked = Asked(head.method, head.path, head.headers, connection.client, body.receive)
+        asked = Asked(
+            head.method, head.path, head.headers, connection.client, body.receive, body.skip
+        )
         await self.app.respond(asked, out)
         if not out.keeps and not out.is_lost:
             await connection.linger()

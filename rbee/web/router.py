@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import attrs
@@ -11,14 +12,24 @@ import attrs
 from rbee.errors import (
     BadInputError,
     NotFoundError,
+    QueueFullError,
+    RateLimitedError,
     RbeeError,
     TooLargeError,
-    TooManyFailuresError,
 )
 from rbee.hints import infer
 from rbee.metrics import OTHER
 from rbee.trace import REQUEST_ID, current, elsewhere, trace_of, tracing
-from rbee.web.door import CORS, Door, Headers, is_preflight, one_each, with_key
+from rbee.web.door import (
+    CORS,
+    Caller,
+    Door,
+    Headers,
+    Keyring,
+    is_preflight,
+    one_each,
+    with_key,
+)
 from rbee.web.out import STREAM, AsgiOut, Out, Receive, Send
 from rbee.web.requests import CLIENT_GONE, Extra, Requests
 from rbee.wire import codec, messages, sse
@@ -28,8 +39,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Emit = Callable[[bytes], Awaitable[None]]
+Gate = Callable[[], AbstractContextManager[None]]
+"""Counts a request while its body is read; raises if it is one too many."""
 
 MAX_BODY = 32 << 20
+POLITE = (QueueFullError, RateLimitedError)  # who is refused so has done nothing wrong
 ERROR_HEADERS: dict[int, Headers] = {
     401: ((b"www-authenticate", b"Bearer"),),
     429: ((b"retry-after", b"1"),),
@@ -56,13 +70,17 @@ def too_large() -> TooLargeError:
 
 @attrs.define(eq=False)
 class Request:
-    """One request: ``params`` come from the route's ``{names}``."""
+    """One request: ``params`` come from the route's ``{names}``.
+
+    ``caller``: whose key it came with; None for the token.
+    """
 
     method: str
     path: str
     params: dict[str, str]
     headers: dict[bytes, bytes]
     _receive: Receive
+    caller: Caller | None = None
 
     async def body(self) -> bytes:
         """Read the whole body; at most `MAX_BODY` bytes."""
@@ -129,13 +147,19 @@ Refuse = Callable[[RbeeError], Response]
 
 @attrs.frozen
 class Asked:
-    """One request as it came; ``client``: its address and port."""
+    """One request as it came.
+
+    Attributes:
+        client: its address and port.
+        skip: drops what has come of its body.
+    """
 
     method: str
     path: str
     headers: Sequence[tuple[bytes, bytes]]
     client: Any
     receive: Receive
+    skip: Callable[[], object] = bool
 
 
 def json_response(message: Any, status: int = 200) -> Response:
@@ -158,14 +182,17 @@ def note_refusal(error: RbeeError) -> str:
     trace = current()
     trace.error = error.code
     # A flood of them is answered, but does not fill the log.
-    level = logging.DEBUG if isinstance(error, TooManyFailuresError) else logging.INFO
+    level = logging.DEBUG if error.http_status == 429 else logging.INFO
     log.log(level, "refused [%s]: %s: %s", trace.id, error.code, error)
     return trace.id
 
 
 def refusal(error: RbeeError, body: bytes) -> Response:
     """Make the answer that tells an error in words of the caller's."""
-    return Response(body, error.http_status, headers=ERROR_HEADERS.get(error.http_status, ()))
+    headers = ERROR_HEADERS.get(error.http_status, ())
+    if isinstance(after := error.details.get("retry_after"), int):
+        headers = ((b"retry-after", b"%d" % after),)
+    return Response(body, error.http_status, headers=headers)
 
 
 @attrs.frozen
@@ -176,6 +203,7 @@ class Route:
         is_open: whether it needs no token.
         is_data: whether it may be served without the server for everything.
         takes_key: whether the token may come as ``x-api-key``.
+        for_keys: whether named keys open it too.
         refuse: makes the answers to what is refused.
     """
 
@@ -185,6 +213,7 @@ class Route:
     is_open: bool = False
     is_data: bool = False
     takes_key: bool = False
+    for_keys: bool = False
     refuse: Refuse = error_response
 
 
@@ -205,6 +234,8 @@ class App:
         hosts: names allowed in ``Host`` beside localhost and IP addresses.
         allowed_origins: the web pages that may call, as `checked_origin` returns them.
         fallback: takes what no route matches, after the same checks.
+        keys: finds the named keys, which open the routes that are for them.
+        gate: decides on the head whether the body of a request for a data route is read.
         tells_overhead: whether answers of data routes carry `OVERHEAD`: the milliseconds until
             they began that it took itself.
 
@@ -220,8 +251,11 @@ class App:
         allowed_origins: Iterable[str] = (),
         fallback: Any | None = None,
         tells_overhead: bool = False,
+        keys: Keyring | None = None,
+        gate: Gate | None = None,
     ) -> None:
-        self._door = Door(token, hosts, allowed_origins)
+        self._door = Door(token, hosts, allowed_origins, keys)
+        self._gate = gate
         self._routes: list[Route] = []
         self._data: dict[tuple[str, str], Route] = {}
         self._data_patterns: list[Route] = []
@@ -278,40 +312,64 @@ class App:
         answer: Response | Stream | Passing | None
         route, others = found
         refuse = error_response if route is None else route[0].refuse
-        try:
-            headers = one_each(asked.headers)
-            extra.cors = self._door.cors(headers)
-            answer = await self._answer(asked, headers, route, others, fall_back)
-        except RbeeError as error:
-            answer = refuse(error)
-        except Exception:
-            log.exception("%s %s failed", asked.method, asked.path)
-            answer = refuse(RbeeError("internal error, see the log"))
-        if isinstance(answer, Response):
-            await _send_response(answer, out)
-        elif answer is not None:
-            await _send_going(answer, out, refuse)
+        with ExitStack() as held, ExitStack() as reading:
+            try:
+                headers = one_each(asked.headers)
+                extra.cors = self._door.cors(headers)
+                request = self._let_in(asked, headers, route, held, reading)
+                answer = await self._answer(asked, request, route, others, fall_back)
+            except RbeeError as error:
+                if isinstance(error, POLITE):
+                    asked.skip()
+                answer = refuse(error)
+            except Exception:
+                log.exception("%s %s failed", asked.method, asked.path)
+                answer = refuse(RbeeError("internal error, see the log"))
+            reading.close()
+            if isinstance(answer, Response):
+                await _send_response(answer, out)
+            elif answer is not None:
+                await _send_going(answer, out, refuse)
 
-    async def _answer(
+    def _let_in(
         self,
         asked: Asked,
         headers: dict[bytes, bytes],
         found: tuple[Route, dict[str, str]] | None,
+        held: ExitStack,
+        reading: ExitStack,
+    ) -> Request:
+        """Check the head; ``held`` and ``reading`` get what counts it, to its end and so long."""
+        self._door.admit(headers)
+        request = Request(asked.method, asked.path, {}, headers, asked.receive)
+        if is_preflight(asked.method, headers):
+            return request
+        route = None if found is None else found[0]
+        if route is None or not route.is_open:
+            sent = with_key(headers) if route is not None and route.takes_key else headers
+            for_keys = route is not None and route.for_keys
+            request.caller = self._door.authorize(sent, asked.client, for_keys=for_keys)
+        if route is not None and route.is_data and asked.method == "POST":
+            if self._gate is not None:
+                reading.enter_context(self._gate())
+            if request.caller is not None:
+                held.enter_context(request.caller.using())
+        return request
+
+    async def _answer(
+        self,
+        asked: Asked,
+        request: Request,
+        found: tuple[Route, dict[str, str]] | None,
         others: Sequence[str],
         fall_back: Callable[[], Awaitable[None]] | None,
     ) -> Response | Stream | Passing | None:
-        """Let the request in and return its answer; None if the fallback has sent it."""
-        self._door.admit(headers)
-        if is_preflight(asked.method, headers):
+        """Return a request's answer; None if the fallback has sent it."""
+        if is_preflight(asked.method, request.headers):
             return Response(status=204, headers=CORS)
-        if found is None or not found[0].is_open:
-            sent = with_key(headers) if found is not None and found[0].takes_key else headers
-            self._door.authorize(sent, asked.client)
         if found is not None:
-            route, params = found
-            return await route.handler(
-                Request(asked.method, asked.path, params, headers, asked.receive)
-            )
+            route, request.params = found
+            return await route.handler(request)
         if others:
             raise _wrong_method(asked, others)
         if fall_back is None:

@@ -277,6 +277,7 @@ class WorkerInfo:
         keep_alive: seconds that it stays without work; negative: for ever.
         running: requests that it is at, as last seen.
         idle: seconds since its last request ended, as last seen; 0 while one runs.
+        slots: requests that its engine works on at once; 0 if that is not known.
     """
 
     worker_id: str
@@ -301,6 +302,7 @@ class WorkerInfo:
     keep_alive: float = KEEP_ALIVE
     running: int = 0
     idle: float = 0.0
+    slots: int = 0
     error: ErrorDetail | None = None
 
 
@@ -369,13 +371,14 @@ class Device:
 
 @attrs.frozen
 class WorkerReady:
-    """The ready callback, worker → hive → queen."""
+    """The ready callback, worker → hive → queen. ``slots``: as in `WorkerInfo`."""
 
     worker_id: str
     url: str
     model_ref: str
     backend: str
     device: str
+    slots: int = 0
 
 
 @attrs.frozen

@@ -127,7 +127,7 @@ async def _run_engine(
         worker.begin(engine)
         log.info("worker %s ready after %.1f s", config.spec.id, time.monotonic() - began)
         if config.hive_url:
-            await tell_hive(config, url)
+            await tell_hive(config, url, engine.slots)
         task_status.started(url)
         await trio.sleep_forever()
 
@@ -201,14 +201,14 @@ async def _tell_once(client: httpx.AsyncClient, news: WorkerNarration) -> None:
         log.debug("the hive did not take the progress: %s", exc)
 
 
-async def tell_hive(config: WorkerConfig, url: str) -> None:
+async def tell_hive(config: WorkerConfig, url: str, slots: int = 0) -> None:
     """Send the ready callback, again while the hive is slow to answer.
 
     Raises:
         RbeeError: the hive refuses it or does not answer.
     """
     spec = config.spec
-    ready = WorkerReady(spec.id, url, spec.model, spec.backend, spec.device)
+    ready = WorkerReady(spec.id, url, spec.model, spec.backend, spec.device, slots)
     async with open_client(config.hive_url, config.token) as client:
         for attempt, delay in enumerate(TELL_DELAYS, start=1):
             await trio.sleep(delay)

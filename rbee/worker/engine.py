@@ -67,6 +67,9 @@ class Engine(Protocol):
     context: int
     """How many tokens prompt and answer may have together."""
 
+    slots: int
+    """How many requests it works on at once; more wait in it. 0 if there is no such bound."""
+
     app: ASGIApp | None
     """The engine's own HTTP API, mounted behind the worker, called in trio."""
 

@@ -472,6 +472,7 @@ class VllmEngine:
 
     def __init__(self, aio: Aio, loaded: Loaded) -> None:
         self.context: int = loaded.llm.model_config.max_model_len
+        self.slots: int = loaded.llm.vllm_config.scheduler_config.max_num_seqs
         self.app: ASGIApp | None = AioApp(aio, loaded.app)
         self._aio = aio
         self._llm = loaded.llm

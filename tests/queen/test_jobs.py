@@ -29,12 +29,13 @@ from rbee.errors import (
 )
 from rbee.home import Home
 from rbee.queen.aliases import Aliases
-from rbee.queen.assignments import WAITING, Assignments
+from rbee.queen.assignments import Assignments
 from rbee.queen.attempts import PATIENCE, Attempts
 from rbee.queen.candidates import NodeView
 from rbee.queen.hives import Hives
 from rbee.queen.job import Job
 from rbee.queen.jobs import Jobs
+from rbee.queen.limits import WAITING
 from rbee.queen.places import Places
 from rbee.queen.tasks import read_log
 from rbee.registry import Registry

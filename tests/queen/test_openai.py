@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from rbee.queen.aliases import Aliases
 from rbee.queen.assignments import Assignments
 from rbee.queen.attempts import Attempts
 from rbee.queen.jobs import Jobs
+from rbee.queen.keys import Keys
+from rbee.queen.limits import Limits
 from rbee.queen.offer import Offer
 from rbee.queen.openai import ROUTES, Passages, add_openai_routes, decode, for_worker
 from rbee.queen.places import Places
@@ -156,7 +159,12 @@ class Queen:
 
 
 @asynccontextmanager
-async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
+async def open_queen(
+    *workers: FakeWorker,
+    limits: Limits | None = None,
+    config: Path = Path("/nowhere/config.toml"),
+    slots: int = 0,
+) -> AsyncGenerator[Queen, None]:
     """Run the routes on a real port, with as many ready workers for the model "words"."""
 
     async def nobody_knows(start: StartWorker) -> None:
@@ -164,8 +172,9 @@ async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
 
     hives = FakeHives()
     attempts = Attempts(hives.get)
-    aliases = Aliases(Path("/nowhere/config.toml"))
-    assignments = Assignments(hives, Places(hives.look, attempts, nobody_knows), aliases)
+    aliases = Aliases(config)
+    places = Places(hives.look, attempts, nobody_knows)
+    assignments = Assignments(hives, places, aliases, limits)
 
     async def look() -> list[Any]:
         views = await hives.look()
@@ -175,7 +184,8 @@ async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
         return OwnerGoneError("the queen ended")
 
     listener = open_listener("127.0.0.1", 0, exact=True)
-    app = App(token=TOKEN, tells_overhead=True)
+    keys = Keys(config)
+    app = App(token=TOKEN, tells_overhead=True, keys=keys, gate=assignments.room.reading)
     async with (
         trio.open_nursery() as nursery,
         attempts.open(),
@@ -186,7 +196,7 @@ async def open_queen(*workers: FakeWorker) -> AsyncGenerator[Queen, None]:
         for number, worker in enumerate(workers):
             (listening,) = await nursery.start(partial(trio.serve_tcp, worker, 0, host="127.0.0.1"))
             worker.url = f"http://127.0.0.1:{listening.socket.getsockname()[1]}"
-            hives.put(f"worker-{number}", "ready", worker.url)
+            hives.put(f"worker-{number}", "ready", worker.url, slots=slots)
         passages = Passages(assignments, aliases, Offer(aliases, look), upstreams, ending)
         jobs = Jobs(assignments, aliases, upstreams, ending)
         add_openai_routes(app, passages)
@@ -454,7 +464,7 @@ async def test_a_client_that_leaves_frees_the_worker(streams: bool) -> None:
         with trio.fail_after(0.3):
             await worker.left.wait()
         assert len(queen.passages) == 0
-        assert not queen.passages._assignments._at
+        assert not queen.passages._assignments.room.slots.total()
 
 
 async def test_a_client_that_leaves_while_a_worker_is_started_is_forgotten() -> None:
@@ -567,3 +577,37 @@ async def test_replicas_share_the_requests() -> None:
         await wait_for(lambda: sum(len(worker.bodies) for worker in workers) == 6)
         assert [len(worker.bodies) for worker in workers] == [2, 2, 2]
         nursery.cancel_scope.cancel()
+
+
+# too much ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("limits", [Limits(waiting=1), Limits(waiting_per_model=1)])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_what_is_too_much_is_refused_in_the_apis_own_shape(limits: Limits, path: str) -> None:
+    worker = FakeWorker([EVENTS])
+    async with open_queen(worker, limits=limits, slots=1) as queen, trio.open_nursery() as nursery:
+        for _ in range(2):  # one runs, one waits
+            nursery.start_soon(partial(queen.post, json={"model": "words", "stream": True}))
+        await wait_for(lambda: len(queen.passages._assignments.room) == 1)
+        answer = await queen.post(path)
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert len(worker.heads) == 1
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_key_may_use_its_models_as_often_as_it_may(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    digest = sha256(b"bees").hexdigest()
+    limits = 'requests_per_minute = 1\nmodels = ["words"]'
+    config.write_text(f'[keys.bee]\nsha256 = "{digest}"\n{limits}\n')
+    bee = {"authorization": "Bearer bees"}
+    async with open_queen(FakeWorker(), config=config) as queen:
+        refused = await queen.post(json={"model": "other"}, headers=bee)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (403, "model")
+        config.write_text(config.read_text().replace("= 1", "= 2"))
+        assert (await queen.post(headers=bee)).status_code == 200
+        late = await queen.post(headers=bee)
+        assert late.json()["error"]["code"] == "rate_limited"
+        assert 1 <= int(late.headers["retry-after"]) <= 60
+        async with queen.openai() as client:  # the token has no bound
+            assert (await client.chat.completions.create(**ASK)).model == "words"

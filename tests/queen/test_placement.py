@@ -72,17 +72,6 @@ def test_the_choice_fits_and_is_the_readiest(found: list[WorkerInfo], request: T
         assert order.index(chosen.state) == min(order.index(one.state) for one in fitting)
 
 
-def test_of_several_ready_workers_the_one_with_the_fewest_requests_is_taken() -> None:
-    found = [
-        attrs.evolve(READY, worker_id="worker-2", running=2),
-        attrs.evolve(READY, worker_id="worker-1", running=1),
-        attrs.evolve(READY, worker_id="worker-0", state="loading"),
-    ]
-    assert choose(found, REQUEST) == found[1]
-    assert choose(found, REQUEST, running={"worker-1": 3}) == found[0]  # the queen knows first
-    assert choose(found[::-1], REQUEST, running={"worker-1": 2}) == found[1]  # no worse: the first
-
-
 def test_aliases_hub_id_and_reference_of_a_model_share_a_worker() -> None:
     aliases = {"a": ["hf:org/repo"], "b": ["a"], "other": ["hf:org/other"]}
     means = partial(meanings, aliases=aliases)

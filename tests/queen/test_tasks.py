@@ -7,6 +7,8 @@ import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from rbee.errors import GoneError
 from rbee.queen.jobs import Jobs
+from rbee.queen.limits import Limits
 from rbee.queen.shelf import KEPT
 from rbee.queen.tasks import prefers_async
 from rbee.web.router import Request
@@ -79,7 +82,7 @@ async def test_the_workers_events_follow_the_queens_byte_for_byte(http2: bool) -
             assert (sent["job_id"], sent["prompt"], sent["priority"]) == (job_id, "hi", -2)
             assert worker.heads[-1].startswith(b"POST /execute HTTP/1.1\r\n")
             assert (await client.get(f"{PATH}/{job_id}")).status_code == 410
-        assert not queen.jobs._assignments._at
+        assert not queen.jobs._assignments.room.slots.total()
 
 
 async def test_a_job_that_runs_can_be_looked_at_and_cancelled() -> None:
@@ -117,9 +120,8 @@ async def test_a_client_that_leaves_frees_the_worker(answers: list[bytes]) -> No
         assert len(queen.jobs) == 0
 
 
-async def test_what_is_refused_at_once_is_a_plain_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbee.queen.assignments.WAITING", 0)
-    async with open_queen() as queen:
+async def test_what_is_refused_at_once_is_a_plain_refusal() -> None:
+    async with open_queen(limits=Limits(waiting_per_model=0)) as queen:
         for headers in ({}, ASYNC):
             full = await queen.post(PATH, json=ASK, headers=headers)
             assert (full.status_code, full.json()["error"]["code"]) == (429, "queue_full")
@@ -334,3 +336,46 @@ def test_the_preference_is_found_among_others(others: list[str]) -> None:
     assert not asked(*others)
     assert asked(*others, "respond-async")
     assert asked(" Respond-Async ;x=1", *others)
+
+
+# of others ------------------------------------------------------------------------------------
+async def test_a_key_sees_and_ends_jobs_of_its_own_only(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(
+        "".join(
+            f'[keys.{name}]\nsha256 = "{sha256(name.encode()).hexdigest()}"\n'
+            'requests_at_once = 1\nmodels = ["words"]\n'
+            for name in ("bee", "wasp")
+        )
+    )
+    bee, wasp = ({"authorization": f"Bearer {name}"} for name in ("bee", "wasp"))
+    async with open_queen(FakeWorker(HELD), config=config) as queen, open_client(queen) as client:
+        refused = await client.post(PATH, json={**ASK, "model": "other"}, headers=bee)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+        job_id = (await client.post(PATH, json=ASK, headers=bee | ASYNC)).json()["job_id"]
+        full = await client.post(PATH, json=ASK, headers=bee)  # a job that is kept counts
+        assert (full.status_code, full.json()["error"]["code"]) == (429, "rate_limited")
+        for path in (f"{PATH}/{job_id}", f"{PATH}/{job_id}/events"):
+            assert (await client.get(path, headers=wasp)).status_code == 404
+        assert (await client.delete(f"{PATH}/{job_id}", headers=wasp)).status_code == 204
+        assert (await client.get(PATH, headers=wasp)).json() == []
+        for headers in (bee, {}):
+            (info,) = (await client.get(PATH, headers=headers)).json()
+            assert info["state"] != "cancelled"
+        assert (await client.delete(f"{PATH}/{job_id}", headers=bee)).status_code == 204
+        await wait_for(lambda: not len(queen.jobs))
+        assert (await client.get(f"{PATH}/{job_id}", headers=bee)).json()["state"] == "cancelled"
+
+
+async def test_a_job_that_waits_tells_how_many_are_before_it() -> None:
+    worker = FakeWorker([*HELD, *WHOLE])
+    async with open_queen(worker, slots=1) as queen, open_client(queen) as client:
+        jobs = [await enqueue(client) for _ in range(3)]
+        await worker.asked.wait()
+        positions = [info["position"] for info in (await client.get(PATH)).json()]
+        assert positions == [0, 0, 1]
+        for job_id in jobs[:2]:
+            await client.delete(f"{PATH}/{job_id}")
+        events = events_of((await client.get(f"{PATH}/{jobs[2]}/events")).text)
+        assert events[:2] == [Queued(jobs[2], 0), Queued(jobs[2], 1)]
+        assert type(events[-1]) is End

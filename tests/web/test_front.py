@@ -20,7 +20,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from rbee.errors import NotFoundError, PeerError
+from rbee.errors import NotFoundError, PeerError, QueueFullError
 from rbee.web.exchange import Address
 from rbee.web.front import Front
 from rbee.web.head import MAX_HEAD
@@ -137,7 +137,11 @@ def make_app(server: Callable[[], Server], worker: Address) -> App:
     async def fail(request: Request) -> Response:
         raise NotFoundError("nothing there")
 
+    async def refuse(request: Request) -> Response:
+        raise QueueFullError("come again")
+
     app.add("GET", "/hello", hello)
+    app.add("POST", "/full", refuse, is_data=True)
     app.add("POST", "/echo", echo, is_data=True)
     app.add("POST", "/count", count, is_data=True)
     app.add("POST", "/pass", pass_on, is_data=True)
@@ -214,6 +218,14 @@ async def test_a_data_route_is_served_and_the_connection_kept() -> None:
         assert b"\r\ndate: " in first
         assert second.endswith(b"\r\n\r\ntwo")
         assert b"connection: close" in second
+
+
+async def test_who_is_refused_on_the_head_may_ask_again_if_his_body_has_come() -> None:
+    async with serving() as server:
+        refused = post(b"/full", b"body")
+        answer = await server.ask(refused, refused, refused[:-1])
+        assert answer.count(b" 429 ") == 3
+        assert answer.count(b"connection: close") == 1
 
 
 async def test_a_client_of_the_shelf_is_served_on_all_routes_by_one_connection() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import attrs
@@ -12,9 +13,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from rbee.errors import ConflictError, UnavailableError
+from rbee.errors import ConflictError, QueueFullError, RateLimitedError, UnavailableError
 from rbee.web import router
-from rbee.web.router import App, Emit, Request, Response, Stream, json_response
+from rbee.web.router import App, Emit, Gate, Request, Response, Stream, json_response
 from rbee.wire.messages import Message
 
 TOKEN = "secret"
@@ -303,6 +304,92 @@ async def test_what_is_not_available_now_says_when_to_retry() -> None:
     app = make()
     app.add("GET", "/refuse", refuse)
     assert (await ask(app, "GET", "/refuse")).headers[b"retry-after"] == b"1"
+
+
+# on the head ----------------------------------------------------------------------------------
+@attrs.define(eq=False)
+class OneKey:
+    """A keyring with one key, which counts its requests."""
+
+    name: str = "bee"
+    running: int = 0
+
+    def find(self, sent: bytes) -> OneKey | None:
+        return self if sent == b"bee's" else None
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        if self.running:
+            raise RateLimitedError("too many", retry_after=7)
+        self.running += 1
+        yield
+        self.running -= 1
+
+
+def make_gated(key: OneKey, gate: Gate, seen: list[Any]) -> App:
+    async def answer(request: Request) -> Response:
+        await request.json()
+        seen.append(request.caller)
+        return Response()
+
+    app = App(token=TOKEN, keys=key, gate=gate)
+    app.add("POST", "/data", answer, is_data=True, for_keys=True)
+    app.add("POST", "/admin", answer)
+    return app
+
+
+async def test_a_request_too_many_is_refused_before_its_body_is_read() -> None:
+    reading = 0
+
+    @contextmanager
+    def gate() -> Iterator[None]:
+        nonlocal reading
+        if reading:
+            raise QueueFullError("full")
+        reading += 1
+        yield
+        reading -= 1
+
+    seen: list[Any] = []
+    app = make_gated(OneKey(), gate, seen)
+    headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}", **JSON}
+    slow = Call(app, [b"{", b"}"])
+    async with trio.open_nursery() as nursery:
+        slow.parts.clear()  # its body has not come
+        nursery.start_soon(slow.run, "POST", "/data", headers)
+        await wait_all_tasks_blocked()
+        other = Call(app, [b"{}"])
+        refused = await other.run("POST", "/data", headers)
+        assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
+        assert other.parts == [b"{}"]
+        assert (await ask(app, "POST", "/admin", b"{}", **JSON)).status == 200
+        slow.left.set()
+    assert (await ask(app, "POST", "/data", b"{}", **JSON)).status == 200
+    assert reading == 0
+
+
+async def test_a_key_opens_the_routes_for_keys_only() -> None:
+    key, seen = OneKey(), []
+    app = make_gated(key, nullcontext, seen)
+    bees = {"authorization": "Bearer bee's", **JSON}
+    assert (await ask(app, "POST", "/data", b"{}", **bees)).status == 200
+    assert (await ask(app, "POST", "/data", b"{}", **JSON)).status == 200
+    assert seen == [key, None]
+    for path in ("/admin", "/nowhere"):
+        assert (await ask(app, "POST", path, b"{}", **bees)).error["code"] == "not_for_keys"
+    for wrong in ("bee", ""):
+        wrongs = {"authorization": f"Bearer {wrong}", **JSON}
+        assert (await ask(app, "POST", "/data", b"{}", **wrongs)).status == 401
+
+
+async def test_a_key_that_has_had_its_share_hears_when_to_come_again() -> None:
+    key = OneKey(running=1)
+    call = Call(make_gated(key, nullcontext, []), [b"{}"])
+    headers = {"host": "localhost", "authorization": "Bearer bee's", **JSON}
+    refused = await call.run("POST", "/data", headers)
+    assert (refused.status, refused.headers[b"retry-after"]) == (429, b"7")
+    assert refused.error["code"] == "rate_limited"
+    assert call.parts == [b"{}"]
 
 
 async def test_a_bug_is_500_logged_and_not_told(error_records: list[logging.LogRecord]) -> None:

@@ -159,7 +159,7 @@ async def test_the_ready_callback_is_retried_until_the_hive_takes_it(tmp_path):
             hive = await nursery.start(http, open_listener("127.0.0.1", 0, exact=True))
             url = await nursery.start(serve, make_config(tmp_path, hive_url=hive))
             nursery.cancel_scope.cancel()
-    assert got == [WorkerReady("worker-1", url, "echo-model", "cpu", "0")] * 3
+    assert got == [WorkerReady("worker-1", url, "echo-model", "cpu", "0", slots=256)] * 3
 
 
 async def test_a_loading_worker_tells_its_hive_how_far_it_is(tmp_path, monkeypatch):
