@@ -23,6 +23,7 @@ from rbee.errors import (
     UnavailableError,
 )
 from rbee.job import AsyncJob, JobEvents
+from rbee.queen.limits import Limits
 from rbee.wire.messages import End, Event, Queued, Started, Token
 from tests.queen.test_openai import TOKEN, FakeWorker, Queen, open_queen, stream, wait_for
 from tests.queen.test_tasks import END, HELD, ONE, STARTED, TWO, WHOLE
@@ -126,9 +127,8 @@ async def test_a_job_that_nobody_knows_or_that_is_not_kept_is_told() -> None:
         await client.job("job-0").cancel()
 
 
-async def test_what_is_refused_is_raised_by_enqueue(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rbee.queen.assignments.WAITING", 0)
-    async with open_queen() as queen:
+async def test_what_is_refused_is_raised_by_enqueue() -> None:
+    async with open_queen(limits=Limits(waiting_per_model=0)) as queen:
         with pytest.raises(QueueFullError):
             await AsyncClient(queen.url, TOKEN).enqueue("words", "hi")
 

@@ -38,6 +38,7 @@ class ShoutEngine:
     """One loaded model; here there is nothing to load."""
 
     context = 1000
+    slots = 0  # nobody has to wait for another
     app = None
 
     def __init__(self) -> None:
