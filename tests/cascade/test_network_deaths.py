@@ -7,7 +7,7 @@ import pytest
 from rbee.testing.network_deaths import STATES, STRIKES, all_cells, rotated_cells, run_cells
 from tests.cascade.far import open_far_hosts
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 def test_rotation_holds_each_strike_once_and_each_state() -> None:
