@@ -249,6 +249,10 @@ class Connection:
                     node=self.node,
                 ) from exc
             raise failures.lost(exc, self.node) from exc
+        except OSError as exc:  # what waits for a reply gets the socket's own error
+            if not self._line.last.is_closed():
+                raise
+            raise failures.lost(exc, self.node) from exc
         except asyncssh.ChannelListenError as exc:
             raise SshError(
                 f"the sshd of node {self.node} refuses to forward a port: {exc}",

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -13,6 +16,7 @@ from rbee.errors import RbeeError
 from rbee.guard import children
 from rbee.ssh import (
     ChangedHostKeyError,
+    ConnectionLostError,
     SshAuthError,
     SshConfigError,
     SshError,
@@ -25,6 +29,8 @@ from rbee.ssh import (
     open_connection,
     run,
 )
+from rbee.ssh.connection import Connection
+from rbee.ssh.fence import Fence
 from tests.ssh.nodes import LEASE, gone
 from tests.ssh.sshd import Sshd, keygen
 
@@ -316,3 +322,20 @@ async def test_a_lost_connection_still_tells_where_it_led_and_forwards_nothing(
         with pytest.raises(SshError):
             async with connection.open_forward("127.0.0.1", 9):
                 pytest.fail("it is lost")
+
+
+@pytest.mark.parametrize(
+    ("is_closed", "kind"), [(True, ConnectionLostError), (False, ConnectionResetError)]
+)
+async def test_the_sockets_own_error_means_that_the_connection_is_lost(
+    sshd: Sshd, aio: Aio, is_closed: bool, kind: type[Exception]
+) -> None:
+    """Asyncssh gives it to whoever waits for an answer when the connection is reset."""
+
+    async def reset() -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    line: Any = SimpleNamespace(last=SimpleNamespace(is_closed=lambda: is_closed))
+    connection = Connection(sshd.target(), 3.0, aio, line, Fence())
+    with pytest.raises(kind):
+        await connection._call(reset)
