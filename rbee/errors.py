@@ -154,6 +154,43 @@ BY_STATUS: dict[int, type[RbeeError]] = {
     cls.http_status: cls for cls in reversed(BY_CODE.values()) if cls is not OwnerGoneError
 }
 
+# What a code says more closely; on the wire an event tells no status, so the code tells the class.
+CLOSER: dict[type[RbeeError], str] = {
+    RbeeError: "dequantise_failed",
+    BadInputError: (
+        "ambiguous_model bad_alias bad_dtype bad_endpoint bad_reference bad_ssh_config "
+        "corrupt_model corrupt_package key_not_private missing_weights no_safetensors "
+        "no_such_device not_a_model split_gguf unknown_architecture unreadable unsafe_package"
+    ),
+    UnauthorizedError: "hub_unauthorized",
+    ForbiddenError: "gated_model model_not_allowed not_for_keys origin unknown_host",
+    NotFoundError: (
+        "model_not_found model_not_here revision_not_found unknown_alias unknown_engine "
+        "unknown_job unknown_key unknown_model unknown_node unknown_wheelhouse unknown_worker"
+    ),
+    ConflictError: (
+        "attached job_exists model_busy model_in_use no_lease node_exists not_owned other_home "
+        "other_storm other_version other_worker port_taken queen_running reserved_node worker_busy"
+    ),
+    GoneError: "events_gone job_gone",
+    UnavailableError: (
+        "database_busy hive_lost hive_unreachable hub_offline hub_unreachable load_timeout "
+        "no_queen not_reachable queen_stopping unreachable unresponsive worker_stopped "
+        "worker_stopping"
+    ),
+    InsufficientError: "insufficient_disk insufficient_memory",
+    MachineError: (
+        "bad_token database_damaged database_newer engine_failed engine_missing home_not_writable "
+        "missing_package no_gpu not_installed run_dir_not_private stale_installation stuck "
+        "token_file_open unverified"
+    ),
+    PeerError: (
+        "canary_failed engine engine_died hub_failed not_stopped stalled stream_broken wrong_hash"
+    ),
+    ChildExitedError: "worker_died",
+}
+BY_CODE |= {code: cls for cls, codes in CLOSER.items() for code in codes.split()}
+
 
 def from_wire(
     code: str,
@@ -164,7 +201,9 @@ def from_wire(
     details: dict[str, Any] | None = None,
 ) -> RbeeError:
     """Rebuild the error that a peer sent; an unknown code keeps its name on the nearest class."""
-    cls = BY_CODE.get(code) or BY_STATUS.get(status, RbeeError)
+    cls = BY_CODE.get(code, RbeeError)
+    if status not in (0, cls.http_status):  # a code of two classes, or one of another version
+        cls = BY_STATUS.get(status, cls)
     error = cls(message, hint=hint, code=code)
     error.details = dict(details or {})
     return error

@@ -17,6 +17,7 @@ from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers
 from rbee.model import DEFAULT_ENGINE
 from rbee.process import log_tail
+from rbee.web.openapi import add_openapi_route
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.wire import messages, sse
 from rbee.wire.messages import (
@@ -118,6 +119,7 @@ def make_app(
     app.add("DELETE", messages.HIVE_MODELS + "/{model}", remove_model)
     app.add("GET", messages.HIVE_LOGS + "/{worker}", show_log)
     app.add("POST", messages.SHUTDOWN, shutdown)
+    add_openapi_route(app, "hive")
     add_metrics(app, workers, pulse)
     return app
 

@@ -23,6 +23,7 @@ from rbee.queen.openai import Passages, add_openai_routes
 from rbee.queen.starts import Starts
 from rbee.queen.tasks import add_task_routes
 from rbee.web.narrated import Tell, Works
+from rbee.web.openapi import add_openapi_route
 from rbee.web.router import App, Gate, Request, Response, Stream, json_response
 from rbee.wire import messages
 from rbee.wire.messages import (
@@ -149,6 +150,7 @@ def make_app(
     app.add("DELETE", messages.QUEEN_MODELS + "/{node}/{model}", remove_model)
     app.add("POST", messages.QUEEN_WORKER_READY, worker_ready)
     app.add("POST", messages.SHUTDOWN, shutdown)
+    add_openapi_route(app, "queen")
     return app
 
 

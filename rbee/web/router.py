@@ -54,6 +54,7 @@ ERROR_HEADERS: dict[int, Headers] = {
 class MethodNotAllowedError(RbeeError):
     code = "method_not_allowed"
     http_status = 405
+    allow = ""
 
 
 class UnsupportedMediaError(RbeeError):
@@ -190,6 +191,8 @@ def note_refusal(error: RbeeError) -> str:
 def refusal(error: RbeeError, body: bytes) -> Response:
     """Make the answer that tells an error in words of the caller's."""
     headers = ERROR_HEADERS.get(error.http_status, ())
+    if isinstance(error, MethodNotAllowedError):
+        headers = ((b"allow", error.allow.encode()),)
     if isinstance(after := error.details.get("retry_after"), int):
         headers = ((b"retry-after", b"%d" % after),)
     return Response(body, error.http_status, headers=headers)
@@ -393,7 +396,9 @@ class App:
 
 
 def _wrong_method(asked: Asked, others: Sequence[str]) -> MethodNotAllowedError:
-    return MethodNotAllowedError(f"{asked.path} takes {', '.join(others)}, not {asked.method}")
+    error = MethodNotAllowedError(f"{asked.path} takes {', '.join(others)}, not {asked.method}")
+    error.allow = ", ".join(others)
+    return error
 
 
 def _match_parts(pattern: Sequence[str], parts: list[str]) -> dict[str, str] | None:

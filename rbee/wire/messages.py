@@ -14,6 +14,7 @@ from rbee.model import KEEP_ALIVE
 # routes ---------------------------------------------------------------------------------------
 HEALTH = "/health"
 METRICS = "/metrics"
+OPENAPI = "/openapi.json"
 QUEEN_TARGETS = "/v2/targets"
 SHUTDOWN = "/v1/admin/shutdown"
 EXECUTE = "/execute"

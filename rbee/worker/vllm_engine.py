@@ -80,6 +80,22 @@ PRELOADED = (
     "vllm.entrypoints.scale_out.factories",
     "vllm.entrypoints.serve.sagemaker.api_router",
     "vllm.entrypoints.mcp.tool_server",
+    "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.generate.generative_scoring.api_router",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.entrypoints.scale_out.derender.api_router",
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router",
+    "vllm.entrypoints.serve.elastic_ep.api_router",
+    "vllm.entrypoints.serve.instrumentator.offline_docs",
+    "vllm.entrypoints.serve.lora.api_router",
+    "vllm.entrypoints.serve.profile.api_router",
+    "vllm.entrypoints.serve.tokenize.api_router",
+    "vllm.entrypoints.serve.utils.fingerprint",
+    "vllm.v1.core.sched.async_scheduler",
+    "vllm.v1.metrics.reader",
     "prometheus_fastapi_instrumentator",
     "transformers.models.llama",
     "transformers.models.auto.tokenization_auto",
@@ -97,10 +113,31 @@ PRELOADED_FOR = {
         "vllm.v1.sample.sampler",
         "vllm.compilation.backends",
         "vllm.compilation.cuda_graph",
-        "torch._dynamo",
+        "vllm.compilation.piecewise_backend",
+        "vllm.distributed.elastic_ep.elastic_execute",
+        "vllm.model_executor.warmup.kernel_warmup",
+        "vllm.model_executor.warmup.minimax_m3_msa_warmup",
+        "vllm.third_party.deep_gemm.envs",
+        "vllm.utils.jit_monitor",
+        "vllm.v1.attention.backends.flex_attention",
+        "vllm.v1.attention.backends.turboquant_attn",
+        "vllm.v1.worker.gpu.mm.rope",
+        "vllm.v1.worker.gpu.model_states.default",
+        "triton.experimental.gluon",
+        "torch._dynamo.backends.inductor",
+        "torch._inductor.choices",
+        "torch._inductor.codegen.cuda_combined_scheduling",
+        "torch._inductor.codegen.memory_planning",
         "torch._inductor.compile_fx",
+        "torch._inductor.fx_passes.fuse_attention",
+        "torch._inductor.fx_passes.mkldnn_fusion",
+        "torch._inductor.fx_passes.pad_mm",
+        "torch.export._trace",
+        "sympy.physics.units.dimensions",
+        "sympy.tensor.tensor",
     ),
 }
+COMPILERS = {"triton.runtime.cache": "triton_key", "torch._inductor.codecache": "torch_key"}
 
 
 class VllmEngineKind:
@@ -121,6 +158,8 @@ class VllmEngineKind:
                 importlib.import_module(module)
             except Exception as exc:  # it is for speed only: who needs it will fail, and say so
                 log.info("not preloaded: %s (%s: %s)", module, type(exc).__name__, exc)
+        if vllm_plan.built_for() == "cuda":
+            hash_compilers()
         end_nvml()
 
     def check(self, spec: WorkerSpec) -> None:
@@ -275,7 +314,7 @@ class Loader:
         self._llm = self._start(modules, config, options)
         self.report("building the API")
         app = await self._build_app(modules, args)
-        tokenizer = copy.deepcopy(self._llm.get_tokenizer())  # used in another thread
+        tokenizer = own_tokenizer(self._llm)
         longest = max(map(len, tokenizer.get_vocab()), default=1)
         cache_settings(modules.envs, True)
         return Loaded(self._llm, app, tokenizer, longest)
@@ -349,6 +388,16 @@ class Loader:
             ) from exc
 
 
+def own_tokenizer(llm: Any) -> Any:
+    """Return a tokenizer for our thread: vLLM's own where any thread may use it.
+
+    Others of transformers break when two threads use them; a copy took 0.7 s (SmolLM2's).
+    """
+    tokenizer = llm.get_tokenizer()
+    bases = {base.__name__ for base in type(tokenizer).__mro__}
+    return tokenizer if "ThreadSafeHFTokenizerMixin" in bases else copy.deepcopy(tokenizer)
+
+
 def cache_settings(envs: Any, on: bool) -> None:
     """Have vLLM read its environment once or each time: it does so several times per token."""
     name = "enable_envs_cache" if on else "disable_envs_cache"
@@ -386,6 +435,16 @@ def _blamed(exc: Exception) -> list[str]:
 def _option_name(error: Mapping[str, Any]) -> str:
     where = error.get("loc") or ("",)
     return str(where[0]).replace("_", "-")
+
+
+def hash_compilers() -> None:
+    """Have Triton and PyTorch hash their own sources: each engine would, for keys of its caches."""
+    for module, key in COMPILERS.items():
+        if module in sys.modules:
+            try:
+                getattr(sys.modules[module], key)()  # which keeps its result
+            except Exception as exc:
+                log.info("not hashed: %s (%s: %s)", module, type(exc).__name__, exc)
 
 
 def end_nvml() -> None:
