@@ -42,6 +42,15 @@ async def test_testing(leaks: LeakCheck, tmp_path: Path) -> None:
     assert leaks.find() == []
 
 
+async def test_quickstart(leaks: LeakCheck, tmp_path: Path) -> None:
+    program, test = blocks("quickstart.md")
+    assert await run(sys.executable, "-c", program) == "one two one\n"
+    (tmp_path / "test_it.py").write_text(test)
+    options = ("-q", "-p", "no:cacheprovider", "-W", "ignore", str(tmp_path))
+    assert "1 passed" in await run(sys.executable, "-m", "pytest", *options)
+    assert leaks.find() == []
+
+
 async def run(*argv: str) -> str:
     with trio.fail_after(60):
         done = await trio.run_process(argv, capture_stdout=True, check=False)

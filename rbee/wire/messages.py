@@ -477,6 +477,8 @@ class Pulled:
 # jobs -----------------------------------------------------------------------------------------
 @attrs.frozen
 class Message:
+    """One turn of a chat; ``role`` is ``system``, ``user`` or ``assistant``."""
+
     role: str
     content: str
 
@@ -592,6 +594,8 @@ class TaskInfo:
 # events of a job; the class name in lower case is the SSE event's name -------------------------
 @attrs.frozen
 class Queued:
+    """``position``: how many jobs are before this one."""
+
     job_id: str
     position: int
 
@@ -608,6 +612,8 @@ class Narration:
 
 @attrs.frozen
 class Started:
+    """A worker is at it: its prompt is about to be read."""
+
     job_id: str
     worker_id: str
     node: str
@@ -624,6 +630,14 @@ class Token:
 
 @attrs.frozen
 class End:
+    """The answer is whole.
+
+    Attributes:
+        stop_reason: ``stop``, or ``length`` if it was cut at its greatest length.
+        ttft_ms: milliseconds at the worker until the first token.
+        duration_ms: milliseconds at the worker until the last one.
+    """
+
     tokens_in: int
     tokens_out: int
     stop_reason: str
