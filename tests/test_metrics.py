@@ -223,6 +223,8 @@ def test_the_dashboard_is_one_that_grafana_loads() -> None:
         taken |= cells
         for target in panel.get("targets", ()):
             assert target["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+            # A label is {{label}}; in single braces it would be shown as it stands.
+            assert not re.search(r"(?<!\{)\{\w+\}", target["legendFormat"])
     for expr in queries():
         assert expr.count("(") == expr.count(")")
         assert NAME.search(expr), expr
