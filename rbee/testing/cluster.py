@@ -47,12 +47,14 @@ class Workload:
         others: what other states want: ``loading`` takes long enough to be hit, and a state after
             the answer does not wait for a long one.
         patience: seconds to wait for a state.
+        start: seconds that the first start on a node takes beyond those of any other request.
     """
 
     engine: str
     model: str
     patience: float
     others: Mapping[str, str] = attrs.field(factory=dict)
+    start: float = 0.0
 
     @classmethod
     def echo(cls) -> Workload:
@@ -62,7 +64,7 @@ class Workload:
 
     @classmethod
     def vllm(cls, model_dir: Path) -> Workload:
-        return cls("vllm", str(model_dir), 180)
+        return cls("vllm", str(model_dir), 180, start=60.0)
 
     def model_for(self, state: str) -> str:
         return self.others.get(state, self.model)
