@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS",
                         help="begin no round after that")  # fmt: skip
     hear_interrupts()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is frozen is ours to end
+    # What is frozen is ours to end; trio knows when it can be interrupted, by SIGINT alone.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return _run(parser.parse_args(argv))
     except RbeeError as exc:
