@@ -136,7 +136,8 @@ class LocalMachine:
         async with open_daemon(
             argv, start, graces=[setup.grace.guard_a, setup.grace.guard_b],
             log_file=setup.home.log_file(f"hive-{LOCALHOST}"),
-            env=own_environment(setup.home.root, setup.nonce),
+            # Where the queen is told to listen is not where her hive shall: empty is not set.
+            env=own_environment(setup.home.root, setup.nonce) | {"RBEE_HOST": ""},
             adopt_grace=setup.grace.worker_guard + 1,
             orphaned=(setup.home.root, setup.home.run) if setup.is_ephemeral else (),
         ) as daemon:  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
@@ -193,8 +194,8 @@ def refusal(error: RbeeError, body: bytes) -> Response:
     headers = ERROR_HEADERS.get(error.http_status, ())
     if isinstance(error, MethodNotAllowedError):
         headers = ((b"allow", error.allow.encode()),)
-    if isinstance(after := error.details.get("retry_after"), int):
-        headers = ((b"retry-after", b"%d" % after),)
+    if isinstance(after := error.details.get("retry_after"), int | float):
+        headers = ((b"retry-after", b"%d" % math.ceil(after)),)
     return Response(body, error.http_status, headers=headers)
 
 

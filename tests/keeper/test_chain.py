@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import httpx
 import pytest
 import trio
 
@@ -61,6 +62,22 @@ async def test_the_loading_is_shown_from_the_engine_to_the_terminal(
     assert shares == sorted(shares)
     (line_left,) = [line for line in screen(terminal.text) if line.startswith("hive: load")]
     assert re.fullmatch(r"hive: load echo\?load=2 with echo on cpu … [2-5]\.\d s", line_left)
+    await leaks.wait_clean(1)
+
+
+async def test_where_the_queen_listens_is_not_where_her_hive_does(
+    home: Home, leaks: LeakCheck
+) -> None:
+    environment = os.environ | {"RBEE_HOST": "127.0.0.2"}
+    try:
+        assert (await keeper("queen", "start", env=environment)).returncode == 0
+        assert (await keeper(*ECHO)).returncode == 0
+        rows = json.loads((await keeper("ps", "--json")).stdout)
+        hosts = {row["component"]: httpx.URL(row["url"]).host for row in rows}
+    finally:
+        stopped = await keeper("queen", "stop")
+    assert stopped.returncode == 0
+    assert hosts == {"queen": "127.0.0.2", "hive": "127.0.0.1", "worker": "127.0.0.1"}
     await leaks.wait_clean(1)
 
 

@@ -306,6 +306,15 @@ async def test_what_is_not_available_now_says_when_to_retry() -> None:
     assert (await ask(app, "GET", "/refuse")).headers[b"retry-after"] == b"1"
 
 
+async def test_a_wait_of_parts_of_a_second_is_told_in_whole_ones() -> None:
+    async def refuse(request: Request) -> Response:
+        raise UnavailableError("failed twice", retry_after=3.2)
+
+    app = make()
+    app.add("GET", "/refuse", refuse)
+    assert (await ask(app, "GET", "/refuse")).headers[b"retry-after"] == b"4"
+
+
 # on the head ----------------------------------------------------------------------------------
 @attrs.define(eq=False)
 class OneKey:
