@@ -45,6 +45,7 @@ class QueenConfig:
     slots: int | None = None
     max_waiting: int = 1024
     max_waiting_per_model: int = 256
+    max_waiting_size: str = "256M"
 
 
 @attrs.frozen
@@ -181,6 +182,8 @@ def _table(data: Any, name: str, kind: type[Any], path: Path) -> Any:
         table = structure(values, kind)
         if isinstance(table, HiveConfig) and table.memory is not None:
             size(table.memory, hint="")
+        if isinstance(table, QueenConfig):
+            size(table.max_waiting_size, hint="")
         return table
     except BadInputError as exc:
         raise ConfigError(

@@ -41,7 +41,7 @@ def sample(argument: Argument, source: int) -> Any:
         return 0.25 + source
     if "Literal" in kind:
         return "cpu" if source == ENVIRONMENT else "cuda"
-    if argument.name == "--memory":
+    if argument.name in ("--memory", "--max-waiting-size"):
         return f"{source + 1}G"
     if "tuple" in kind:
         return (f"stop-{source}", "b")

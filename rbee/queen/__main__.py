@@ -32,6 +32,7 @@ def run_daemon(
     slots: int | None = None,
     max_waiting: int = 1024,
     max_waiting_per_model: int = 256,
+    max_waiting_size: str = "256M",
     owned: Annotated[bool, cyclopts.Parameter(negative="")] = False,
 ) -> int:
     """Run a queen until it is told to stop.
@@ -59,6 +60,8 @@ def run_daemon(
         Requests that may wait, of all models; the next one is refused with 429.
     max_waiting_per_model:
         Requests that may wait for one model.
+    max_waiting_size:
+        What the bodies of those that wait may take in all, such as 256M.
     owned:
         End with the owner, whose lifeline is stdin.
     """
@@ -73,7 +76,13 @@ def run_daemon(
     from rbee.queen.daemon import run
     from rbee.queen.limits import Limits
     from rbee.queen.machine import QueenSetup
+    from rbee.units import size
     from rbee.web.door import checked_origin
+
+    limits = Limits(
+        slots, max_waiting, max_waiting_per_model,
+        size(max_waiting_size, hint="queen-rbee daemon --max-waiting-size 256M"),
+    )  # fmt: skip
 
     async def main(root: daemon.Root) -> None:
         collect_rarely()
@@ -95,7 +104,7 @@ def run_daemon(
             exact_port=not owned,
             hive_port=load_config(place.config_file).hive.port if hive_port is None else hive_port,
             lease=start.lease if start else lease,
-            limits=Limits(slots, max_waiting, max_waiting_per_model),
+            limits=limits,
         )
         await run(setup, root, allowed_origins=origins)
 

@@ -35,6 +35,7 @@ class Job:
     Attributes:
         log: its events, if it belongs to nobody; else they are on the connection that it is of.
         session: what belongs to the same goes to the same worker while that has room.
+        size: bytes of the request's body.
         key: whose job it is; None with the queen's token.
         position: how many are before it.
         created, started, ended: seconds since the epoch; 0 is not yet.
@@ -44,6 +45,7 @@ class Job:
     request: TaskRequest
     log: EventLog | None = None
     session: str = ""
+    size: int = 0
     key: Key | None = None
     scope: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     worker: WorkerInfo | None = None

@@ -89,8 +89,10 @@ class Jobs(TaskOwner):
         if (job := self._running.get(JobId(job_id))) is not None:
             job.cancel(why)
 
-    def accept(self, request: TaskRequest, session: str = "", key: Key | None = None) -> Job:
-        """Make the job of a request, which `attach` or `keep` is to run.
+    def accept(
+        self, request: TaskRequest, session: str = "", key: Key | None = None, *, size: int = 0
+    ) -> Job:
+        """Make the job of a request of ``size`` bytes, which `attach` or `keep` is to run.
 
         Raises:
             BadInputError: its deadline has passed before it begins, its priority is out of range,
@@ -109,7 +111,7 @@ class Jobs(TaskOwner):
         job_id = JobId(new_id("job"))
         while job_id in self._running or job_id in self.shelf:
             job_id = JobId(new_id("job"))
-        return Job(job_id, self._aliases.fill(request), session=session, key=key)
+        return Job(job_id, self._aliases.fill(request), session=session, size=size, key=key)
 
     async def attach(self, job: Job, out: Out) -> None:
         """Run a job for a client who reads; cancelling, as when he leaves, ends it.
@@ -211,7 +213,10 @@ class Jobs(TaskOwner):
         relay = partial(self._relay, job, delivery)
         await ask_until_answered(
             self._assignments, job.request, delivery.tell, relay, lambda: delivery.has_passed,
-            Terms(job.request.priority, job.session, partial(_tell_position, job, delivery)),
+            Terms(
+                job.request.priority, job.session, partial(_tell_position, job, delivery),
+                size=job.size,
+            ),
         )  # fmt: skip
 
     # relaying --------------------------------------------------------------------------------

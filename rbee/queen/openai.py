@@ -156,6 +156,7 @@ class Passages:
                 asked.priority or 0,
                 session_of(request),
                 takes_slot=request.path not in NO_WORK,
+                size=len(body),
             ),
         )
         return Passing(partial(self._run, call))

@@ -24,7 +24,7 @@ def add_task_routes(app: App, jobs: Jobs) -> None:
     async def start(request: Request) -> Passing | Response:
         body = await request.json()
         asked, key = codec.loads(body, TaskRequest), key_of(request.caller)
-        job = jobs.accept(asked, session_of(request), key)
+        job = jobs.accept(asked, session_of(request), key, size=len(body))
         if not prefers_async(request):
             return Passing(partial(jobs.attach, job))
         await jobs.keep(job, len(body))

@@ -23,6 +23,7 @@ from rbee.queen.queue import Queue, Rank
 from rbee.queen.sessions import Sessions
 from rbee.queen.slots import Capacity, Slots
 from rbee.registry import Registry
+from rbee.units import human
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
 TELL = 0.25  # seconds between two words about a request's position
@@ -45,12 +46,14 @@ class Terms:
         session: what else belongs to the same goes to the same worker while that has room.
         tell: takes how many are before it, whenever that changes.
         takes_slot: whether it is work for the engine.
+        size: bytes that its body holds while it waits.
     """
 
     priority: int = 0
     session: str = ""
     tell: Callable[[int], None] = _ignore
     takes_slot: bool = True
+    size: int = 0
 
 
 @attrs.define(eq=False)
@@ -104,6 +107,7 @@ class WaitingRoom:
         self._sessions = Sessions()
         self._number = 0
         self._read = 0
+        self._held = 0  # bytes of the bodies of those in the queue
         self._ready: frozenset[str] = frozenset()
         self._fewer = trio.Event()  # ready workers
         self._moved = trio.Event()
@@ -158,11 +162,13 @@ class WaitingRoom:
         claim.is_known = True
         claim.served = trio.CancelScope()
         self._queue.join(claim)
+        self._held += claim.terms.size
         self._tell_first_position(claim)
         try:
             yield
         finally:
             self._queue.leave(claim)
+            self._held -= claim.terms.size
             self._moved.set()
 
     def give_back(self, claim: Claim) -> None:
@@ -176,6 +182,12 @@ class WaitingRoom:
     def _check_room(self, claim: Claim) -> None:
         if len(self._queue) >= self._limits.waiting:
             raise full(len(self._queue))
+        if self._held + claim.terms.size > self._limits.waiting_size:
+            raise QueueFullError(
+                f"the requests that wait hold {human(self._held)}; "
+                f"no more than {human(self._limits.waiting_size)} can",
+                hint="rbee-keeper worker list",
+            )
         if self._queue.count(claim.model) >= self._limits.waiting_per_model:
             raise QueueFullError(
                 f"{self._limits.waiting_per_model} requests wait for {shown(claim.asked.model)}; "

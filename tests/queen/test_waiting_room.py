@@ -138,6 +138,18 @@ async def test_the_bound_of_all_models_holds_too() -> None:
         assert isinstance(scene.failed["other"], QueueFullError)
 
 
+async def test_the_bodies_of_those_that_wait_are_bounded_and_freed() -> None:
+    async with open_scene(Limits(waiting_size=100)) as scene:
+        scene.hives.put("w", "ready", slots=1)
+        await scene.ask("running", Terms(size=1000))
+        await scene.ask("big", Terms(size=90))
+        await scene.ask("refused", Terms(size=11))
+        assert "no more than 100" in str(scene.failed["refused"])
+        await scene.end("big")
+        await scene.ask("next", Terms(size=100))
+        assert set(scene.failed) == {"refused"}
+
+
 async def test_a_request_that_insists_on_a_busy_node_delays_no_other() -> None:
     async with open_scene() as scene:
         scene.hives.put("w1", "ready", slots=1)
