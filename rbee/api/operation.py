@@ -32,7 +32,8 @@ class Operation:
         gives: what each status of success carries: a type, `TEXT`, or None for nothing.
         refuses: statuses of its errors beyond those of every route.
         events: what its answer consists of where the client accepts events.
-        only_events: whether it answers with events only.
+        only_events: whether its 200 is events only.
+        may_stream: whether it may answer with events that are another API's business.
         headers: what else a request may say, by the name of its header.
         is_open: whether it needs no token.
         takes_key: whether the token may come as `x-api-key`.
@@ -49,6 +50,7 @@ class Operation:
     refuses: tuple[int, ...] = ()
     events: tuple[type[Any], ...] = ()
     only_events: bool = False
+    may_stream: bool = False
     headers: Mapping[str, str] = {}
     needs_body: bool = True
     is_open: bool = False
@@ -97,8 +99,10 @@ class Operation:
         kind, content = self.gives[status], {}
         if kind == TEXT:
             content[TEXT] = {"schema": {"type": "string"}}
-        elif kind is not None and not self.only_events:
+        elif kind is not None and not (self.only_events and status == 200):
             content[JSON] = {"schema": schema_of(kind, schemas)}
+        if self.may_stream and status == 200:
+            content[EVENTS] = {}
         found: Schema = {"description": HTTPStatus(status).phrase}
         if self.events and status == 200:
             content[EVENTS] = {}  # OpenAPI 3.1 has no words for events

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from rbee.api.operation import TEXT, Operation
-from rbee.queen.openai import ANTHROPIC_ROUTES, MODELS, ROUTES
+from rbee.queen.openai import ANTHROPIC_ROUTES, EMBEDDINGS, MODELS, NO_WORK, ROUTES
 from rbee.wire import messages as m
 
 OPENAI_ERROR: dict[str, Any] = {
@@ -72,7 +71,7 @@ TASKS = [
         "Run one prompt.\nThe answer is its events, to the last one, `end` or `error`; closing the "
         "connection cancels it. With `Prefer: respond-async` it is kept, and answered with 202.",
         takes=m.TaskRequest, gives={200: m.Token, 202: m.TaskAccepted}, refuses=WAITS,
-        events=TASK_EVENTS, headers={**SESSION, "Prefer": "`respond-async`"},
+        events=TASK_EVENTS, only_events=True, headers={**SESSION, "Prefer": "`respond-async`"},
     ),
     Operation("GET", m.TASKS, "List the jobs that are known.", gives={200: list[m.TaskInfo]}),
     Operation(
@@ -161,21 +160,29 @@ MODELS_ON_DISK = [
     ),
 ]  # fmt: skip
 
-_foreign = partial(
-    Operation, "POST", takes=PASSED_ON, gives={200: Any}, refuses=(*WAITS, 405, 422, 501),
-    headers=SESSION, takes_key=True,
-)  # fmt: skip
 PASSED = (
     "Passed on to a worker of the model, untouched both ways.\nThe body and the answer are vLLM's "
-    "business; with `stream` the answer is events, as that API has them."
+    "business"
 )
+STREAMED = "; with `stream` the answer is events, as that API has them."
+
+
+def _passed_on(path: str, error: dict[str, Any]) -> Operation:
+    streams = path not in (EMBEDDINGS, *NO_WORK)
+    return Operation(
+        "POST", path, PASSED + (STREAMED if streams else "."), takes=PASSED_ON, gives={200: Any},
+        refuses=(*WAITS, 405, 422, 501), may_stream=streams, headers=SESSION, takes_key=True,
+        error=error,
+    )  # fmt: skip
+
+
 OTHERS = [
     Operation(
         "GET", MODELS, "List the models that can be asked for.", gives={200: Any}, takes_key=True,
         error=OPENAI_ERROR,
     ),
-    *(_foreign(path, about=PASSED, error=OPENAI_ERROR) for path in ROUTES),
-    *(_foreign(path, about=PASSED, error=ANTHROPIC_ERROR) for path in ANTHROPIC_ROUTES),
+    *(_passed_on(path, OPENAI_ERROR) for path in ROUTES),
+    *(_passed_on(path, ANTHROPIC_ERROR) for path in ANTHROPIC_ROUTES),
 ]  # fmt: skip
 
 OPERATIONS = [

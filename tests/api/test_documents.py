@@ -49,6 +49,19 @@ def described(daemon: str) -> Routes:
     return {(method.upper(), path) for path, methods in paths.items() for method in methods}
 
 
+@pytest.mark.parametrize(
+    ("path", "kinds"),
+    [
+        ("/v2/tasks", {"text/event-stream"}),
+        ("/v1/chat/completions", {"application/json", "text/event-stream"}),
+        ("/v1/embeddings", {"application/json"}),
+    ],
+)
+def test_what_streams_is_said_to(path: str, kinds: set[str]) -> None:
+    answers = document_of("queen")["paths"][path]["post"]["responses"]
+    assert set(answers["200"]["content"]) == kinds
+
+
 async def test_every_route_of_a_queen_is_described_and_no_other(
     routes: Routes, tmp_path: Path
 ) -> None:
