@@ -91,7 +91,8 @@ class Job:
         self.ended = time.time()
         self.error = error
         # What was asked may be long, and nobody needs it any more.
-        self.request = attrs.evolve(self.request, prompt=None, messages=None)
+        asked = self.request
+        self.request = TaskRequest(asked.model, priority=asked.priority, deadline=asked.deadline)
 
     def info(self) -> TaskInfo:
         """Return what the queen tells about it."""

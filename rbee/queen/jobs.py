@@ -23,6 +23,7 @@ from rbee.queen.delivery import Connected, Delivery, Kept
 from rbee.queen.hive import Hive
 from rbee.queen.job import Job
 from rbee.queen.keys import Key
+from rbee.queen.limits import LONGEST_NAME
 from rbee.queen.shelf import KEPT, Shelf
 from rbee.queen.tries import ask_until_answered
 from rbee.queen.waiting_room import Terms
@@ -96,15 +97,18 @@ class Jobs(TaskOwner):
 
         Raises:
             BadInputError: its deadline has passed before it begins, its priority is out of range,
-                or config.toml is wrong.
-            ForbiddenError: the key is not for this model.
+                its model's name is too long, or config.toml is wrong.
+            ForbiddenError: the key is not for this model, or not for how its worker is started.
             RbeeError: the queen is stopping.
         """
         if request.deadline is not None and request.deadline <= 0:
             raise BadInputError(f"deadline must be greater than 0 seconds: {request.deadline:g}")
         if not -PRIORITIES <= request.priority < PRIORITIES:
             raise BadInputError(f"priority must fit into 64 bits: {request.priority}")
+        if len(request.model) > LONGEST_NAME:
+            raise BadInputError("the name of the model is too long", param="model")
         if key is not None:
+            key.check_start(request)
             key.check_model(request.model, self._aliases.meanings)
         if not self.takes_tasks:
             raise self._ending()

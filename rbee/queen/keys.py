@@ -25,10 +25,17 @@ from rbee.models.reference import shown
 from rbee.paths import full_path
 from rbee.queen.placement import Meanings
 from rbee.web.door import Caller
+from rbee.wire.messages import TaskRequest
 
 log = logging.getLogger(__name__)
 
 MINUTE = 60.0
+PLAIN = TaskRequest("")
+# What says where a model comes from and how a worker is started: each other value is a further one.
+OWNERS = (
+    "hub", "engine_args", "node", "backend", "device", "max_model_len", "dtype", "kv_cache_bytes",
+    "max_num_seqs", "keep_alive",
+)  # fmt: skip
 ROUNDING = 0.001  # seconds; who waits as long as he is told must be let in
 
 
@@ -101,6 +108,17 @@ class Key:
                 + ", ".join(self.limits.models),
                 code="model_not_allowed",
                 param="model",
+            )
+
+    def check_start(self, request: TaskRequest) -> None:
+        """Raise `ForbiddenError` for what says how a worker is started: that is the owner's."""
+        given = [name for name in OWNERS if getattr(request, name) != getattr(PLAIN, name)]
+        if given:
+            raise ForbiddenError(
+                f"the key {self.name!r} may not set {', '.join(given)}; the owner of the queen "
+                "can, in [aliases] of config.toml",
+                code="option_not_allowed",
+                param=given[0],
             )
 
 

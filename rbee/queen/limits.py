@@ -7,6 +7,7 @@ import attrs
 from rbee.errors import UsageError
 
 WAITING = 256  # requests for one model; some seconds' work of a worker
+LONGEST_NAME = 4096  # characters of a model's; as paths
 WAITING_SIZE = 256 << 20  # bytes; a prompt of 128 k tokens has about half a megabyte
 
 

@@ -27,6 +27,7 @@ from rbee.queen.asking import STALL, ask_at, open_answer
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
 from rbee.queen.keys import key_of
+from rbee.queen.limits import LONGEST_NAME
 from rbee.queen.offer import Offer
 from rbee.queen.placement import GENERATE
 from rbee.queen.sessions import session_of
@@ -51,7 +52,6 @@ MODELS = "/v1/models"
 EMBED = "embed"
 
 BIG = 1 << 20  # bytes of a body beyond which it is decoded in a thread
-LONGEST_NAME = 4096  # characters of a model's; as paths
 NO_REQUEST = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # A worker is not there any more, or will not be; another may have its port and refuse our token.
 GONE = frozenset({"unauthorized", "too_many_failures", "other_worker"})

@@ -80,7 +80,7 @@ class Claim:
     @property
     def kind(self) -> Hashable:
         if self._kind is None:
-            self._kind = kind_of(self.asked)
+            self._kind = kind_of(self.asked), self.terms.takes_slot
         return self._kind
 
     def tell(self, position: int) -> None:

@@ -427,7 +427,7 @@ async def _wake_after(seconds: float, connection: Connection, wish: Wish) -> Non
             channel.discard_output()
             channel.write(_loaded() + _request(wish, "", wakes=True))
             await channel.wait()
-    except SshError as exc:
+    except (SshError, OSError) as exc:  # nothing may keep `_stop` from hearing the end
         log.debug("cannot wake what may be frozen on node %s: %s", connection.node, exc)
 
 

@@ -367,6 +367,41 @@ async def test_a_key_sees_and_ends_jobs_of_its_own_only(tmp_path: Path) -> None:
         assert (await client.get(f"{PATH}/{job_id}", headers=bee)).json()["state"] == "cancelled"
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"hub": {"endpoint": "http://127.0.0.1:9"}}, {"engine_args": {"seed": "1"}},
+        {"keep_alive": -1}, {"node": "localhost"}, {"max_model_len": 64},
+    ],
+)  # fmt: skip
+async def test_how_a_worker_is_started_is_not_for_a_key_to_say(
+    tmp_path: Path, given: dict[str, Any]
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[keys.bee]\nsha256 = "{sha256(b"bee").hexdigest()}"\n')
+    bee = {"authorization": "Bearer bee"}
+    async with open_queen(FakeWorker(WHOLE), config=config) as queen, open_client(queen) as client:
+        refused = await client.post(PATH, json=ASK | given, headers=bee)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (403, "option_not_allowed")
+        assert f"may not set {next(iter(given))}" in error["message"]
+
+
+async def test_a_model_whose_name_is_too_long_is_refused() -> None:
+    async with open_queen(FakeWorker(WHOLE)) as queen, open_client(queen) as client:
+        refused = await client.post(PATH, json=ASK | {"model": "m" * 4097})
+        assert (refused.status_code, "too long" in refused.text) == (400, True)
+
+
+async def test_of_a_job_that_has_ended_little_of_the_request_is_kept() -> None:
+    long = {"stop": ["x" * 9], "priority": 3, "deadline": 60}
+    async with open_queen(FakeWorker(WHOLE)) as queen, open_client(queen) as client:
+        await client.post(PATH, json=ASK | long, headers=ASYNC)
+        await wait_for(lambda: not len(queen.jobs))
+        (job,) = queen.jobs
+        assert job.request == TaskRequest(ASK["model"], priority=3, deadline=60)
+
+
 async def test_a_job_that_waits_tells_how_many_are_before_it() -> None:
     worker = FakeWorker([*HELD, *WHOLE])
     async with open_queen(worker, slots=1) as queen, open_client(queen) as client:

@@ -160,6 +160,16 @@ async def test_a_request_that_insists_on_a_busy_node_delays_no_other() -> None:
         assert scene.got == [("a", "w1"), ("c", "w2")]
 
 
+async def test_what_needs_no_slot_does_not_wait_behind_what_does() -> None:
+    async with open_scene() as scene:
+        for name in ("a", "b"):
+            await scene.ask(name)
+        await scene.ask("tokens", Terms(takes_slot=False))
+        scene.hives.put("w", "ready", slots=1)
+        await wait_all_tasks_blocked()
+        assert [name for name, _ in scene.got] == ["a", "tokens"]
+
+
 async def test_positions_are_told_as_they_change_and_not_more_often() -> None:
     async with open_scene() as scene:
         scene.hives.put("w", "ready", slots=1)
