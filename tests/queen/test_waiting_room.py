@@ -167,7 +167,7 @@ async def test_what_needs_no_slot_does_not_wait_behind_what_does() -> None:
         await scene.ask("tokens", Terms(takes_slot=False))
         scene.hives.put("w", "ready", slots=1)
         await wait_all_tasks_blocked()
-        assert [name for name, _ in scene.got] == ["a", "tokens"]
+        assert {name for name, _ in scene.got} == {"a", "tokens"}
 
 
 async def test_positions_are_told_as_they_change_and_not_more_often() -> None:
