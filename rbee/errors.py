@@ -163,7 +163,9 @@ CLOSER: dict[type[RbeeError], str] = {
         "no_such_device not_a_model split_gguf unknown_architecture unreadable unsafe_package"
     ),
     UnauthorizedError: "hub_unauthorized",
-    ForbiddenError: "gated_model model_not_allowed not_for_keys origin unknown_host",
+    ForbiddenError: (
+        "gated_model model_not_allowed not_for_keys option_not_allowed origin unknown_host"
+    ),
     NotFoundError: (
         "model_not_found model_not_here revision_not_found unknown_alias unknown_engine "
         "unknown_job unknown_key unknown_model unknown_node unknown_wheelhouse unknown_worker"
