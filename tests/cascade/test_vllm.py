@@ -143,7 +143,10 @@ def ask_by_openai(url: str, token: str) -> None:
         kind: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
         said = chat(response_format=kind, max_tokens=200).choices[0].message.content
         assert isinstance(json.loads(str(said))["a"], bool)
-        done = client.responses.create(model="smollm2-135m", input="hello", stream=True)
+        asked = str(MESSAGES[0]["content"])  # an answer of a few words, on the slowest machine too
+        done = client.responses.create(
+            model="smollm2-135m", input=asked, temperature=0, stream=True
+        )
         assert list(done)[-1].type == "response.completed"
         assert client.completions.create(model="smollm2-135m", prompt="a").choices[0].text
         assert "smollm2-135m" in [model.id for model in client.models.list()]
