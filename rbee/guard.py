@@ -749,10 +749,21 @@ def wake_siblings() -> None:
     """Wake what our parent has started: sshd, whatever came over the same connection.
 
     Who was frozen before it had anything below it would sleep for ever: nobody else knows of it.
+    Without a connection that parent is another one by now, and what it has started is not ours.
     """
     parent = os.getppid()
-    for pid, start in offspring(parent, start_time(parent)).items():
-        send_signal(pid, start, signal.SIGCONT)
+    start = start_time(parent)
+    # Who dies closes all that it has before its children get another parent.
+    if not has_hung_up(0):
+        for pid, began in offspring(parent, start).items():
+            send_signal(pid, began, signal.SIGCONT)
+
+
+def has_hung_up(fd: int) -> bool:
+    """Tell whether nobody is left at the other end of a pipe or a socket."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -688,3 +689,35 @@ print(failed, guard.start_time(1), guard.is_hidden(1), guard.is_hidden(os.getpid
     if done.returncode or not done.stdout.startswith("0 "):
         pytest.skip(f"no /proc with hidepid here: {done.stderr.strip()[-200:]}")
     assert done.stdout == "0 0 True False\n"
+
+
+# waking ---------------------------------------------------------------------------------------
+# A reaper with a frozen child gets a further one, whose parent, gone or not, held its stdin.
+WAKING = """
+import os, signal, subprocess, sys
+from rbee import guard
+guard.become_subreaper()
+frozen = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+frozen.send_signal(signal.SIGSTOP)
+os.waitid(os.P_PID, frozen.pid, os.WSTOPPED)
+wake = [sys.executable, "-c", "from rbee import guard; guard.wake_siblings()"]
+try:
+    if sys.argv[1] == "alive":
+        assert subprocess.Popen(wake, stdin=subprocess.PIPE).wait() == 0
+    else:
+        script = 'read line; exec "$@"'
+        code = "import subprocess, sys; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)"
+        argv = [sys.executable, "-c", code, "/bin/sh", "-c", script, "sh", *wake]
+        subprocess.run(argv, check=True)
+        assert os.waitid(os.P_ALL, 0, os.WEXITED).si_status == 0
+    print(guard._stat(frozen.pid)[0] == b"T")
+finally:
+    frozen.kill()
+"""
+
+
+@pytest.mark.parametrize(("parent", "stays"), [("alive", "False"), ("gone", "True")])
+def test_only_children_of_a_parent_that_is_there_are_woken(parent: str, stays: str) -> None:
+    line = [sys.executable, "-c", WAKING, parent]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.strip() == stays

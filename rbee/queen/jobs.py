@@ -155,7 +155,7 @@ class Jobs(TaskOwner):
             raise delivery.refusal
 
     async def _keep(self, job: Job, delivery: Kept) -> None:
-        """Run a job and keep it for a while; what goes wrong in one ends that one only."""
+        """Run a job; what goes wrong in one ends that one only."""
         error: RbeeError | None = self._ending()
         try:
             with self._in_progress(job):
@@ -171,8 +171,14 @@ class Jobs(TaskOwner):
             delivery.end(error)
             self.shelf.note_end(job)
         if delivery.refusal is None:
-            await trio.sleep(KEPT)
-        self.shelf.forget(job.id)
+            self.tasks.start_soon(self._forget_later, job.id)
+        else:
+            self.shelf.forget(job.id)
+
+    async def _forget_later(self, job_id: JobId) -> None:
+        """Keep a job for a while; it is the shelf's alone, which may have no room for so long."""
+        await trio.sleep(KEPT)
+        self.shelf.forget(job_id)
 
     @contextmanager
     def _in_progress(self, job: Job) -> Iterator[None]:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 MINUTE = 60.0
 PLAIN = TaskRequest("")
-# What says where a model comes from and how a worker is started: each other value is a further one.
+# Where a model comes from and how its worker is started: another value is another worker.
 OWNERS = (
     "hub", "engine_args", "node", "backend", "device", "max_model_len", "dtype", "kv_cache_bytes",
     "max_num_seqs", "keep_alive",
@@ -115,8 +115,8 @@ class Key:
         given = [name for name in OWNERS if getattr(request, name) != getattr(PLAIN, name)]
         if given:
             raise ForbiddenError(
-                f"the key {self.name!r} may not set {', '.join(given)}; the owner of the queen "
-                "can, in [aliases] of config.toml",
+                f"the key {self.name!r} may not set {', '.join(given)}; who has the queen's "
+                "token may",
                 code="option_not_allowed",
                 param=given[0],
             )

@@ -23,7 +23,7 @@ import trio
 from rbee import guard
 from rbee.errors import BadInputError
 from rbee.process import guard_lines
-from rbee.ssh import boot
+from rbee.ssh import boot, failures
 from rbee.ssh.connection import Channel, Connection, End
 from rbee.ssh.errors import (
     ConnectionLostError,
@@ -427,7 +427,7 @@ async def _wake_after(seconds: float, connection: Connection, wish: Wish) -> Non
             channel.discard_output()
             channel.write(_loaded() + _request(wish, "", wakes=True))
             await channel.wait()
-    except (SshError, OSError) as exc:  # nothing may keep `_stop` from hearing the end
+    except (SshError, *failures.FOREIGN) as exc:  # `_stop` is to hear the end all the same
         log.debug("cannot wake what may be frozen on node %s: %s", connection.node, exc)
 
 

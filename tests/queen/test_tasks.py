@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
+import weakref
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,6 +18,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
 
 from rbee.errors import GoneError
 from rbee.queen.jobs import Jobs
@@ -400,6 +403,19 @@ async def test_of_a_job_that_has_ended_little_of_the_request_is_kept() -> None:
         await wait_for(lambda: not len(queen.jobs))
         (job,) = queen.jobs
         assert job.request == TaskRequest(ASK["model"], priority=3, deadline=60)
+
+
+async def test_what_the_shelf_has_no_room_for_is_nowhere_else() -> None:
+    async with open_queen(FakeWorker(WHOLE)) as queen, open_client(queen) as client:
+        await client.post(PATH, json=ASK, headers=ASYNC)
+        await wait_for(lambda: not len(queen.jobs))
+        (job,) = queen.jobs.shelf
+        log = weakref.ref(job.log)
+        queen.jobs.shelf.forget(job.id)
+        del job
+        await wait_all_tasks_blocked()
+        gc.collect()
+        assert log() is None
 
 
 async def test_a_job_that_waits_tells_how_many_are_before_it() -> None:

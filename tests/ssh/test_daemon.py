@@ -3,8 +3,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
+import asyncssh
 import attrs
 import pytest
 import trio
@@ -22,7 +26,7 @@ from rbee.ssh import (
     open_connection,
     open_remote_daemon,
 )
-from rbee.ssh.remote import PATIENCE, Facts, Wish, open_remote
+from rbee.ssh.remote import LOADER, PATIENCE, Facts, Wish, _wake_after, open_remote
 from tests.ssh.nodes import GRACES, LEASE, gone, open_planted, pids, start
 from tests.ssh.sshd import Sshd
 
@@ -123,6 +127,24 @@ async def test_a_guard_that_is_frozen_before_it_has_its_plan_is_woken_to_end(
         assert not connection.fence.is_up
     assert not start_time(pid)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), asyncssh.Error(1, "odd"), SshError("lost")])
+async def test_nothing_that_fails_while_one_is_woken_is_an_error(error: Exception) -> None:
+    tried: list[str] = []
+
+    class Broken:
+        node = "mac"
+
+        @asynccontextmanager
+        async def open_channel(self, command: str, *, limit: int) -> AsyncGenerator[Any, None]:
+            tried.append(command)
+            raise error
+            yield
+
+    connection: Any = Broken()
+    await _wake_after(0, connection, early("/nowhere"))
+    assert tried == [LOADER]
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
