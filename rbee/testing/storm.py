@@ -14,7 +14,7 @@ import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from fnmatch import fnmatch
 from functools import partial
@@ -177,13 +177,24 @@ def _run(options: argparse.Namespace) -> int:
             faults = chosen(options.faults, not why)
             _say_what_is_missing(why)
             storm = Storm(tally, options.rounds, faults, options.limit, options.json)
-            trio.run(partial(run_storm, storm, hosts, workload))
+            interrupted = _run_until_interrupted(partial(run_storm, storm, hosts, workload))
     sys.stdout.write(f"{tally.table()}\n")
     sys.stdout.write(
         f"{tally.rounds} rounds from seed {tally.seed}, commit {tally.commit}: "
         f"{tally.leaks} leaks, {len(tally.failures)} failures\n"
     )
-    return 1 if tally.failures else 0
+    return 130 if interrupted else int(bool(tally.failures))
+
+
+def _run_until_interrupted(storm: Callable[[], Awaitable[None]]) -> bool:
+    """Run it; tell whether SIGINT or SIGTERM ended it, and everything it had started."""
+    interrupted = False
+    try:
+        trio.run(storm)
+    except* KeyboardInterrupt:
+        sys.stderr.write("interrupted; --json FILE --resume goes on\n")
+        interrupted = True
+    return interrupted
 
 
 def _tally(options: argparse.Namespace) -> Tally:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,8 +171,11 @@ def browsing(url: str, profile: Path) -> Iterator[None]:
         "--no-proxy-server", f"--user-data-dir={profile}",
         f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1, MAP {ALLOWED} 127.0.0.1", url,
     ]  # fmt: skip
-    with (profile.parent / "browser.log").open("wb") as log:
-        popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    log = (profile.parent / "browser.log").open("wb")
+    # It leaves its socket there, under a path that has to be short.
+    with log, tempfile.TemporaryDirectory(prefix="rbee-b-", ignore_cleanup_errors=True) as place:
+        env = os.environ | {"TMPDIR": place}
+        popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
         try:
             yield
         finally:

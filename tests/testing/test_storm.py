@@ -143,3 +143,26 @@ def test_nothing_is_left_by_a_storm(seed: int, rounds: int, limit: int, tmp_path
     told = json.loads(file.read_text())
     assert 1 <= told["rounds"] <= rounds
     assert (told["leaks"], told["failures"]) == (0, [])
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_a_storm_that_is_ended_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    if why := why_no_hosts():
+        pytest.skip(why)
+    argv = [sys.executable, "-m", "rbee.testing.storm", "--seed", str(FIXED_SEED), "--rounds", "99"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as popen:
+        assert popen.stdout is not None
+        assert popen.stderr is not None
+        said = b""
+        while b"round --seed" not in said:
+            line = popen.stderr.readline()
+            assert line, said
+            said += line
+        popen.terminate()
+        out, err = popen.communicate(timeout=60)
+    assert popen.returncode == 130, (out, err)
+    assert b"interrupted" in err
+    assert b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
