@@ -31,6 +31,7 @@ from typing import Any
 import setproctitle
 
 from rbee import guard
+from rbee.garbage import collect_rarely
 from rbee.lean import skip_httpx_command
 from rbee.worker.engine import engine_kind
 
@@ -277,7 +278,7 @@ def main() -> int:
     began = time.monotonic()
     engine_kind(engine).preload()
     gc.collect()
-    gc.freeze()
+    collect_rarely()
     threads = 1 + len(unsafe_threads())
     send(sock, {"ready": time.monotonic() - began, "threads": threads})
     Zygote(sock, log_file).run()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +16,13 @@ from rbee.machine import Machine
 from rbee.model import DEFAULT_ENGINE, WorkerSpec
 from rbee.models.footprint import Footprint, check_asked, footprint
 from rbee.worker.engine_args import check_ours, engine_options, option_word
+
+# Batches of which vLLM captures a CUDA graph; one between two of them is filled up to the next.
+# Its own are 51 up to 512: each takes 0.1 s of every start and memory of the card.
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+GRAPHS_PER_SEQUENCE = 2  # the largest graph for each sequence, as vLLM has it
+# With one of these the user says himself what is captured, or leaves it to vLLM.
+OWN_GRAPHS = {"cudagraph-capture-sizes", "max-cudagraph-capture-size", "performance-mode"}
 
 
 def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
@@ -29,6 +38,8 @@ def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
     argv = ["--model", spec.model_dir, "--served-model-name", *names]
     options = _options(spec, found)
     options.update(_cpu_options() if spec.backend == "cpu" else _cuda_options(spec, found))
+    if spec.backend != "cpu" and not says_what_is_captured(given):
+        options["cudagraph-capture-sizes"] = json.dumps(graphs(found.sequences))
     options.update(given)
     return argv + [option_word(key, value) for key, value in options.items()]
 
@@ -69,6 +80,18 @@ def _cuda_options(spec: WorkerSpec, found: Footprint) -> dict[str, str]:
         options["kv-cache-memory-bytes"] = str(pool)
         options["gpu-memory-utilization"] = f"{min(max(math.floor(share * 100) / 100, 0.01), 1)}"
     return options
+
+
+def says_what_is_captured(given: Mapping[str, str]) -> bool:
+    """Tell whether the user's options are about CUDA graphs; ``compilation-config`` may be."""
+    names = {name.partition(".")[0] for name in given}
+    return bool(names & {*OWN_GRAPHS, "compilation-config"})
+
+
+def graphs(sequences: int) -> list[int]:
+    """Return the batch sizes to capture for that many sequences at once."""
+    largest = min(sequences * GRAPHS_PER_SEQUENCE, GRAPHS[-1])
+    return sorted({*(size for size in GRAPHS if size < largest), largest})
 
 
 def environment(spec: WorkerSpec, run_dir: str) -> dict[str, str]:
