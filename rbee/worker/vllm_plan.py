@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +24,14 @@ GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 GRAPHS_PER_SEQUENCE = 2  # the largest graph for each sequence, as vLLM has it
 # With one of these the user says himself what is captured, or leaves it to vLLM.
 OWN_GRAPHS = {"cudagraph-capture-sizes", "max-cudagraph-capture-size", "performance-mode"}
+
+# What vLLM has compiled is loaded in one piece, not looked up part by part in each start: its own
+# way from torch 2.12 on, and there before. Left to the user who sets one of these himself.
+WHOLE_ARTIFACT = "VLLM_USE_MEGA_AOT_ARTIFACT"
+COMPILING = {
+    WHOLE_ARTIFACT, "VLLM_USE_AOT_COMPILE", "VLLM_USE_STANDALONE_COMPILE",
+    "VLLM_DISABLE_COMPILE_CACHE",
+}  # fmt: skip
 
 
 def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
@@ -106,6 +115,8 @@ def environment(spec: WorkerSpec, run_dir: str) -> dict[str, str]:
         chosen = [visible[index] for index in device_indices(spec.device)]
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts them, and so do we
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        if not COMPILING & os.environ.keys():
+            variables[WHOLE_ARTIFACT] = "1"
     return variables
 
 

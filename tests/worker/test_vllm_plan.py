@@ -1,6 +1,7 @@
 """How vLLM is to run is decided without vLLM."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -118,6 +119,17 @@ def test_few_cuda_graphs_are_captured_unless_the_user_says_which(tiny_model, mon
     assert captured(tiny_model, **{"cudagraph-capture-sizes": "[1, 3]"}) == ["[1, 3]"]
     assert captured(tiny_model, max_cudagraph_capture_size="8") == []
     assert captured(tiny_model, **{"compilation-config.mode": "3"}) == []
+
+
+def test_what_was_compiled_is_loaded_whole_unless_the_user_says_how(monkeypatch):
+    monkeypatch.setattr(vllm_plan, "visible_gpus", lambda: ["0"])
+    environment = partial(vllm_plan.environment, spec(backend="cuda"), "/tmp/run")
+    for name in vllm_plan.COMPILING:
+        monkeypatch.delenv(name, raising=False)
+    assert environment()[vllm_plan.WHOLE_ARTIFACT] == "1"
+    monkeypatch.setenv("VLLM_USE_STANDALONE_COMPILE", "0")
+    assert vllm_plan.WHOLE_ARTIFACT not in environment()
+    assert vllm_plan.WHOLE_ARTIFACT not in vllm_plan.environment(spec(), "/tmp/run")
 
 
 @pytest.mark.parametrize(("sequences", "sizes"), [(1, [1, 2]), (5, [1, 2, 4, 8, 10])])
