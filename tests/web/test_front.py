@@ -458,6 +458,18 @@ async def test_a_worker_that_dies_in_the_middle_is_told_by_one_event(
         assert answer.endswith(b"event: error\ndata: stream_broken\n\n\r\n0\r\n\r\n")
 
 
+@pytest.mark.parametrize("by", ["front", "hypercorn"])
+async def test_a_worker_that_falls_silent_in_a_short_body_is_a_refusal(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.web.out.SILENCE", 0.1)
+    async with serving(Holding(SHORT[:-1])) as server, opened(server, by) as stream:
+        await stream.send_all(post(b"/pass", b"{}", CLOSE))
+        with trio.fail_after(3):
+            answer = await read_all(stream)
+        assert (status_of(answer), code_of(answer)) == (502, "stalled")
+
+
 async def test_a_worker_that_dies_in_a_long_body_is_seen_as_a_cut() -> None:
     long = HEAD + b"content-length: 100000\r\n\r\nabc"
     async with serving(worker(long)) as server:
