@@ -595,6 +595,23 @@ async def test_what_is_too_much_is_refused_in_the_apis_own_shape(limits: Limits,
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_body_that_would_be_one_byte_too_much_is_refused_until_there_is_room(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.queen.waiting_room.MAX_BODY", 0)
+    async with open_queen(FakeWorker(), limits=Limits(waiting_size=100)) as queen:
+        room = queen.passages._assignments.room
+        with room.reading() as take:
+            take(80)
+            assert (await queen.post(path)).status_code != 429  # with 17 bytes
+            take(4)
+            refused = await queen.post(path)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert "are being read hold 84" in refused.json()["error"]["message"]
+        assert room._read_size == 0
+
+
 async def test_a_key_may_use_its_models_as_often_as_it_may(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     digest = sha256(b"bees").hexdigest()
