@@ -146,7 +146,7 @@ class AsyncCluster:
             RbeeError: it did not become ready, and why.
         """
         start = StartWorker(model, node=node, engine=engine, **options)
-        return await self.client.start_ready_worker(start)
+        return await self.client.start_worker(start)
 
     async def use(self, node: str | AddNode) -> None:
         """Have a hive on a node: one by its name in the user's registry, or one described here."""

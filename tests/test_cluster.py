@@ -16,12 +16,15 @@ import pytest
 import trio
 
 import rbee
-from rbee import AsyncClient, open_cluster
+from rbee import AsyncClient, Client, StartWorker, open_cluster
 from rbee.client import KEEP_A_QUEEN
 from rbee.errors import BadInputError, CancelledError, ConflictError, NotFoundError, OwnerGoneError
 from rbee.home import Home, find_home
+from rbee.model import NodeName
+from rbee.nodes.node import Node
+from rbee.nodes.store import NodeStore
 from rbee.testing.processes import LeakCheck
-from rbee.wire.messages import Token
+from rbee.wire.messages import Narration, Token, UpdateNode
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +70,48 @@ async def test_jobs_go_on_without_their_readers_until_they_are_cancelled() -> No
             await long.result()
         worker = (await client.workers())[0].worker_id
         assert [job.worker_id for job in await client.jobs()] == [worker, worker]
+
+
+async def test_a_script_asks_a_queen_all_that_a_trio_program_does(home: Home) -> None:
+    await NodeStore.of(home).add(Node(NodeName("mac"), host="mac.example"))
+    async with open_cluster(models=[MODEL], engine="echo", home=home.root) as cluster:
+        client = Client(cluster.url, cluster.token)
+        await trio.to_thread.run_sync(ask_of_nodes, client)
+        await trio.to_thread.run_sync(ask_of_workers, client)
+        await trio.to_thread.run_sync(ask_of_jobs, client)
+        with pytest.raises(ConflictError, match="part of a program"):
+            await trio.to_thread.run_sync(client.shutdown)
+
+
+def ask_of_nodes(client: Client) -> None:
+    assert client.node("localhost") == client.nodes()[0]
+    changed = client.update_node("mac", UpdateNode(user="bee"))
+    assert (changed.host, changed.user) == ("mac.example", "bee")
+    assert client.node("mac").user == "bee"
+    client.remove_node("mac")
+    with pytest.raises(NotFoundError, match="mac"):
+        client.node("mac")
+
+
+def ask_of_workers(client: Client) -> None:
+    slow = StartWorker("echo?load=30", engine="echo")
+    best = client.explain_start(slow)[0]
+    assert (best.node, best.suits) == ("localhost", "room")
+    started = client.start_worker(slow, wait=False)
+    assert started.state != "ready"
+    assert started.worker_id in [worker.worker_id for worker in client.workers()]
+    client.stop_worker(started.worker_id)
+    told: list[Narration] = []
+    assert client.start_worker(StartWorker("echo", engine="echo"), told.append).state == "ready"
+    assert told
+
+
+def ask_of_jobs(client: Client) -> None:
+    job = client.enqueue(MODEL, "one two", max_tokens=3)
+    with client.job_events(job.id, last_seen=0) as events:
+        assert list(events.text()) == list(client.job_events(job.id).text())
+    assert client.job_status(job.id) == job.status()
+    client.cancel_job(job.id)
 
 
 async def test_a_queen_alone_is_a_task_among_others() -> None:
