@@ -18,12 +18,20 @@ import trio
 import rbee
 from rbee import AsyncClient, Client, StartWorker, open_cluster
 from rbee.client import KEEP_A_QUEEN
-from rbee.errors import BadInputError, CancelledError, ConflictError, NotFoundError, OwnerGoneError
+from rbee.errors import (
+    BadInputError,
+    CancelledError,
+    ChildExitedError,
+    ConflictError,
+    NotFoundError,
+    OwnerGoneError,
+)
+from rbee.guard import children
 from rbee.home import Home, find_home
 from rbee.model import NodeName
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
-from rbee.testing.processes import LeakCheck
+from rbee.testing.processes import LeakCheck, read_environ
 from rbee.wire.messages import Narration, Token, UpdateNode
 
 pytestmark = pytest.mark.slow
@@ -121,6 +129,36 @@ async def test_a_queen_alone_is_a_task_among_others() -> None:
         assert queen.home.exists()
         nursery.cancel_scope.cancel()
     assert not queen.home.exists()
+
+
+async def test_its_first_hive_forks_the_zygote_and_the_next_starts_as_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it tells an executed zygote
+    async with open_cluster(models=[MODEL], engine="echo") as cluster:
+        (first,) = await cluster.client.hives()
+        assert not was_executed(first.pid)
+        await cluster.client.stop_hive()
+        assert (await cluster.client.infer(MODEL, "one two", max_tokens=2)).text == "one two"
+        (second,) = await cluster.client.hives()
+        assert second.pid != first.pid
+        assert was_executed(second.pid)
+
+
+def was_executed(hive: int) -> bool:
+    (zygote,) = children(hive)
+    return b"OMP_NUM_THREADS=1" in read_environ(zygote).split(b"\0")
+
+
+async def test_why_its_first_hive_does_not_start_is_told_bare(
+    leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBEE_MEMORY", "plenty")
+    with pytest.raises(ChildExitedError, match="hive-localhost ended unasked") as caught:
+        async with open_cluster(models=[MODEL], engine="echo"):
+            pass
+    assert "plenty" in caught.value.details["log"]
+    assert leaks.find() == []
 
 
 async def test_what_the_body_raises_comes_out_as_it_is() -> None:
