@@ -109,7 +109,7 @@ class AsyncClient:
             async with open_cluster(**options) as cluster:
                 yield cluster.client
         else:
-            from rbee.threaded import open_beside_asyncio
+            from rbee.beside_asyncio import open_beside_asyncio
 
             async with open_beside_asyncio(options) as beside:
                 yield cls(beside.url, beside.token)

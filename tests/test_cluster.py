@@ -315,3 +315,11 @@ def test_importing_the_library_imports_nothing_of_it() -> None:
     assert [name for name in loaded if name.partition(".")[0] in ("trio", "httpx", "attr")] == []
     ours = [name for name in loaded if name.startswith("rbee.")]
     assert ours == ["rbee.testing", "rbee.testing.plugin"]
+
+
+def test_what_starts_the_hive_imports_nothing_that_a_queen_is_made_of() -> None:
+    code = "import sys, rbee.threaded; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    loaded = done.stdout.decode().split()
+    heavy = {"rbee.queen.daemon", "rbee.queen.hives", "httpx", "hypercorn", "asyncio"}
+    assert heavy.isdisjoint(loaded)

@@ -58,17 +58,19 @@ def run_daemon(
     owned:
         End with the owner, whose lifeline is stdin.
     """
-    from rbee.lean import skip_httpx_command
+    from rbee.lean import no_collecting, skip_httpx_command
 
     skip_httpx_command()
-    from rbee import daemon
-    from rbee.home import choose_token, open_home, short_name
-    from rbee.model import new_id
-    from rbee.units import size
+    with no_collecting():
+        from rbee import daemon
+        from rbee.home import choose_token, open_home, short_name
+        from rbee.model import new_id
+        from rbee.units import size
 
     budget = None if memory is None else size(memory, hint="rbee-hive daemon --memory 8G")
     zygotes: dict[str, Child] = {}
 
+    @no_collecting()
     def prepare(start: DaemonStart | None) -> None:
         if start is not None and start.engine:
             from rbee.hive.ahead import fork_ahead

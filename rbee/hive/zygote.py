@@ -32,7 +32,7 @@ from typing import Any
 import setproctitle
 
 from rbee import guard
-from rbee.lean import skip_httpx_command
+from rbee.lean import no_collecting, skip_httpx_command
 from rbee.worker.engine import engine_kind
 
 log = logging.getLogger("rbee.hive.zygote")
@@ -275,9 +275,9 @@ def serve(engine: str, sock: socket.socket, parent: int, log_file: str) -> int:
     guard.release_interrupt()
     skip_httpx_command()
     began = time.monotonic()
-    engine_kind(engine).preload()
-    gc.collect()
-    gc.freeze()
+    with no_collecting():
+        engine_kind(engine).preload()
+        gc.collect()
     threads = 1 + len(unsafe_threads())
     send(sock, {"ready": time.monotonic() - began, "threads": threads})
     Zygote(sock, log_file).run()

@@ -40,6 +40,8 @@ async def main():
         pid = ahead["echo"].pid
         held = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
         async with fork_or_exec(zygotes.get)(config, logs / "worker.log") as process:
+            while not guard.children(process.pid):  # a guard that has begun cleans
+                await trio.sleep(0.01)
             print(json.dumps({
                 "pid": pid,
                 "title": title_of(pid),

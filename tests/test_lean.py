@@ -1,0 +1,31 @@
+"""What our own programs do to start sooner is undone once they have."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from rbee.lean import no_collecting
+
+
+@pytest.fixture(autouse=True)
+def nothing_frozen() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_cycles_are_looked_for_again_after_the_imports() -> None:
+    with no_collecting():
+        assert not gc.isenabled()
+        kept = [[]]
+        kept[0].append(kept)
+    assert gc.isenabled()
+    assert not any(one is kept for one in gc.get_objects())  # frozen: it is not looked at again
+
+
+def test_cycles_are_looked_for_again_after_a_failed_import() -> None:
+    with pytest.raises(ImportError), no_collecting():
+        raise ImportError
+    assert gc.isenabled()
