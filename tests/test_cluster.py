@@ -31,8 +31,9 @@ from rbee.home import Home, find_home
 from rbee.model import NodeName
 from rbee.nodes.node import Node
 from rbee.nodes.store import NodeStore
-from rbee.testing.processes import LeakCheck, read_environ
+from rbee.testing.processes import LeakCheck, read_environ, title_of
 from rbee.wire.messages import Narration, Token, UpdateNode
+from tests.trees import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -264,6 +265,21 @@ async def test_a_program_that_is_killed_leaves_nothing(mode: str, leaks: LeakChe
         popen.kill()
         await leaks.wait_clean(3)
         await until_gone(place, 3)
+
+
+async def test_a_program_that_is_killed_while_its_first_hive_starts_leaves_nothing(
+    leaks: LeakCheck,
+) -> None:
+    code = "import rbee; rbee.Cluster(models=['echo'], engine='echo').start()"
+    with subprocess.Popen([sys.executable, "-c", code]) as program:
+        await trio.to_thread.run_sync(wait_for, lambda: has_a_guard(program.pid))
+        leaks.tree.refresh(program.pid)
+        program.kill()
+    await leaks.wait_clean(3)
+
+
+def has_a_guard(pid: int) -> bool:
+    return any("guard" in title_of(child) for child in children(pid))
 
 
 async def test_a_program_that_has_forked_and_is_killed_leaves_nothing(leaks: LeakCheck) -> None:
