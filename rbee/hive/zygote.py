@@ -32,6 +32,7 @@ from typing import Any
 import setproctitle
 
 from rbee import guard
+from rbee.garbage import collect_rarely
 from rbee.lean import no_collecting, skip_httpx_command
 from rbee.worker.engine import engine_kind
 
@@ -278,6 +279,7 @@ def serve(engine: str, sock: socket.socket, parent: int, log_file: str) -> int:
     with no_collecting():
         engine_kind(engine).preload()
         gc.collect()
+    collect_rarely()
     threads = 1 + len(unsafe_threads())
     send(sock, {"ready": time.monotonic() - began, "threads": threads})
     Zygote(sock, log_file).run()
