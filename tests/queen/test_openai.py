@@ -31,10 +31,11 @@ from rbee.queen.places import Places
 from rbee.queen.tasks import add_task_routes
 from rbee.web.body import LAST_CHUNK, chunk
 from rbee.web.front import Front
+from rbee.web.listener import open_listener
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
 from rbee.web.router import App
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import StartWorker, WorkerInfo
 from tests.queen.test_jobs import FakeHives

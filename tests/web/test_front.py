@@ -26,11 +26,12 @@ from rbee.errors import NotFoundError, PeerError, QueueFullError
 from rbee.web.exchange import Address
 from rbee.web.front import Front
 from rbee.web.head import MAX_HEAD
+from rbee.web.listener import open_listener
 from rbee.web.out import Out, headers_of
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
 from rbee.web.router import MAX_BODY, App, Emit, Passing, Request, Response, Stream, json_response
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.web.upstream import Upstreams, open_upstreams
 
 TOKEN = "secret"
