@@ -74,8 +74,13 @@ class _Connection(TCPServer):
         await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
-        if not (self._peer_gone and isinstance(event, Updated)):
+        if not isinstance(event, Updated):
             await super().protocol_send(event)
+        elif not self._peer_gone:
+            # Bounded. An answer's end tells the app of a disconnect, and one that watches for it
+            # is cancelled just here: nobody would see the connection idle, nor close it at the end.
+            with trio.CancelScope(shield=True):
+                await super().protocol_send(event)
 
 
 async def _serve_one(app: ASGIWrapper, config: Config, context: WorkerContext, stream: Any) -> None:

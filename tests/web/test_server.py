@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import h2.config
@@ -130,6 +130,31 @@ async def test_a_running_answer_is_finished_within_the_grace() -> None:
         go_on.set()
         data = b"".join([chunk async for chunk in stream])
         assert data.endswith(b"done")
+        with trio.fail_after(1):
+            await ended.wait()
+
+
+async def test_a_connection_that_was_used_for_a_stream_does_not_hold_up_the_end() -> None:
+    """Who watches for the client hears of a disconnect at the answer's own end, too."""
+
+    async def stream(request: Request) -> Stream:
+        async def run(emit: Emit) -> None:
+            await emit(b"x")
+
+        return Stream(run)
+
+    async with (
+        AsyncExitStack() as open_ones,
+        serving(make(stream=stream), grace=5.0) as (scope, ended, port),
+    ):
+        for _ in range(20):  # which of two tasks runs first is left to chance
+            connection = await open_request(port, "/stream")
+            await open_ones.enter_async_context(connection)
+            with trio.fail_after(1):
+                while not (await connection.receive_some()).endswith(b"0\r\n\r\n"):
+                    pass
+        await wait_all_tasks_blocked(0.05)
+        scope.cancel()
         with trio.fail_after(1):
             await ended.wait()
 
