@@ -17,7 +17,7 @@ from tests.cascade.keeper import run
 from tests.trees import alive, kill
 from tests.unkillable import unkillable
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
