@@ -53,9 +53,10 @@ demo: venv
 	$(BIN)/rbee-keeper infer --model smollm2-135m \
 	    --prompt "What is the capital of France?" --temperature 0
 
-# What measures times, or looks at all processes, runs by itself; of the rest, JOBS files at once.
+# What measures times, or looks at all processes, runs by itself; of the rest, JOBS files at once, in
+# their order: by the number of their tests the longest, of one test, would come last, and alone.
 test: packages venv lint
-	$(PYTEST) -n $(JOBS) --dist loadfile -m 'not alone'
+	$(PYTEST) -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not alone'
 	$(PYTEST) -m alone
 
 lint: venv

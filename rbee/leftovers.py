@@ -1,8 +1,8 @@
 """What rbee has left on this machine: found by the journal, told, and ended if asked to.
 
 What is ended lies in a run directory without a living guard and without a living daemon: what its
-journal names by pid and start time, and what is below that. What a living guard is ending is left
-to it, and told.
+journal names by pid and start time, and what is below that. In the directories that are in use, it
+is what has lost its guard (`rbee.strays`). What a living guard is ending is left to it, and told.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from rbee.daemon import read_run_file, remove_stale
 from rbee.errors import MachineError
 from rbee.home import Home
 from rbee.remains import STUCK, Remnant, look_at, stuck
-from rbee.sweep import Identity, Journal, left_behind, records, sweep
+from rbee.strays import Strays
+from rbee.sweep import Identity, Journal, kill, left_behind, records, sweep
 
 FOUND, ENDING, ENDED = "found", "ending", "ended"
 PATIENCE = 3.0  # seconds for guards to come to an end
+KILLING = 2.0  # seconds to go on killing what has no guard
 POLL = 0.05
 
 
@@ -53,8 +55,11 @@ def find(home: Home) -> Reaped:
     """Tell what is left, and end nothing."""
     if not home.run.is_dir():
         return Reaped()
-    found = [one.told(ENDING) for one in _being_ended(home)]
-    for directory in left_behind(home.run):
+    behind = list(left_behind(home.run))
+    ending = {one.identity: one.told(ENDING) for one in _being_ended(home)}
+    alone = {one.identity: one.told(FOUND) for one in _unguarded(Strays(home.run, behind))}
+    found = list((alone | ending).values())
+    for directory in behind:
         processes = _processes(Journal(directory))
         found += [_process(directory, one, FOUND) for one in processes.values()]
         found.append(Leftover("directory", str(directory), FOUND))
@@ -68,7 +73,8 @@ async def end(home: Home) -> Reaped:
         return Reaped()
     found: list[Leftover] = []
     errors: list[MachineError] = []
-    for directory in left_behind(home.run):
+    behind = list(left_behind(home.run))
+    for directory in behind:
         processes = _processes(Journal(directory))
         outcome = ENDED
         try:
@@ -84,7 +90,7 @@ async def end(home: Home) -> Reaped:
     for path, what in _stale(home):
         remove_stale(path, what)
         found.append(Leftover("file", str(path), ENDED))
-    for one in await _await_guards(home):
+    for one in await _end_the_rest(home, Strays(home.run, behind)):
         outcome = STUCK if one.identity.alive() else ENDED
         found.append(one.told(outcome))
         if outcome == STUCK:
@@ -94,7 +100,7 @@ async def end(home: Home) -> Reaped:
 
 @attrs.frozen
 class _Ending:
-    """A process that a living guard is ending; ``directory`` is where the guard has noted it."""
+    """A process that has to end; ``directory`` is where its guard has noted it."""
 
     directory: Path
     identity: Identity
@@ -104,13 +110,24 @@ class _Ending:
         return _process(self.directory, self.seen, outcome)
 
 
-async def _await_guards(home: Home) -> list[_Ending]:
-    """Give the guards that are ending something their time; return what they had to end."""
-    begun = list(_being_ended(home))
+async def _end_the_rest(home: Home, strays: Strays) -> list[_Ending]:
+    """Give the guards that are ending something their time, and end what has none.
+
+    That has the same time before: a daemon without its guards is coming to an end by itself.
+    """
+    begun = list({one.identity: one for one in (*_unguarded(strays), *_being_ended(home))}.values())
     with trio.move_on_after(PATIENCE):
         while any(one.identity.alive() for one in begun):
             await trio.sleep(POLL)
+    await kill(strays.living, within=KILLING)
     return begun
+
+
+def _unguarded(strays: Strays) -> Iterator[_Ending]:
+    """Yield what has lost its guard."""
+    for one, directory in strays.living().items():
+        if seen := look_at(one.pid, one.start):
+            yield _Ending(directory, one, seen)
 
 
 def _being_ended(home: Home) -> Iterator[_Ending]:

@@ -13,7 +13,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,13 +118,7 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
     with trio.move_on_after(patience):
         while journal.living():
             await trio.sleep(POLL)
-    killed: set[Identity] = set()
-    with trio.move_on_after(within):
-        while alive := _stopped(journal):
-            for one in alive:
-                one.signal(signal.SIGKILL)
-            killed |= alive
-            await trio.sleep(POLL)
+    killed = await kill(journal.living, within)
     if left := journal.living():
         raise stuck(directory.name, ((one.pid, one.start) for one in left))
     if hidden := journal.hidden():
@@ -135,10 +129,22 @@ async def sweep(directory: Path, *, patience: float = 0.0, within: float = 2.0) 
     return len(killed)
 
 
-def _stopped(journal: Journal) -> set[Identity]:
+async def kill(living: Callable[[], Collection[Identity]], within: float) -> set[Identity]:
+    """Kill whom ``living`` finds until it finds nobody, or for so many seconds; return whom."""
+    killed: set[Identity] = set()
+    with trio.move_on_after(within):
+        while alive := _stopped(living):
+            for one in alive:
+                one.signal(signal.SIGKILL)
+            killed |= alive
+            await trio.sleep(POLL)
+    return killed
+
+
+def _stopped(living: Callable[[], Collection[Identity]]) -> set[Identity]:
     """Stop the living, and what they forked meanwhile, so that none outruns us."""
     stopped: set[Identity] = set()
-    while new := journal.living() - stopped:
+    while new := set(living()) - stopped:
         for one in new:
             one.signal(signal.SIGSTOP)
         stopped |= new

@@ -54,6 +54,7 @@ class Cell(Fault):
 class Result:
     """``seconds``: from the order to the end of everything; ``problem`` is "" if all held.
 
+    In a chain that goes on they end with the part that was struck.
     ``titles`` are those of all processes that were there when the signal was sent.
     """
 
@@ -83,15 +84,27 @@ def rotated_cells() -> list[Cell]:
 # one cell -------------------------------------------------------------------------------------
 async def run_cell(cell: Cell, workload: Workload) -> Result:
     """Run one cell; what did not hold is in the result, not raised."""
+    (result,) = await run_chain([cell], workload)
+    return result
+
+
+async def run_chain(chain: Sequence[Cell], workload: Workload) -> list[Result]:
+    """Run cells in turn in one cluster, up to the first that does not hold.
+
+    All but the last must end a part only; ``loading`` and ``starting`` come first, if at all.
+    """
+    results: list[Result] = []
     began = trio.current_time()
     try:
-        async with open_cluster(workload, cell.state) as cluster:
+        async with open_cluster(workload, chain[0].state) as cluster:
             try:
-                victim = await reach(cell, cluster, workload)
-                titles = frozenset(title_of(one.pid) for one in cluster.tree.running())
-                seconds = await strike(cell, victim, cluster, workload)
-                check_end(cell, cluster)
-                return Result(cell, seconds, titles=titles)
+                for cell in chain:
+                    began = trio.current_time()
+                    victim = await reach(cell, cluster, workload)
+                    titles = frozenset(title_of(one.pid) for one in cluster.tree.running())
+                    seconds = await strike(cell, victim, cluster, workload, cell is chain[-1])
+                    results.append(Result(cell, seconds, titles=titles))
+                check_end(chain[-1], cluster)
             except (CellError, LeakError, trio.TooSlowError) as exc:
                 exc.add_note(explain(cluster))
                 raise
@@ -101,7 +114,9 @@ async def run_cell(cell: Cell, workload: Workload) -> Result:
             raise
         assert matched is not None
         problem = "\n".join(_text(error) for error in _leaves(matched))
-        return Result(cell, trio.current_time() - began, problem)
+        held = results[: len(chain) - 1]
+        return [*held, Result(chain[len(held)], trio.current_time() - began, problem)]
+    return results
 
 
 def check_end(cell: Cell, cluster: Cluster) -> None:
@@ -136,14 +151,15 @@ def _leaves(group: BaseExceptionGroup[Any]) -> Iterator[BaseException]:
 
 async def reach(cell: Cell, cluster: Cluster, workload: Workload) -> Identity:
     """Bring the cluster into the cell's state and return the process to strike."""
+    said = len(cluster.output)
     with trio.fail_after(workload.patience):
         cluster.say("one two three four five")
         if cell.state == "loading":
             await cluster.until_there("worker")
         elif cell.state == "streaming":
-            await cluster.until_output(12)
+            await cluster.until_output(said + 12)
         elif cell.state in ("idle", "stopping"):
-            await _until_answered(cluster)
+            await _until_answered(cluster, said)
         victim = await cluster.until_there(cell.process)
     if cell.state == "stopping":
         cluster.keeper.send_signal(signal.SIGTERM)
@@ -152,12 +168,14 @@ async def reach(cell: Cell, cluster: Cluster, workload: Workload) -> Identity:
     return victim
 
 
-async def _until_answered(cluster: Cluster) -> None:
-    while not cluster.output.endswith(b"\n"):
+async def _until_answered(cluster: Cluster, said: int) -> None:
+    while len(cluster.output) == said or not cluster.output.endswith(b"\n"):
         await cluster.until_output(len(cluster.output) + 1)
 
 
-async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workload) -> float:
+async def strike(
+    cell: Cell, victim: Identity, cluster: Cluster, workload: Workload, is_last: bool = True
+) -> float:
     """Send the signal and hold the cluster to the survivor table; return the seconds to clean."""
     began = trio.current_time()
     below = _below(victim)
@@ -176,9 +194,12 @@ async def strike(cell: Cell, victim: Identity, cluster: Cluster, workload: Workl
         await _all_gone(cluster, cell)
     else:
         await _part_gone(cell, victim, below)
+        took = trio.current_time() - began
         _check_alive(spared)
         await _next_infer_works(cluster, workload, cell.state)
         _check_alive(spared)
+        if not is_last:
+            return took
         began = trio.current_time()
         cluster.keeper.send_signal(signal.SIGTERM)
         await _all_gone(cluster, cell)
@@ -281,19 +302,27 @@ async def run_cells(
     cells: Sequence[Cell], workload: Workload, *, at_once: int = 2, report: Any = None
 ) -> list[Result]:
     """Run cells, some at a time, and return their results in order."""
-    results: dict[Cell, Result] = {}
+    return await run_chains([[cell] for cell in cells], workload, at_once=at_once, report=report)
+
+
+async def run_chains(
+    chains: Sequence[Sequence[Cell]], workload: Workload, *, at_once: int = 2, report: Any = None
+) -> list[Result]:
+    """Run chains of cells, some at a time, and return the results in order."""
+    results: dict[int, list[Result]] = {}
     limit = trio.CapacityLimiter(at_once)
 
-    async def one(cell: Cell) -> None:
+    async def one(number: int, chain: Sequence[Cell]) -> None:
         async with limit:
-            results[cell] = await run_cell(cell, workload)
-            if report is not None:
-                report(results[cell])
+            results[number] = await run_chain(chain, workload)
+            for result in results[number]:
+                if report is not None:
+                    report(result)
 
     async with trio.open_nursery() as nursery:
-        for cell in cells:
-            nursery.start_soon(one, cell)
-    return [results[cell] for cell in cells]
+        for number, chain in enumerate(chains):
+            nursery.start_soon(one, number, chain)
+    return [result for number in sorted(results) for result in results[number]]
 
 
 def table(results: Sequence[Result]) -> str:

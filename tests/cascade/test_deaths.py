@@ -18,22 +18,28 @@ from rbee.testing.deaths import (
     all_cells,
     rotated_cells,
     run_cells,
+    run_chains,
 )
 from rbee.testing.tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-VLLM_CELLS = [
-    Cell("keeper", signal.SIGKILL, "streaming"),
-    Cell("queen", signal.SIGKILL, "streaming"),
-    Cell("queen", signal.SIGTERM, "loading"),
-    Cell("guard A", signal.SIGKILL, "idle"),
-    Cell("hive", signal.SIGKILL, "loading"),
-    Cell("zygote", signal.SIGKILL, "streaming"),
-    Cell("worker guard", signal.SIGKILL, "streaming"),
-    Cell("worker", signal.SIGKILL, "streaming"),
-    Cell("engine", signal.SIGKILL, "idle"),
-    Cell("engine", signal.SIGSTOP, "streaming"),
+# One cluster each: it goes on when a part is struck, and the zygote has to import vLLM only once.
+VLLM_CHAINS = [
+    [
+        Cell("hive", signal.SIGKILL, "loading"),
+        Cell("guard A", signal.SIGKILL, "idle"),
+        Cell("keeper", signal.SIGKILL, "streaming"),
+    ],
+    [
+        Cell("worker guard", signal.SIGKILL, "streaming"),
+        Cell("worker", signal.SIGKILL, "streaming"),
+        Cell("engine", signal.SIGKILL, "idle"),
+        Cell("zygote", signal.SIGKILL, "streaming"),
+    ],
+    [Cell("queen", signal.SIGKILL, "streaming")],
+    [Cell("queen", signal.SIGTERM, "loading")],
+    [Cell("engine", signal.SIGSTOP, "streaming")],
 ]
 
 
@@ -68,9 +74,10 @@ def test_whatever_is_killed_nothing_is_left(process: str, rotated: list[Result])
 async def test_nothing_of_vllm_is_left(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="needs vLLM: pip install '.[cpu]'")
     workload = Workload.vllm(write_tiny_model(tmp_path / "tiny"))
-    results = await run_cells(VLLM_CELLS, workload, at_once=2)
+    results = await run_chains(VLLM_CHAINS, workload, at_once=2)
     problems = [f"{result.cell}: {result.problem}" for result in results if result.problem]
     assert not problems, "\n".join(problems)
+    assert len(results) == 10
     loaded = [result for result in results if result.cell.state in ("idle", "streaming")]
     assert len(loaded) == 8
     for result in loaded:  # vLLM's own process was there, and is gone

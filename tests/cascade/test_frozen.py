@@ -27,7 +27,7 @@ from rbee.testing.processes import (
 )
 from tests.cascade.keeper import infer, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 SHOWS_WITHIN = 15.0  # seconds: two probes of five, one of them waited out
 GUARD_TITLES = ("rbee-guard", "guard.py")

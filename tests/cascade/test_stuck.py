@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from signal import SIGKILL
 from typing import Any
 
 import pytest
 
-from rbee.guard import children
+from rbee.guard import children, send_signal, start_time
 from rbee.home import Home
 from rbee.testing.processes import LeakCheck, read_stat, title_of
 from tests.cascade.keeper import run
-from tests.trees import kill
+from tests.trees import alive, kill
 from tests.unkillable import unkillable
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -66,3 +67,24 @@ def test_a_worker_is_stuck_until_its_last_process_has_gone(queen: None) -> None:
         stopped.check_refusal("not end, not even killed", f"echo-engine [{engine}] (state t")
     until(lambda: not told("worker", "list"))
     assert told("status")["left"] == []
+
+
+@pytest.mark.parametrize("hive", ["lives", "gone"])
+def test_reap_tells_of_what_has_lost_its_guard(queen: None, hive: str) -> None:
+    run("worker", "start", "echo", "--engine", "echo")
+    (worker,) = told("worker", "list")
+    engine = engine_of(worker)
+    chain = [parent_of(worker["pid"])]  # its guard, zygote, hive, guards B and A, the queen
+    while title_of(chain[-1]) != "queen-rbee":
+        chain.append(parent_of(chain[-1]))
+    with unkillable(engine):
+        for pid in chain[-2::-1] if hive == "gone" else chain[:1]:  # from above: none cleans
+            send_signal(pid, start_time(pid), SIGKILL)
+        until(lambda: not any(map(alive, (chain[0], worker["pid"]))))
+        (found,) = until(lambda: told("reap", "--dry-run"))
+        assert (found["pid"], found["name"], found["outcome"]) == (engine, "echo-engine", "found")
+        done = run("reap", "--json")
+        (row,) = json.loads(done.out)
+        assert (done.code, row["pid"], row["outcome"]) == (1, engine, "stuck")
+        assert f"echo-engine [{engine}] (state t" in done.err
+    until(lambda: told("reap", "--dry-run") == [])

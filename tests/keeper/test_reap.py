@@ -83,19 +83,43 @@ def test_a_look_alike_is_neither_told_nor_ended(
         assert (alive(ours), alive(alike), alive(same_pid)) == (False, True, True)
 
 
-@pytest.mark.parametrize("by", ["owner", "guard"])
-def test_what_belongs_to_a_living_daemon_is_left_alone(
-    home: Home, capfd: Captured, by: str
-) -> None:
+def test_what_a_living_guard_keeps_is_left_alone(home: Home, capfd: Captured) -> None:
     directory = home.run / "h1"
+    directory.mkdir()
     with planted() as child, planted() as guard:
-        if by == "owner":
-            claim(directory)
-        else:
-            directory.mkdir()
-        write(directory, child=process(child), guard=process(guard) if by == "guard" else DEAD)
+        write(directory, child=process(child), guard=process(guard))
         assert reap(capfd) == reap(capfd, "--dry-run") == []
         assert alive(child)
+
+
+def test_what_has_lost_its_guard_is_ended_in_the_directory_of_a_living_daemon(
+    home: Home, nonce: str, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leftovers, "PATIENCE", 0.2)
+    claim(directory := home.run / "h1")
+    with planted() as child, planted() as alike, planted() as same_pid:
+        past = {"pid": same_pid, "start": process(same_pid)["start"] - 1}
+        write(directory, nonce=nonce, child=process(child), descendants=[past])
+        assert outcomes(reap(capfd, "--dry-run")) == [("process", child, "found")]
+        assert outcomes(reap(capfd)) == [("process", child, "ended")]
+        assert (alive(child), alive(alike), alive(same_pid)) == (False, True, True)
+    assert directory.is_dir()
+
+
+def test_a_living_guard_below_a_dead_one_keeps_what_it_has(
+    leaks: LeakCheck, capfd: Captured
+) -> None:
+    claim(directory := leaks.home.run / "h1")
+    inner = directory / "w1"
+    inner.mkdir()
+    with guarded(code(TREE, NAP), leaks, record=str(inner)) as one:
+        tree = [one.child, *one.hear()]
+        wait_for(lambda: list(inner.glob("*.json")))
+        write(directory, child=process(one.pid), descendants=list(map(process, tree)))
+        assert reap(capfd) == reap(capfd, "--dry-run") == []
+        assert all(map(alive, (one.pid, *tree)))
+        one.say("stop\n")
+        one.wait()
 
 
 def test_what_does_not_end_is_told_and_stays_in_the_journal(dead: Path, capfd: Captured) -> None:

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from rbee.aio import Aio
+from rbee.remains import look_at
 from rbee.ssh import ConnectionLostError, SshTarget, open_connection
 from rbee.testing.hosts import Host, Hosts, open_hosts_sync, why_no_hosts
 from tests.ssh.nodes import GRACES, LEASE, open_planted
@@ -66,7 +67,8 @@ async def clean(host: Host, within: float) -> float:
     with trio.move_on_after(within):
         while host.processes():
             await trio.sleep(0.03)
-    assert not host.processes(), f"left after {within} s"
+    left = [look_at(one.pid, one.identity.start) for one in host.processes()]
+    assert not any(left), f"left after {within} s: {', '.join(map(str, left))}"
     return trio.current_time() - began
 
 
