@@ -20,7 +20,7 @@ from rbee.errors import (
 )
 from rbee.hints import infer
 from rbee.metrics import OTHER
-from rbee.trace import REQUEST_ID, current, elsewhere, trace_of, tracing
+from rbee.trace import REQUEST_ID, Elsewhere, Tracing, current, trace_of
 from rbee.web.door import (
     CORS,
     Caller,
@@ -88,7 +88,7 @@ class Request:
         """Read the whole body; at most `MAX_BODY` bytes."""
         parts, size, more = [], 0, True
         while more:
-            with elsewhere():
+            with Elsewhere():
                 message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise BadInputError("the body ended early")
@@ -304,7 +304,7 @@ class App:
         """Answer one request; ``fall_back`` takes what no route matches."""
         found = self._match(asked.method, asked.path)
         trace = trace_of(asked.headers)
-        with tracing(trace), self.requests.counted(name_of(found[0]), trace, out):
+        with Tracing(trace), self.requests.counted(name_of(found[0]), trace, out):
             told = self._tells_overhead and found[0] is not None and found[0][0].is_data
             out.extra = extra = Extra(trace, told)
             await self._respond(asked, out, extra, found, fall_back)
