@@ -96,10 +96,10 @@ def headers_of(answer: Answer) -> Headers:
 
 
 def has_events(headers: Headers) -> bool:
-    return any(
-        name == b"content-type" and value.lower().startswith(sse.CONTENT_TYPE)
-        for name, value in headers
-    )
+    for name, value in headers:
+        if name == b"content-type" and value.lower().startswith(sse.CONTENT_TYPE):
+            return True
+    return False
 
 
 def is_short(answer: Answer) -> bool:
