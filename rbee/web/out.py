@@ -35,11 +35,13 @@ class Out(Protocol):
         extra: headers that it gets whatever it is; looked at when the head is sent.
         begun: whether its head is sent, so that it cannot be another any more.
         status: that of the head; 0 before it is sent.
+        is_lost: whether the client has gone or does not read.
     """
 
     extra: Iterable[tuple[bytes, bytes]]
     begun: bool
     status: int
+    is_lost: bool
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send an answer whose body is here."""
@@ -86,7 +88,7 @@ class Out(Protocol):
         ...
 
     def watching(self) -> AbstractAsyncContextManager[None]:
-        """Cancel the body of the ``async with``, and swallow that, when the client goes away."""
+        """Cancel the body of the ``async with``, or all of the connection, when he goes away."""
         ...
 
 
@@ -156,6 +158,7 @@ class AsgiOut:
         self.extra: Iterable[tuple[bytes, bytes]] = ()
         self.begun = False
         self.status = 0
+        self.is_lost = False
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         await self.begin(status, ((b"content-length", b"%d" % len(body)), *headers))
@@ -201,12 +204,12 @@ class AsgiOut:
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None, None]:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_disconnect, self._receive, nursery.cancel_scope)
+            nursery.start_soon(self._cancel_on_disconnect, nursery.cancel_scope)
             yield
             nursery.cancel_scope.cancel(reason="answered")
 
-
-async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel(reason="client disconnected")
+    async def _cancel_on_disconnect(self, scope: trio.CancelScope) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.is_lost = True
+        scope.cancel(reason="client disconnected")

@@ -436,29 +436,37 @@ async def _send_response(answer: Response, out: Out) -> None:
 
 async def _send_going(answer: Stream | Passing, out: Out, refuse: Refuse) -> None:
     refused: RbeeError | None = None
-    trace, is_sent = current(), False
-    async with out.watching():
-        try:
-            if isinstance(answer, Passing):
-                await answer.run(out)
-            else:
-                await _run_stream(answer, out)
-            is_sent = True
-        except RbeeError as error:
-            if out.begun:
-                trace.error = error.code
-                raise
-            refused = error
-        except Exception:
-            if out.begun:
-                trace.error = RbeeError.code
-                raise
-            log.exception("an answer failed before it had begun")
-            refused = RbeeError("internal error, see the log")
+    trace, is_over = current(), False
+    try:
+        async with out.watching():
+            refused = await _run_going(answer, out)
+            is_over = True
+    finally:
+        if out.is_lost and not (is_over or trace.error or trace.is_told):
+            trace.error = CLIENT_GONE
     if refused is not None:
         await _send_response(refuse(refused), out)
-    elif not is_sent and not trace.is_told:
-        trace.error = CLIENT_GONE
+
+
+async def _run_going(answer: Stream | Passing, out: Out) -> RbeeError | None:
+    """Run an answer; return the error that is to be told instead, if it had not begun."""
+    try:
+        if isinstance(answer, Passing):
+            await answer.run(out)
+        else:
+            await _run_stream(answer, out)
+    except RbeeError as error:
+        if out.begun:
+            current().error = error.code
+            raise
+        return error
+    except Exception:
+        if out.begun:
+            current().error = RbeeError.code
+            raise
+        log.exception("an answer failed before it had begun")
+        return RbeeError("internal error, see the log")
+    return None
 
 
 async def _run_stream(answer: Stream, out: Out) -> None:
