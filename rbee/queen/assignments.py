@@ -80,18 +80,18 @@ class Assignments:
     async def _take_slot(self, claim: Claim, narrate: Narrate) -> WorkerInfo:
         try:
             if not self.room.take(claim):
-                with self.room.waiting(claim):
-                    await self._wait_served(claim, narrate)
+                with self.room.waiting(claim) as served:
+                    await self._wait_served(claim, served, narrate)
         except BaseException:
             self.room.give_back(claim)
             raise
         assert claim.worker is not None
         return claim.worker
 
-    async def _wait_served(self, claim: Claim, narrate: Narrate) -> None:
+    async def _wait_served(self, claim: Claim, served: trio.CancelScope, narrate: Narrate) -> None:
         """Wait for its turn, and see to it that there is a worker which that can come from."""
         try:
-            with claim.served:
+            with served:
                 while True:
                     await self.worker_for(claim.asked, narrate)
                     await self.room.wait_deserted(claim.asked)

@@ -86,7 +86,8 @@ class Request:
 
     async def body(self) -> bytes:
         """Read the whole body; at most `MAX_BODY` bytes."""
-        parts, size, more = [], 0, True
+        parts: list[bytes] = []
+        size, more = 0, True
         while more:
             with Elsewhere():
                 message = await self._receive()
@@ -97,7 +98,7 @@ class Request:
             if size > MAX_BODY:
                 raise too_large()
             more = message.get("more_body", False)
-        return b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def read(self, kind: type[T]) -> T:
         """Read the body as JSON of the given wire class."""

@@ -124,7 +124,7 @@ class SocketOut:
         self.status = status
         keeps = self._may_keep()
         own: Headers = () if keeps else (CLOSE,)
-        if not any(name == b"date" for name, _ in headers):
+        if b"date" not in [name for name, _ in headers]:
             own = (*own, date())
         return keeps, encode_answer(status, (*headers, *self.extra, *own))
 
