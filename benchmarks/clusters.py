@@ -1,11 +1,11 @@
 """How long a cluster of the echo engine takes to be ready and to be gone, as a test's fixture.
 
-    python benchmarks/clusters.py [ROUNDS]
-
 Beside it the time that Python takes to import trio, hypercorn and httpx, which each of a cluster's
-processes has to. Runs on an otherwise quiet machine; looks for what each cluster has left.
+processes has to; that of a new program is compared with the import just before it. Runs on an
+otherwise quiet machine; looks for what each cluster has left.
 """
 
+import argparse
 import os
 import secrets
 import statistics
@@ -43,11 +43,26 @@ def tell(what: str, times: list[float], unit: float) -> None:
     print(f"{what:<32} {median:6.3f} s  (most {max(times):.3f} s, {median / unit:.2f} imports)")
 
 
-def main(rounds: int = 50) -> None:
+def tell_ratios(imports: list[float], firsts: list[float]) -> None:
+    ratios = sorted(first / unit for unit, first in zip(imports, firsts, strict=True))
+    median = statistics.median(ratios)
+    print(
+        f"a new program to its import      {median:6.2f}    ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
+
+
+def in_turns(rounds: int) -> tuple[list[float], list[float]]:
+    imports, firsts = [], []
+    for _ in range(rounds):
+        imports.append(seconds(lambda: python(IMPORTS)))
+        firsts.append(float(python(FIRST)))
+    return imports, firsts
+
+
+def main(rounds: int, programs: int) -> None:
     os.environ["RBEE_NONCE"] = nonce = secrets.token_hex(8)
     check = LeakCheck(nonce=nonce, venv=None)
-    imports = [seconds(lambda: python(IMPORTS)) for _ in range(5)]
-    firsts = [float(python(FIRST)) for _ in range(5)]
+    imports, firsts = in_turns(programs)
     check.wait_clean_sync(10)  # their programs have just ended without a goodbye
     ready, gone, left, files = [], [], [], 0
     for number in range(rounds):
@@ -63,10 +78,15 @@ def main(rounds: int = 50) -> None:
     unit = statistics.median(imports)
     tell(IMPORTS, imports, unit)
     tell("ready, in a new program", firsts, unit)
+    tell_ratios(imports, firsts)
     tell("ready, in one that has imported", ready, unit)
     tell("gone", gone, unit)
     print(f"left by {rounds} clusters: {len(left)}", *left, sep="\n  ")
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=50, help="clusters of one program")
+    parser.add_argument("--programs", type=int, default=9, help="new programs with a cluster each")
+    given = parser.parse_args()
+    main(given.rounds, given.programs)

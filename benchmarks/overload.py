@@ -35,10 +35,11 @@ from rbee.queen.offer import Offer
 from rbee.queen.openai import Passages, add_openai_routes
 from rbee.registry import Registry
 from rbee.web.front import Front
+from rbee.web.listener import open_listener
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
 from rbee.web.router import App
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import WorkerInfo
 

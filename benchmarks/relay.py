@@ -30,6 +30,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import socket
 import statistics
 import subprocess
@@ -65,6 +66,7 @@ OTHERS: dict[str, Callable[[Path, Path, int, int], list[str]]] = {
     "vllm-router": router, "round-robin": round_robin, "litellm": litellm, "nginx": nginx,
 }  # fmt: skip
 NAMES = (*OURS, *OTHERS, "direct")
+ENDING = (signal.SIGINT, signal.SIGTERM)
 PAUSE = 0.3  # seconds in which what a load has left behind ends
 
 
@@ -165,7 +167,7 @@ def running(argv: Sequence[str], stdout: int = subprocess.PIPE) -> Iterator[subp
     """Run a program; what it says goes nowhere, or to who reads its first line."""
     # LiteLLM would ask the net for prices.
     litellm = {"LITELLM_MASTER_KEY": TOKEN, "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
-    environment = {**os.environ, **litellm}
+    environment = {**os.environ, **litellm, "TOKEN": TOKEN}
     with subprocess.Popen(
         argv, stdout=stdout, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
@@ -296,10 +298,8 @@ def look(relay: Relay, tokens: int) -> Seen:
 
 def run_load(relay: Relay, load: Load, program: Path) -> tuple[list[Seen], Any]:
     """Run the load program to its end; return what was seen meanwhile and what it tells."""
-    argv = [str(program), *load.arguments(relay.port, relay.path)]
-    environment = {**os.environ, "TOKEN": TOKEN}
     seen: list[Seen] = []
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with running([str(program), *load.arguments(relay.port, relay.path)]) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("{"):
@@ -371,7 +371,16 @@ def chosen(text: str, known: Sequence[str]) -> list[str]:
     return [name for name in known if not names or name in names]
 
 
+def end(number: int, _: object) -> None:
+    """Leave by an exception, once, so that all that runs is ended on the way."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
+    for each in ENDING:
+        signal.signal(each, end)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help=f"some of {', '.join(NAMES)}")

@@ -41,11 +41,12 @@ from rbee.ssh import SshTarget, open_connection
 from rbee.testing.hosts import Hosts
 from rbee.web.client import open_client
 from rbee.web.front import Front
+from rbee.web.listener import open_listener
 from rbee.web.out import Out
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
 from rbee.web.router import App, Passing, Request
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import WorkerInfo
 

@@ -218,20 +218,38 @@ class Client:
         """List the jobs that the queen knows, the oldest first."""
         return finish(self._client.jobs())
 
+    def job_status(self, job_id: str) -> wire.TaskInfo:
+        """Ask how a job stands; raise `GoneError` or `NotFoundError` if it is not known."""
+        return finish(self._client.job_status(job_id))
+
+    def cancel_job(self, job_id: str) -> None:
+        """End a job; one that has ended, or never was, is fine."""
+        finish(self._client.cancel_job(job_id))
+
+    def job_events(self, job_id: str, last_seen: int = 0) -> JobEvents:
+        """Return the events of a job, those after a number."""
+        return JobEvents(self._client.job_events(job_id, last_seen))
+
     # what there is ---------------------------------------------------------------------------
     def health(self) -> wire.Health:
-        """Ask the queen who it is."""
+        """Ask who it is; from then on a broken stream is told as what it means."""
         return finish(self._client.health())
 
     def workers(self) -> list[wire.WorkerInfo]:
+        """List the workers that the queen has asked for."""
         return finish(self._client.workers())
 
     def hives(self) -> list[wire.HiveInfo]:
+        """List the hives that run, and those that have ended with something left."""
         return finish(self._client.hives())
 
     def nodes(self) -> list[wire.NodeInfo]:
         """List this cluster's machines; ``localhost``, the queen's own, is the first."""
         return finish(self._client.nodes())
+
+    def node(self, name: str) -> wire.NodeInfo:
+        """Describe one node; raise `NotFoundError` if there is none of that name."""
+        return finish(self._client.node(name))
 
     def models(self) -> list[wire.ModelInfo]:
         """List the models on the disks of all nodes."""
@@ -239,14 +257,21 @@ class Client:
 
     # what is to be there ---------------------------------------------------------------------
     def start_worker(
-        self, start: wire.StartWorker, narrate: Narrate | None = None
+        self, start: wire.StartWorker, narrate: Narrate | None = None, *, wait: bool = True
     ) -> wire.WorkerInfo:
-        """Have a worker started and wait until it is ready; ``narrate`` gets what happens.
+        """Have a worker started; ``narrate`` gets what happens until it is ready.
+
+        Args:
+            wait: False returns once it is on its way, and tells nothing of that.
 
         Raises:
             RbeeError: it did not become ready, and why.
         """
-        return finish(self._client.start_ready_worker(start, _narrate(narrate)))
+        return finish(self._client.start_worker(start, _narrate(narrate), wait=wait))
+
+    def explain_start(self, start: wire.StartWorker) -> list[wire.NodeChoice]:
+        """Ask where a worker would be started, the best node first, and why."""
+        return finish(self._client.explain_start(start))
 
     def stop_worker(self, worker_id: str) -> None:
         """Stop a worker; nothing of it is left when this returns."""
@@ -264,8 +289,12 @@ class Client:
         """Have the queen try a node and register it."""
         return finish(self._client.add_node(node))
 
+    def update_node(self, name: str, update: wire.UpdateNode) -> wire.NodeInfo:
+        """Change what ``update`` gives of a node's entry."""
+        return finish(self._client.update_node(name, update))
+
     def remove_node(self, name: str) -> None:
-        """Forget a node."""
+        """Forget a node; raise `NotFoundError` if there is none of that name."""
         finish(self._client.remove_node(name))
 
     def pull(self, request: wire.PullModel, narrate: Narrate | None = None) -> wire.Pulled:
@@ -275,6 +304,10 @@ class Client:
     def remove_model(self, name: str, *, node: str = LOCALHOST) -> None:
         """Remove a model, by its record's name, from a node's disk unless a worker uses it."""
         finish(self._client.remove_model(name, node=node))
+
+    def shutdown(self) -> None:
+        """Order the queen to end; it has acknowledged, not ended, when this returns."""
+        finish(self._client.shutdown())
 
 
 def _narrate(narrate: Narrate | None) -> NarrateAsync | None:

@@ -109,7 +109,7 @@ class AsyncClient:
             async with open_cluster(**options) as cluster:
                 yield cluster.client
         else:
-            from rbee.threaded import open_beside_asyncio
+            from rbee.beside_asyncio import open_beside_asyncio
 
             async with open_beside_asyncio(options) as beside:
                 yield cls(beside.url, beside.token)
@@ -289,28 +289,34 @@ class AsyncClient:
         return health
 
     async def workers(self) -> list[messages.WorkerInfo]:
+        """List the workers that the queen has asked for."""
         found: list[messages.WorkerInfo] = await self._call(
             "GET", messages.QUEEN_WORKERS, list[messages.WorkerInfo]
         )
         return found
 
-    async def start_worker(self, start: messages.StartWorker) -> messages.WorkerInfo:
-        """Have a worker started; it is on its way when this returns."""
-        info: messages.WorkerInfo = await self._call(
-            "POST", messages.QUEEN_WORKERS, messages.WorkerInfo, start
-        )
-        return info
-
-    async def start_ready_worker(
-        self, start: messages.StartWorker, narrate: NarrateAsync | None = None
+    async def start_worker(
+        self,
+        start: messages.StartWorker,
+        narrate: NarrateAsync | None = None,
+        *,
+        wait: bool = True,
     ) -> messages.WorkerInfo:
-        """Have a worker started and wait until it is ready; it goes on when this is cancelled.
+        """Have a worker started; ``narrate`` gets what happens until it is ready.
+
+        It goes on when this is cancelled.
+
+        Args:
+            wait: False returns once it is on its way, and tells nothing of that.
 
         Raises:
             RbeeError: it did not become ready, and why.
         """
-        info: messages.WorkerInfo = await self._narrated(
-            messages.QUEEN_WORKERS, start, messages.WorkerInfo, narrate
+        path, kind = messages.QUEEN_WORKERS, messages.WorkerInfo
+        info: messages.WorkerInfo = (
+            await self._narrated(path, start, kind, narrate)
+            if wait
+            else await self._call("POST", path, kind, start)
         )
         return info
 
@@ -329,14 +335,16 @@ class AsyncClient:
         """
         await self._call("DELETE", f"{messages.QUEEN_WORKERS}/{quote(worker_id, safe='')}", None)
 
-    async def start_hive(self, node: str, narrate: NarrateAsync | None = None) -> messages.HiveInfo:
+    async def start_hive(
+        self, node: str = LOCALHOST, narrate: NarrateAsync | None = None
+    ) -> messages.HiveInfo:
         """Have a hive run on a node; one that does already is fine. Cancelling gives it up."""
         info: messages.HiveInfo = await self._narrated(
             messages.QUEEN_HIVES, messages.StartHive(node), messages.HiveInfo, narrate
         )
         return info
 
-    async def stop_hive(self, node: str) -> None:
+    async def stop_hive(self, node: str = LOCALHOST) -> None:
         """End a node's hive and its workers; nothing of them is left when this returns.
 
         Raises:
@@ -375,6 +383,7 @@ class AsyncClient:
         await self._call("DELETE", _node(name), None)
 
     async def hives(self) -> list[messages.HiveInfo]:
+        """List the hives that run, and those that have ended with something left."""
         found: list[messages.HiveInfo] = await self._call(
             "GET", messages.QUEEN_HIVES, list[messages.HiveInfo]
         )

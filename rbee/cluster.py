@@ -24,7 +24,7 @@ from rbee.errors import leaves
 from rbee.home import Home, find_home, open_home, short_name
 from rbee.model import DEFAULT_ENGINE, LOCALHOST, PROGRAM, new_id
 from rbee.nodes.store import NodeStore
-from rbee.queen.daemon import embed
+from rbee.queen.embedded import embed
 from rbee.queen.machine import QueenSetup
 from rbee.scopes import open_service
 from rbee.wire.messages import AddNode, Hello, StartWorker, WorkerInfo
@@ -75,6 +75,19 @@ async def serve_queen(
         ConflictError: a queen of that home runs already, or the port is taken.
         MachineError: the home cannot be used.
     """
+    await _serve(home, host, port, lease, engine, task_status=task_status)
+
+
+async def _serve(
+    home: Path | str | None,
+    host: str,
+    port: int,
+    lease: float,
+    engine: str,
+    needs_hive: bool = False,
+    *,
+    task_status: trio.TaskStatus[EmbeddedQueen],
+) -> None:
     with open_ephemeral_home() if home is None else nullcontext(open_home(home)) as place:
         setup = _setup(place, host, port, lease, engine)
         setup = attrs.evolve(setup, is_ephemeral=home is None)
@@ -82,7 +95,7 @@ async def serve_queen(
         def say(hello: Hello) -> None:
             task_status.started(EmbeddedQueen(setup.id, hello.url, place.root, setup.token))
 
-        await embed(setup, say)
+        await embed(setup, say, needs_hive=needs_hive)
 
 
 def _setup(home: Home, host: str, port: int, lease: float, engine: str) -> QueenSetup:
@@ -146,7 +159,7 @@ class AsyncCluster:
             RbeeError: it did not become ready, and why.
         """
         start = StartWorker(model, node=node, engine=engine, **options)
-        return await self.client.start_ready_worker(start)
+        return await self.client.start_worker(start)
 
     async def use(self, node: str | AddNode) -> None:
         """Have a hive on a node: one by its name in the user's registry, or one described here."""
@@ -190,7 +203,9 @@ async def open_cluster(
         RbeeError: a node or a model is not usable, and why.
     """
     raised: list[BaseException] = []
-    serving = partial(serve_queen, home=home, host=host, port=port, lease=lease, engine=engine)
+    # There is no other node in a home of its own, and no hive of an operator.
+    needs_hive = home is None and bool(models) and not nodes
+    serving = partial(_serve, home, host, port, lease, engine, needs_hive)
     try:
         async with open_service(serving) as queen:
             cluster = AsyncCluster(queen, models)

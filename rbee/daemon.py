@@ -66,11 +66,20 @@ def write_line(line: str) -> None:
     os.dup2(2, 1)
 
 
-def run_daemon(title: str, main: Callable[[Root], Awaitable[None]], *, owned: bool) -> int:
+def run_daemon(
+    title: str,
+    main: Callable[[Root], Awaitable[None]],
+    *,
+    owned: bool,
+    prepare: Callable[[DaemonStart | None], None] = lambda start: None,
+) -> int:
     """Run a daemon's main until it ends or is told to; return the exit code.
 
     Owned: the lifeline is stdin; its end, ``stop`` or a signal cancel the root. Otherwise stdin
     is not read.
+
+    Args:
+        prepare: what is to be done, with the owner's first line, while there is no loop yet.
     """
     import setproctitle  # here: a program that embeds a queen keeps its own title
 
@@ -81,6 +90,7 @@ def run_daemon(title: str, main: Callable[[Root], Awaitable[None]], *, owned: bo
         rest = b""
         if owned:
             root.start, rest = _read_start()
+        prepare(root.start)
         trio.run(_run, root, main, rest)
     except BaseException as exc:
         return _report(root, exc)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def skip_httpx_command() -> None:
@@ -14,3 +17,17 @@ def skip_httpx_command() -> None:
     module = types.ModuleType("httpx._main")
     module.main = lambda: None  # type: ignore[attr-defined]
     sys.modules.setdefault(module.__name__, module)
+
+
+@contextmanager
+def no_collecting() -> Iterator[None]:
+    """Import in the body without looks for reference cycles, which take a tenth of the time.
+
+    What is there afterwards stays for good, and is not looked at again.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()

@@ -6,12 +6,11 @@ ends without `close` is not held up: its guards see it go, and end everything.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
@@ -161,32 +160,3 @@ class _Run:
             async with open_cluster(**self._options) as cluster:
                 self._opened.set_result(cluster)
                 await trio.sleep_forever()
-
-
-@asynccontextmanager
-async def open_beside_asyncio(options: ClusterOptions) -> AsyncGenerator[Cluster, None]:
-    """Own a cluster while the body, which runs in asyncio, does."""
-    cluster = Cluster(**options)
-    loop = asyncio.get_running_loop()
-    # Not the loop's own threads: those may all wait for this cluster. `start` may hold one.
-    threads = ThreadPoolExecutor(2, "rbee-cluster")
-    try:
-        await loop.run_in_executor(threads, cluster.start)
-        yield cluster
-    finally:
-        closing = loop.run_in_executor(threads, cluster.close)
-        threads.shutdown(wait=False)
-        await _until_done(closing)
-
-
-async def _until_done(closing: asyncio.Future[None]) -> None:
-    """Wait for the end, which the budgets bound: a cancelled task must not leave before it."""
-    cancelled: asyncio.CancelledError | None = None
-    while not closing.done():
-        try:
-            await asyncio.wait([closing])
-        except asyncio.CancelledError as exc:
-            cancelled = exc
-    closing.result()
-    if cancelled is not None:
-        raise cancelled

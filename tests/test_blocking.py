@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import socket
 import time
 from collections.abc import Callable
@@ -12,10 +13,11 @@ import pytest
 import trio
 import trio.lowlevel
 
-from rbee import AsyncClient, Client, Message
-from rbee.blocking import finish
+from rbee import AsyncClient, AsyncJob, Client, Job, Message
+from rbee.blocking import TaskStream, finish
 from rbee.errors import PeerError, QueueFullError, UnavailableError
 from rbee.home import Home
+from rbee.stream import TaskStream as AsyncTaskStream
 from rbee.wire.messages import Error, Narration, StartWorker, TaskRequest, Token
 from tests.keeper.fake_queen import HIVE, TOKEN, WORKER, FakeQueen, answer, open_fake
 
@@ -27,6 +29,30 @@ async def beside(fn: Callable[..., T], *args: Any) -> T:
     """Call what blocks beside the fake queen."""
     with trio.fail_after(10):
         return await trio.to_thread.run_sync(fn, *args)
+
+
+def offered(kind: type) -> dict[str, list[tuple[str, Any, Any]] | None]:
+    """Return what a class offers: its properties, and its calls with their parameters."""
+    names = [name for name in dir(kind) if not name.startswith("_")]
+    members = {name: getattr(kind, name) for name in names}
+    return {name: parameters(one) if callable(one) else None for name, one in members.items()}
+
+
+def parameters(call: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    known = inspect.signature(call).parameters.values()
+    return [(one.name, one.kind, one.default) for one in known]
+
+
+@pytest.mark.parametrize(
+    ("plain", "other"), [(Client, AsyncClient), (Job, AsyncJob), (TaskStream, AsyncTaskStream)]
+)
+def test_both_clients_offer_the_same_calls(plain: type, other: type) -> None:
+    assert offered(plain) == offered(other)
+
+
+def test_both_clients_are_made_with_the_same_arguments() -> None:
+    transport = ("connect", "pause")  # what makes one of them block
+    assert parameters(Client) == [one for one in parameters(AsyncClient) if one[0] not in transport]
 
 
 async def test_a_script_gets_typed_answers() -> None:

@@ -16,12 +16,24 @@ import pytest
 import trio
 
 import rbee
-from rbee import AsyncClient, open_cluster
+from rbee import AsyncClient, Client, StartWorker, open_cluster
 from rbee.client import KEEP_A_QUEEN
-from rbee.errors import BadInputError, CancelledError, ConflictError, NotFoundError, OwnerGoneError
+from rbee.errors import (
+    BadInputError,
+    CancelledError,
+    ChildExitedError,
+    ConflictError,
+    NotFoundError,
+    OwnerGoneError,
+)
+from rbee.guard import children
 from rbee.home import Home, find_home
-from rbee.testing.processes import LeakCheck
-from rbee.wire.messages import Token
+from rbee.model import NodeName
+from rbee.nodes.node import Node
+from rbee.nodes.store import NodeStore
+from rbee.testing.processes import LeakCheck, read_environ, title_of
+from rbee.wire.messages import Narration, Token, UpdateNode
+from tests.trees import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +81,48 @@ async def test_jobs_go_on_without_their_readers_until_they_are_cancelled() -> No
         assert [job.worker_id for job in await client.jobs()] == [worker, worker]
 
 
+async def test_a_script_asks_a_queen_all_that_a_trio_program_does(home: Home) -> None:
+    await NodeStore.of(home).add(Node(NodeName("mac"), host="mac.example"))
+    async with open_cluster(models=[MODEL], engine="echo", home=home.root) as cluster:
+        client = Client(cluster.url, cluster.token)
+        await trio.to_thread.run_sync(ask_of_nodes, client)
+        await trio.to_thread.run_sync(ask_of_workers, client)
+        await trio.to_thread.run_sync(ask_of_jobs, client)
+        with pytest.raises(ConflictError, match="part of a program"):
+            await trio.to_thread.run_sync(client.shutdown)
+
+
+def ask_of_nodes(client: Client) -> None:
+    assert client.node("localhost") == client.nodes()[0]
+    changed = client.update_node("mac", UpdateNode(user="bee"))
+    assert (changed.host, changed.user) == ("mac.example", "bee")
+    assert client.node("mac").user == "bee"
+    client.remove_node("mac")
+    with pytest.raises(NotFoundError, match="mac"):
+        client.node("mac")
+
+
+def ask_of_workers(client: Client) -> None:
+    slow = StartWorker("echo?load=30", engine="echo")
+    best = client.explain_start(slow)[0]
+    assert (best.node, best.suits) == ("localhost", "room")
+    started = client.start_worker(slow, wait=False)
+    assert started.state != "ready"
+    assert started.worker_id in [worker.worker_id for worker in client.workers()]
+    client.stop_worker(started.worker_id)
+    told: list[Narration] = []
+    assert client.start_worker(StartWorker("echo", engine="echo"), told.append).state == "ready"
+    assert told
+
+
+def ask_of_jobs(client: Client) -> None:
+    job = client.enqueue(MODEL, "one two", max_tokens=3)
+    with client.job_events(job.id, last_seen=0) as events:
+        assert list(events.text()) == list(client.job_events(job.id).text())
+    assert client.job_status(job.id) == job.status()
+    client.cancel_job(job.id)
+
+
 async def test_a_queen_alone_is_a_task_among_others() -> None:
     async with trio.open_nursery() as nursery:
         queen = await nursery.start(rbee.serve_queen)
@@ -76,6 +130,36 @@ async def test_a_queen_alone_is_a_task_among_others() -> None:
         assert queen.home.exists()
         nursery.cancel_scope.cancel()
     assert not queen.home.exists()
+
+
+async def test_its_first_hive_forks_the_zygote_and_the_next_starts_as_any(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it tells an executed zygote
+    async with open_cluster(models=[MODEL], engine="echo") as cluster:
+        (first,) = await cluster.client.hives()
+        assert not was_executed(first.pid)
+        await cluster.client.stop_hive()
+        assert (await cluster.client.infer(MODEL, "one two", max_tokens=2)).text == "one two"
+        (second,) = await cluster.client.hives()
+        assert second.pid != first.pid
+        assert was_executed(second.pid)
+
+
+def was_executed(hive: int) -> bool:
+    (zygote,) = children(hive)
+    return b"OMP_NUM_THREADS=1" in read_environ(zygote).split(b"\0")
+
+
+async def test_why_its_first_hive_does_not_start_is_told_bare(
+    leaks: LeakCheck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RBEE_MEMORY", "plenty")
+    with pytest.raises(ChildExitedError, match="hive-localhost ended unasked") as caught:
+        async with open_cluster(models=[MODEL], engine="echo"):
+            pass
+    assert "plenty" in caught.value.details["log"]
+    assert leaks.find() == []
 
 
 async def test_what_the_body_raises_comes_out_as_it_is() -> None:
@@ -183,6 +267,21 @@ async def test_a_program_that_is_killed_leaves_nothing(mode: str, leaks: LeakChe
         await until_gone(place, 3)
 
 
+async def test_a_program_that_is_killed_while_its_first_hive_starts_leaves_nothing(
+    leaks: LeakCheck,
+) -> None:
+    code = "import rbee; rbee.Cluster(models=['echo'], engine='echo').start()"
+    with subprocess.Popen([sys.executable, "-c", code]) as program:
+        await trio.to_thread.run_sync(wait_for, lambda: has_a_guard(program.pid))
+        leaks.tree.refresh(program.pid)
+        program.kill()
+    await leaks.wait_clean(3)
+
+
+def has_a_guard(pid: int) -> bool:
+    return any("guard" in title_of(child) for child in children(pid))
+
+
 async def test_a_program_that_has_forked_and_is_killed_leaves_nothing(leaks: LeakCheck) -> None:
     async with open_program("fork") as (popen, (place, child)):
         leaks.tree.refresh(popen.pid)
@@ -232,3 +331,11 @@ def test_importing_the_library_imports_nothing_of_it() -> None:
     assert [name for name in loaded if name.partition(".")[0] in ("trio", "httpx", "attr")] == []
     ours = [name for name in loaded if name.startswith("rbee.")]
     assert ours == ["rbee.testing", "rbee.testing.plugin"]
+
+
+def test_what_starts_the_hive_imports_nothing_that_a_queen_is_made_of() -> None:
+    code = "import sys, rbee.threaded; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    loaded = done.stdout.decode().split()
+    heavy = {"rbee.queen.daemon", "rbee.queen.hives", "httpx", "hypercorn", "asyncio"}
+    assert heavy.isdisjoint(loaded)

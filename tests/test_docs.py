@@ -28,9 +28,11 @@ async def test_embedding(leaks: LeakCheck) -> None:
     assert "What is a bee? What 5 localhost" in outputs[0]
     assert outputs[1].endswith("one two one two")
     assert outputs[2].startswith("one two one ['ready']")
-    assert outputs[3].splitlines()[0].endswith("position=0) 1")
-    assert outputs[3].endswith("one two one two ended\n")
-    assert outputs[4].startswith("bad_input\n")
+    assert outputs[3].startswith("localhost room ")
+    assert len(outputs[3].splitlines()) > 1  # what was told on the way
+    assert outputs[4].splitlines()[0].endswith("position=0) 1")
+    assert outputs[4].endswith("one two one two ended\n")
+    assert outputs[5].startswith("bad_input\n")
     assert leaks.find() == []
 
 

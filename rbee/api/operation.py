@@ -19,7 +19,27 @@ ANYTHING: Any = Any
 # What any route may answer: a head that is no good, no token, the wrong one, a page of a browser,
 # failures that come too fast, a bug.
 ALWAYS = (400, 401, 403, 429, 500)
-WITH_BODY = (413, 415)
+WITH_BODY = (408, 413, 415)
+
+HEADERS: dict[str, Schema] = {
+    "X-Request-Id": {
+        "description": "What the request is called in the logs.", "required": True,
+        "schema": {"type": "string"},
+    },
+    "X-Rbee-Overhead-Ms": {
+        "description": "Milliseconds that it took itself until the answer began.",
+        "required": True, "schema": {"type": "number"},
+    },
+}  # fmt: skip
+# What a refusal of ours says beside its body. A worker's own that is passed on may lack it.
+SAID: dict[int, tuple[str, Schema]] = {
+    401: ("WWW-Authenticate", {"description": "`Bearer`.", "schema": {"type": "string"}}),
+    405: ("Allow", {"description": "What the path does take.", "schema": {"type": "string"}}),
+}
+SAID[429] = SAID[503] = (
+    "Retry-After",
+    {"description": "Seconds until it may go better.", "schema": {"type": "integer"}},
+)
 
 
 @attrs.frozen
@@ -37,6 +57,7 @@ class Operation:
         headers: what else a request may say, by the name of its header.
         is_open: whether it needs no token.
         takes_key: whether the token may come as `x-api-key`.
+        tells_overhead: whether what it gives tells what it took itself.
         error: the class or the schema of its errors.
 
     What is no class of ours is a schema with a title.
@@ -55,6 +76,7 @@ class Operation:
     needs_body: bool = True
     is_open: bool = False
     takes_key: bool = False
+    tells_overhead: bool = False
     error: Any = ErrorBody
 
     def told(self, schemas: Schemas) -> Schema:
@@ -103,7 +125,7 @@ class Operation:
             content[JSON] = {"schema": schema_of(kind, schemas)}
         if self.may_stream and status == 200:
             content[EVENTS] = {}
-        found: Schema = {"description": HTTPStatus(status).phrase}
+        found: Schema = {"description": HTTPStatus(status).phrase, "headers": self._says(status)}
         if self.events and status == 200:
             content[EVENTS] = {}  # OpenAPI 3.1 has no words for events
             found["description"] = "; ".join(f"`{event_name(one)}`" for one in self.events)
@@ -120,9 +142,26 @@ class Operation:
         """Return the answers that `told` refers to."""
         content = {JSON: {"schema": schema_of(self.error, schemas)}}
         return {
-            self._name(status): {"description": phrase(status), "content": content}
+            self._name(status): {
+                "description": phrase(status),
+                "headers": self._refuses_with(status),
+                "content": content,
+            }
             for status in self._statuses()
         }
+
+    def _says(self, status: int) -> Schema:
+        found = _headers("X-Request-Id")
+        if self.tells_overhead:
+            found |= _headers("X-Rbee-Overhead-Ms")
+        return found if status < 400 else found | self._refuses_with(status)
+
+    def _refuses_with(self, status: int) -> Schema:
+        found = _headers("X-Request-Id")
+        if status in SAID:
+            name, header = SAID[status]
+            found[name] = {**header, "required": self.error is ErrorBody}
+        return found
 
     def _statuses(self) -> list[int]:
         found = {*ALWAYS, *self.refuses, *(WITH_BODY if self.takes is not None else ())}
@@ -130,6 +169,10 @@ class Operation:
 
     def _name(self, status: int) -> str:
         return f"{name_of(self.error)}{status}"
+
+
+def _headers(name: str) -> Schema:
+    return {name: {"$ref": f"#/components/headers/{name}"}}
 
 
 def event_name(kind: type[Any]) -> str:
@@ -172,6 +215,7 @@ def document(title: str, about: str, version: str, operations: list[Operation]) 
         "paths": paths,
         "components": {
             "securitySchemes": schemes,
+            "headers": HEADERS,
             "responses": {name: refusals[name] for name in sorted(refusals)},
             "schemas": {name: schemas.named[name] for name in sorted(schemas.named)},
         },

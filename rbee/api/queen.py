@@ -72,6 +72,7 @@ TASKS = [
         "connection cancels it. With `Prefer: respond-async` it is kept, and answered with 202.",
         takes=m.TaskRequest, gives={200: m.Token, 202: m.TaskAccepted}, refuses=WAITS,
         events=TASK_EVENTS, only_events=True, headers={**SESSION, "Prefer": "`respond-async`"},
+        tells_overhead=True,
     ),
     Operation("GET", m.TASKS, "List the jobs that are known.", gives={200: list[m.TaskInfo]}),
     Operation(
@@ -87,6 +88,7 @@ TASKS = [
         "Read the events of a job that is kept, from any of them on.\n204: the last one was seen.",
         gives={200: m.Token, 204: None}, refuses=(404, 409, 410), events=TASK_EVENTS,
         only_events=True, headers={"Last-Event-ID": "the number of the last event that was seen"},
+        tells_overhead=True,
     ),
 ]  # fmt: skip
 
@@ -172,14 +174,14 @@ def _passed_on(path: str, error: dict[str, Any]) -> Operation:
     return Operation(
         "POST", path, PASSED + (STREAMED if streams else "."), takes=PASSED_ON, gives={200: Any},
         refuses=(*WAITS, 405, 422, 501), may_stream=streams, headers=SESSION, takes_key=True,
-        error=error,
+        tells_overhead=True, error=error,
     )  # fmt: skip
 
 
 OTHERS = [
     Operation(
         "GET", MODELS, "List the models that can be asked for.", gives={200: Any}, takes_key=True,
-        error=OPENAI_ERROR,
+        tells_overhead=True, error=OPENAI_ERROR,
     ),
     *(_passed_on(path, OPENAI_ERROR) for path in ROUTES),
     *(_passed_on(path, ANTHROPIC_ERROR) for path in ANTHROPIC_ROUTES),

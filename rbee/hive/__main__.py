@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import cyclopts
 
 from rbee import __version__
 from rbee.model import HIVE_PORT, WORKER_PORT
 from rbee.sources import Environment, Table
+
+if TYPE_CHECKING:
+    from rbee.hive.zygotes import Child
+    from rbee.wire.messages import DaemonStart
 
 app = cyclopts.App(
     config=[Environment(), Table("hive")],
@@ -54,19 +58,32 @@ def run_daemon(
     owned:
         End with the owner, whose lifeline is stdin.
     """
-    from rbee.lean import skip_httpx_command
+    from rbee.lean import no_collecting, skip_httpx_command
 
     skip_httpx_command()
-    from rbee import daemon
-    from rbee.hive.daemon import run
-    from rbee.hive.workers import HiveSetup
-    from rbee.home import choose_token, open_home, short_name
-    from rbee.model import new_id
-    from rbee.units import size
+    with no_collecting():
+        from rbee import daemon
+        from rbee.home import choose_token, open_home, short_name
+        from rbee.model import new_id
+        from rbee.units import size
 
     budget = None if memory is None else size(memory, hint="rbee-hive daemon --memory 8G")
+    zygotes: dict[str, Child] = {}
+
+    @no_collecting()
+    def prepare(start: DaemonStart | None) -> None:
+        if start is not None and start.engine:
+            from rbee.hive.ahead import fork_ahead
+
+            zygotes.update(
+                fork_ahead(start.engine, open_home(home).log_file(f"zygote-{start.engine}"))
+            )
+        import rbee.hive.daemon  # noqa: F401 - beside what the zygote imports
 
     async def main(root: daemon.Root) -> None:
+        from rbee.hive.daemon import run
+        from rbee.hive.workers import HiveSetup
+
         place = open_home(home)
         hive_id = new_id("hive")
         start = root.start
@@ -86,9 +103,9 @@ def run_daemon(
             queen_url=start.queen_url if start else "",
             memory=budget,
         )
-        await run(setup, root)
+        await run(setup, root, zygotes)
 
-    return daemon.run_daemon("rbee-hive", main, owned=owned)
+    return daemon.run_daemon("rbee-hive", main, owned=owned, prepare=prepare)
 
 
 @app.command

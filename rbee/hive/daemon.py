@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -19,12 +19,13 @@ from rbee.hive.models import memory_of, provisioner
 from rbee.hive.owners import Owners
 from rbee.hive.pulse import Pulse
 from rbee.hive.workers import HiveSetup, Workers
-from rbee.hive.zygotes import Zygotes
+from rbee.hive.zygotes import Child, Zygotes
 from rbee.process import own_environment
 from rbee.scopes import TaskOwner, open_service
 from rbee.sweep import claim, retire, sweep_abandoned
 from rbee.web.client import call, open_client
-from rbee.web.server import open_listener, serve_http, url_of
+from rbee.web.listener import open_listener, url_of
+from rbee.web.server import serve_http
 from rbee.wire import messages
 from rbee.wire.messages import Hello, WorkerInfo, WorkerReady
 
@@ -35,9 +36,13 @@ async def serve(
     setup: HiveSetup,
     *,
     stop: Callable[[str], None],
+    ahead: Mapping[str, Child] | None = None,
     task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a hive until cancelled; ``task_status`` receives what it says to its owner.
+
+    Args:
+        ahead: the zygotes that there are already.
 
     Raises:
         ConflictError: its port is taken and must not be another one.
@@ -45,7 +50,7 @@ async def serve(
     nonce = daemon.ensure_nonce()
     listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
     await sweep_abandoned(setup.home.run, setup.run_dir)
-    zygotes = Zygotes(setup.home.log_file, own_environment(setup.home.root, nonce))
+    zygotes = Zygotes(setup.home.log_file, own_environment(setup.home.root, nonce), ahead)
     workers = Workers(
         setup,
         fork_or_exec(zygotes.get),
@@ -126,13 +131,15 @@ async def announced(setup: HiveSetup, hello: Hello) -> AsyncGenerator[None, None
             path.unlink(missing_ok=True)
 
 
-async def run(setup: HiveSetup, root: daemon.Root) -> None:
+async def run(
+    setup: HiveSetup, root: daemon.Root, ahead: Mapping[str, Child] | None = None
+) -> None:
     """Be a hive daemon: serve, say hello, be findable, until the root is cancelled."""
     if not root.owned:
         claim(setup.run_dir)
     try:
         async with trio.open_nursery() as nursery:
-            hello = await nursery.start(partial(serve, setup, stop=root.stop))
+            hello = await nursery.start(partial(serve, setup, stop=root.stop, ahead=ahead))
             root.say_hello(hello)
             if root.owned:
                 await trio.sleep_forever()

@@ -1,7 +1,8 @@
 """The zygote: imports an engine once, then forks guarded workers.
 
-It runs as ``python -m rbee.hive.zygote ENGINE FD PARENT LOG`` below a hive, has one thread and no
-event loop, and speaks JSON messages on a SOCK_SEQPACKET socket, with file descriptors beside:
+It runs as ``python -m rbee.hive.zygote ENGINE FD PARENT LOG`` below a hive, or is forked off it
+(`rbee.hive.ahead`). It has one thread and no event loop, and speaks JSON messages on a
+SOCK_SEQPACKET socket, with file descriptors beside:
 
     hive → zygote   {"fork": {plan of the guard}, "config": {WorkerConfig}} + lifeline, log
     zygote → hive   {"ready": seconds, "threads": n} · {"forked": worker id, "pid": n} + pidfd
@@ -31,7 +32,8 @@ from typing import Any
 import setproctitle
 
 from rbee import guard
-from rbee.lean import skip_httpx_command
+from rbee.garbage import collect_rarely
+from rbee.lean import no_collecting, skip_httpx_command
 from rbee.worker.engine import engine_kind
 
 log = logging.getLogger("rbee.hive.zygote")
@@ -261,27 +263,34 @@ def run_worker(config: dict[str, Any], lifeline: int) -> int:
     return code
 
 
-def main() -> int:
-    engine, fd, parent, log_file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+def serve(engine: str, sock: socket.socket, parent: int, log_file: str) -> int:
+    """Be an engine's zygote until its hive's end of ``sock`` closes."""
     guard.die_with_parent(signal.SIGKILL, parent)
     guard.become_subreaper()
     setproctitle.setproctitle("rbee-zygote")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    form = "%(asctime)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, force=True)
     guard.set_oom_score(OOM_SCORE)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the hive ends us, with the socket
     guard.release_interrupt()
-    sock = socket.socket(fileno=fd)
-    sock.set_inheritable(False)
     skip_httpx_command()
     began = time.monotonic()
-    engine_kind(engine).preload()
-    gc.collect()
-    gc.freeze()
+    with no_collecting():
+        engine_kind(engine).preload()
+        gc.collect()
+    collect_rarely()
     threads = 1 + len(unsafe_threads())
     send(sock, {"ready": time.monotonic() - began, "threads": threads})
     Zygote(sock, log_file).run()
     return 0
+
+
+def main() -> int:
+    engine, fd, parent, log_file = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    sock = socket.socket(fileno=fd)
+    sock.set_inheritable(False)
+    return serve(engine, sock, parent, log_file)
 
 
 if __name__ == "__main__":

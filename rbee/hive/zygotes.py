@@ -174,17 +174,19 @@ class _Exit:
     status: int = 137
 
 
-async def run_zygote(
-    engine: str,
-    *,
-    log_file: Path,
-    env: Mapping[str, str],
-    task_status: trio.TaskStatus[Zygote] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Own one zygote until it ends; started at once, before it has imported anything.
+@attrs.frozen
+class Child:
+    """A process that is to be a zygote: our end of its socket, and how it is reaped.
 
-    Cancelling ends it and, through their guards, the workers it forked.
+    ``poll`` returns its exit code, or None while it runs.
     """
+
+    pid: int
+    sock: socket.socket
+    poll: Callable[[], int | None]
+
+
+def execute_zygote(engine: str, log_file: Path, env: Mapping[str, str]) -> Child:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, **env, **TOKENLESS, **ONE_THREAD, "SPT_NOENV": "1"}
     argv = [
@@ -202,8 +204,22 @@ async def run_zygote(
             pass_fds=[theirs.fileno()], start_new_session=True,
         )  # fmt: skip
     theirs.close()
+    return Child(child.pid, ours, child.poll)
+
+
+async def run_zygote(
+    engine: str,
+    child: Child,
+    *,
+    log_file: Path,
+    task_status: trio.TaskStatus[Zygote] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Own one zygote until it ends; started at once, before it has imported anything.
+
+    Cancelling ends it and, through their guards, the workers it forked.
+    """
     pidfd = os.pidfd_open(child.pid)
-    sock = trio.socket.from_stdlib_socket(ours)
+    sock = trio.socket.from_stdlib_socket(child.sock)
     zygote = Zygote(engine, sock, log_file)
     try:
         task_status.started(zygote)
@@ -225,11 +241,21 @@ async def run_zygote(
 
 
 class Zygotes:
-    """A hive's zygotes by engine, each started when it is first needed."""
+    """A hive's zygotes by engine, each started when it is first needed.
 
-    def __init__(self, log_file: Callable[[str], Path], env: Mapping[str, str]) -> None:
+    Args:
+        ahead: those that run already, to be taken over.
+    """
+
+    def __init__(
+        self,
+        log_file: Callable[[str], Path],
+        env: Mapping[str, str],
+        ahead: Mapping[str, Child] | None = None,
+    ) -> None:
         self._log_file = log_file
         self._env = env
+        self._ahead = dict(ahead or {})
         self._zygotes: dict[str, Zygote] = {}
         self._scopes: set[trio.CancelScope] = set()
         self._lock = trio.Lock()
@@ -241,6 +267,8 @@ class Zygotes:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             try:
+                for engine in list(self._ahead):
+                    await self.get(engine)
                 yield
             finally:
                 for scope in list(self._scopes):
@@ -272,11 +300,9 @@ class Zygotes:
         with trio.CancelScope(shield=True) as scope:
             self._scopes.add(scope)
             try:
-                await run_zygote(
-                    engine,
-                    log_file=self._log_file(f"zygote-{engine}"),
-                    env=self._env,
-                    task_status=task_status,
-                )
+                log_file = self._log_file(f"zygote-{engine}")
+                child = self._ahead.pop(engine, None)
+                child = child or execute_zygote(engine, log_file, self._env)
+                await run_zygote(engine, child, log_file=log_file, task_status=task_status)
             finally:
                 self._scopes.discard(scope)

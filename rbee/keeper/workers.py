@@ -41,10 +41,7 @@ async def start_worker(flags: WorkerStartFlags, request: StartWorker) -> None:
         async def tell(narration: Narration) -> None:
             await output.narrate(narration.actor, narration.action, narration.text, narration.share)
 
-        if flags.wait:
-            info = await queen.client.start_ready_worker(request, tell)
-        else:
-            info = await queen.client.start_worker(request)
+        info = await queen.client.start_worker(request, tell, wait=flags.wait)
     if flags.json:
         print_json({"worker_id": info.worker_id, "state": info.state, "url": info.url})
     else:

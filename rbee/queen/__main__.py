@@ -61,7 +61,8 @@ def run_daemon(
     max_waiting_per_model:
         Requests that may wait for one model.
     max_waiting_size:
-        What the bodies of those that wait may take in all, such as 256M.
+        What the bodies of those that wait may take in all, such as 256M; those that are being
+        read may take as much again.
     owned:
         End with the owner, whose lifeline is stdin.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,16 @@ from pathlib import Path
 import trio
 
 from rbee import __version__, daemon
-from rbee.errors import ConflictError, OwnerGoneError, RbeeError, UnavailableError
+from rbee.errors import OwnerGoneError, RbeeError, UnavailableError
 from rbee.home import write_atomic
 from rbee.queen.aliases import Aliases
 from rbee.queen.app import make_app
 from rbee.queen.assignments import Assignments
 from rbee.queen.attempts import Attempts
+from rbee.queen.findable import serve_findable
 from rbee.queen.hives import Hives
 from rbee.queen.jobs import Jobs
-from rbee.queen.machine import QueenSetup
+from rbee.queen.machine import FirstHive, QueenSetup
 from rbee.queen.machines import Machines
 from rbee.queen.metrics import add_metrics
 from rbee.queen.needs import counting
@@ -32,10 +34,11 @@ from rbee.queen.views import Views
 from rbee.scopes import open_service
 from rbee.sweep import claim, retire, sweep_abandoned
 from rbee.web.front import Front
+from rbee.web.listener import open_listener, url_of
 from rbee.web.narrated import Works
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
-from rbee.web.server import open_listener, serve_http, url_of
+from rbee.web.server import serve_http
 from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import Hello
 
@@ -52,20 +55,25 @@ async def serve(
     stop: Callable[[str], None],
     ending: Callable[[], RbeeError] = stopping,
     allowed_origins: Sequence[str] = (),
+    listener: socket.socket | None = None,
+    first: FirstHive | None = None,
     task_status: trio.TaskStatus[Hello] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a queen until cancelled; ``task_status`` receives what it says to its owner.
 
     Args:
+        listener: where it serves, if that is open already.
+        first: the hive of this machine, if that is on its way already.
         allowed_origins: the web pages that may call it, as `checked_origin` returns them.
 
     Raises:
         ConflictError: its port is taken and must not be another one.
     """
-    listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
+    if listener is None:
+        listener = open_listener(setup.host, setup.port, exact=setup.exact_port)
     await sweep_abandoned(setup.home.run, setup.run_dir)
     daemon.remove_stale(setup.home.hive_file, "hive")
-    machines = Machines(setup)
+    machines = Machines(setup, first)
     hives = Hives(setup, machines)
     hives.url = url_of(listener)
     aliases = Aliases(setup.home.config_file, setup.engine)
@@ -109,33 +117,7 @@ async def run(setup: QueenSetup, root: daemon.Root, *, allowed_origins: Sequence
     ending = partial(_ending, root)
     serving = partial(serve, setup, stop=root.stop, ending=ending, allowed_origins=allowed_origins)
     with daemon.locked(setup.home.queen_file, "queen"), _run_dir(setup, root) as token_file:
-        await _serve_findable(setup, serving, token_file, root.say_hello)
-
-
-async def embed(setup: QueenSetup, say: Callable[[Hello], None]) -> None:
-    """Be a queen inside another program: one per home, findable, until cancelled.
-
-    ``say`` is called once, when the next request would succeed.
-    """
-    serving = partial(serve, setup, stop=_refuse_stop, ending=_program_left)
-    with daemon.locked(setup.home.queen_file, "queen"), _own_run_dir(setup) as token_file:
-        await _serve_findable(setup, serving, token_file, say)
-
-
-async def _serve_findable(
-    setup: QueenSetup,
-    serving: Callable[..., Awaitable[None]],
-    token_file: Path,
-    say: Callable[[Hello], None],
-) -> None:
-    async with trio.open_nursery() as nursery:
-        hello = await nursery.start(serving)
-        daemon.write_run_file(setup.home.queen_file, hello, setup.owner, token_file)
-        say(hello)
-        try:
-            await trio.sleep_forever()
-        finally:
-            setup.home.queen_file.unlink(missing_ok=True)
+        await serve_findable(setup, serving, token_file, root.say_hello)
 
 
 def _ending(root: daemon.Root) -> RbeeError:
@@ -146,21 +128,6 @@ def _ending(root: daemon.Root) -> RbeeError:
             hint="rbee-keeper queen start",
         )
     return stopping()
-
-
-def _program_left() -> RbeeError:
-    return OwnerGoneError(
-        f"the queen ended with the cluster of the program that owned it (pid {os.getpid()})",
-        hint="rbee-keeper queen start",
-    )
-
-
-def _refuse_stop(why: str) -> None:
-    raise ConflictError(
-        f"the queen is part of a program (pid {os.getpid()}): it ends when that leaves its cluster",
-        code="not_owned",
-        hint=f"ps -p {os.getpid()}",
-    )
 
 
 @contextmanager
@@ -174,17 +141,5 @@ def _run_dir(setup: QueenSetup, root: daemon.Root) -> Iterator[Path]:
     claim(setup.run_dir)
     try:
         yield setup.token_file or setup.home.token_file
-    finally:
-        retire(setup.run_dir)
-
-
-@contextmanager
-def _own_run_dir(setup: QueenSetup) -> Iterator[Path]:
-    """Make our directory and the token in it; both go with us."""
-    claim(setup.run_dir)
-    try:
-        token_file = setup.run_dir / "token"
-        write_atomic(token_file, setup.token)
-        yield token_file
     finally:
         retire(setup.run_dir)

@@ -23,10 +23,9 @@ from rbee.errors import (
     UnavailableError,
     leaves,
 )
-from rbee.home import short_name
-from rbee.model import LOCALHOST, WorkerId, WorkerState, new_id
+from rbee.model import LOCALHOST, WorkerId, WorkerState
 from rbee.queen.hive import Hive
-from rbee.queen.machine import FoundHive, Machine, OwnedHive, QueenSetup
+from rbee.queen.machine import FoundHive, Machine, OwnedHive, QueenSetup, start_of
 from rbee.queen.machines import Machines, Narrate
 from rbee.registry import Registry
 from rbee.remains import UNVERIFIED, as_left
@@ -35,7 +34,6 @@ from rbee.sweep import sweep
 from rbee.web.client import answering_within, call, open_client, open_events
 from rbee.wire import codec, messages
 from rbee.wire.messages import (
-    DaemonStart,
     ErrorDetail,
     Health,
     Heartbeat,
@@ -243,14 +241,7 @@ class Hives(TaskOwner):
     async def _own(self, node: str, machine: Machine, narrate: Narrate, status: _Started) -> None:
         """Start a hive of our own, which ends with this scope, and use it."""
         setup = self._setup
-        start = DaemonStart(
-            owner=setup.id,
-            token=setup.token,
-            run_dir=short_name(new_id("hive")),
-            queen_url=await machine.queen_url(self.url),
-            queen_id=setup.id,
-            lease=setup.lease,
-        )
+        start = self.machines.begun(node) or start_of(setup, await machine.queen_url(self.url))
         status.run_dir = start.run_dir
         narrate(Narration("queen", "start", f"a hive on {node}"))
         async with machine.open_hive(start) as daemon:

@@ -19,7 +19,8 @@ class Limits:
         slots: requests that one worker gets at once; None leaves it to what its engine can do.
         waiting: requests that wait, for their body to come or for a worker, of all models.
         waiting_per_model: those that wait for workers of one model.
-        waiting_size: bytes of the bodies of those that wait for a worker.
+        waiting_size: bytes of the bodies of those that wait for a worker; those whose bodies are
+            being read may hold as much again, and at least one of the greatest.
     """
 
     slots: int | None = attrs.field(default=None)

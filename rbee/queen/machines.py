@@ -14,9 +14,9 @@ from rbee.errors import RbeeError
 from rbee.model import LOCALHOST
 from rbee.nodes.node import Node, NodeStatus
 from rbee.nodes.store import NodeStore
-from rbee.queen.machine import LocalMachine, Machine, QueenSetup
+from rbee.queen.machine import FirstHive, LocalMachine, Machine, QueenSetup
 from rbee.scopes import TaskOwner
-from rbee.wire.messages import Narration
+from rbee.wire.messages import DaemonStart, Narration
 
 if TYPE_CHECKING:
     from rbee.queen.remote import Remote
@@ -29,8 +29,9 @@ Narrate = Callable[[Narration], None]
 class Machines(TaskOwner):
     """Opens nodes by name. SSH is loaded with the first node that needs it."""
 
-    def __init__(self, setup: QueenSetup) -> None:
+    def __init__(self, setup: QueenSetup, first: FirstHive | None = None) -> None:
         self._setup = setup
+        self._first = first
         self.store = NodeStore.of(setup.home)
         self._remote: Remote | None = None
         self._loading = trio.Lock()
@@ -51,11 +52,16 @@ class Machines(TaskOwner):
             SshError: it is not reached, or cannot run a hive, in words.
         """
         if name == LOCALHOST:
-            yield LocalMachine(self._setup)
+            yield LocalMachine(self._setup, self._first)
             return
         node = await self.store.get(name)
         async with (await self.ssh()).open(node, narrate) as machine:
             yield machine
+
+    def begun(self, name: str) -> DaemonStart | None:
+        """Return how the hive was started that is on its way to a node and that nobody has yet."""
+        first = self._first if name == LOCALHOST else None
+        return first.start if first is not None and not first.is_taken else None
 
     async def probe(self, node: Node) -> dict[str, Any]:
         """Log in to a node that is not registered yet and return what it has."""

@@ -24,6 +24,7 @@ from rbee.queen.sessions import Sessions
 from rbee.queen.slots import Capacity, Slots
 from rbee.registry import Registry
 from rbee.units import human
+from rbee.web.router import MAX_BODY
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
 TELL = 0.25  # seconds between two words about a request's position
@@ -108,6 +109,7 @@ class WaitingRoom:
         self._sessions = Sessions()
         self._number = 0
         self._read = 0
+        self._read_size = 0  # bytes of those bodies that have come
         self._held = 0  # bytes of the bodies of those in the queue
         self._ready: frozenset[str] = frozenset()
         self._fewer = trio.Event()  # ready workers
@@ -128,19 +130,39 @@ class WaitingRoom:
         return min(names) if names else asked.model
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self) -> Iterator[Callable[[int], None]]:
         """Count a request while its body is read, which is not begun if too many wait.
 
+        Yields what takes each number of bytes that have come, and raises as this does.
+
         Raises:
-            QueueFullError: too many do.
+            QueueFullError: too many do, or too much is being read.
         """
         if len(self._queue) >= self._limits.waiting or self._read >= READ:
             raise full(len(self._queue) + self._read)
+        size = 0
+
+        def take(more: int) -> None:
+            nonlocal size
+            self._check_reading(more)
+            size += more
+            self._read_size += more
+
         self._read += 1
         try:
-            yield
+            yield take
         finally:
             self._read -= 1
+            self._read_size -= size
+
+    def _check_reading(self, more: int) -> None:
+        bound = max(self._limits.waiting_size, MAX_BODY)  # one alone always may
+        if self._read_size + more > bound:
+            raise QueueFullError(
+                f"the requests that are being read hold {human(self._read_size)}; "
+                f"no more than {human(bound)} can",
+                hint="rbee-keeper worker list",
+            )
 
     # taking and leaving ----------------------------------------------------------------------
     def take(self, claim: Claim) -> bool:

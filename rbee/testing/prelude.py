@@ -57,7 +57,7 @@ class Prelude:
             for node in nodes:
                 nursery.start_soon(client.start_hive, node)
             for start in missing:
-                nursery.start_soon(client.start_ready_worker, start)
+                nursery.start_soon(client.start_worker, start)
 
     async def _keep_wanted(self, client: AsyncClient, nodes: set[str]) -> list[StartWorker]:
         """Stop the workers that the round does not want; return what starts those that it lacks."""

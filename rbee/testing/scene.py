@@ -55,7 +55,7 @@ class Scene:
         start = wanted(self.workload, node, number, state)
 
         async def call() -> None:
-            await self.client.start_ready_worker(start)
+            await self.client.start_worker(start)
 
         return self._begin(Request(f"start of a worker on {node}", node), call)
 

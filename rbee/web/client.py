@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeVar
 
+import httpcore  # noqa: F401 - httpx does with its first client: in each forked worker again
 import httpx
 import trio
 

@@ -13,11 +13,11 @@ from rbee.errors import BadInputError
 from rbee.web.body import body_of_request
 from rbee.web.head import RequestHead, TooSlowError, find_head
 from rbee.web.line import Line
+from rbee.web.patience import Patience
 from rbee.web.poller import CLIENT_GONE, HUNG_UP, OUT, Gone, Poller
 from rbee.web.router import MAX_BODY, too_large
 
 HEAD = 10.0  # seconds for a head, once it has begun
-BODY = 30.0  # seconds without a byte of a body
 LINGER = 1.0  # seconds in which a client who was refused may read why
 PIECE = 1 << 16
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -123,6 +123,7 @@ class RequestBody:
         self._connection = connection
         self._length = head.length or 0
         self._body = body_of_request(head.length)
+        self._patience = Patience()
         self._awaits_word = (b"expect", b"100-continue") in head.headers
 
     @property
@@ -144,7 +145,7 @@ class RequestBody:
         Raises:
             BadInputError: it is badly framed, or another request came before the answer.
             TooLargeError: its head says that it is larger than any may be.
-            TooSlowError: nothing came for 30 s.
+            TooSlowError: it does not come as fast as it must.
         """
         if self._length > MAX_BODY:
             raise too_large()
@@ -155,6 +156,7 @@ class RequestBody:
                 return {"type": "http.disconnect"}
             data = self._body.feed(connection.ahead)
             connection.ahead = b""
+        self._patience.size += len(data)
         if self._body.rest or connection.ahead:
             raise BadInputError("a request came before the one before it was answered")
         return {"type": "http.request", "body": data, "more_body": not self._body.done}
@@ -163,6 +165,4 @@ class RequestBody:
         if self._awaits_word:
             self._awaits_word = False
             await self._connection.line.send(CONTINUE)
-        with trio.move_on_after(BODY):
-            return await self._connection.read_ahead()
-        raise TooSlowError(f"nothing of the body came for {BODY:.0f} s")
+        return await self._patience.wait(self._connection.read_ahead)

@@ -10,6 +10,7 @@ import trio
 
 from rbee.errors import PeerError
 from rbee.trace import Elsewhere
+from rbee.units import human
 from rbee.web.door import Headers
 from rbee.web.events import WholeEvents
 from rbee.web.exchange import BROKEN
@@ -26,6 +27,8 @@ STREAM: Headers = (
     (b"x-accel-buffering", b"no"),
 )
 WHOLE = 64 << 10  # bytes of a body up to which it is had in full before its head is sent
+LARGEST = 1 << 20  # bytes of a body that is read in full: one of those, or an error
+SILENCE = 60.0  # seconds in such a body, whose end the peer knows when it sends the head
 
 
 class Out(Protocol):
@@ -112,6 +115,8 @@ def is_short(answer: Answer) -> bool:
 
 async def next_part(answer: Answer, silence: float) -> bytes:
     """Return what has come of a body, b"" at its end; raise `PeerError` after a silence."""
+    if answer.body.done:  # a scope costs a short answer more than its body does
+        return await answer.chunk()
     with trio.move_on_after(silence):
         return await answer.chunk()
     raise PeerError(f"nothing came for {silence:g} s", code="stalled")
@@ -138,13 +143,22 @@ async def pass_whole(
         await pass_on(rest)
 
 
-async def read_all(answer: Answer) -> bytes:
+async def read_all(answer: Answer, silence: float = SILENCE) -> bytes:
+    """Return a body in full.
+
+    Raises:
+        PeerError: it breaks off, is larger than 1 MiB, or nothing comes for ``silence`` seconds, 60
+            at most.
+    """
     if answer.body.done:  # as of most short ones, which came with their head
         return await answer.chunk()
-    parts = []
+    parts, size = [], 0
     with Elsewhere():
-        while part := await answer.chunk():
+        while part := await next_part(answer, min(silence, SILENCE)):
             parts.append(part)
+            size += len(part)
+            if size > LARGEST:
+                raise PeerError(f"an answer that is read in full has more than {human(LARGEST)}")
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -181,7 +195,7 @@ class AsgiOut:
 
     async def pass_on(self, answer: Answer, headers: Headers, *, silence: float) -> None:
         if is_short(answer):
-            await self.whole(answer.head.status, headers, await read_all(answer))
+            await self.whole(answer.head.status, headers, await read_all(answer, silence))
             return
         await self.begin(answer.head.status, headers)
         if self._events is not None:

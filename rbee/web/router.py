@@ -32,6 +32,7 @@ from rbee.web.door import (
     with_key,
 )
 from rbee.web.out import STREAM, AsgiOut, Out, Receive, Send
+from rbee.web.patience import Timely
 from rbee.web.requests import CLIENT_GONE, Extra, Requests
 from rbee.wire import codec, messages, sse
 
@@ -40,8 +41,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Scope = MutableMapping[str, Any]
 Emit = Callable[[bytes], Awaitable[None]]
-Gate = Callable[[], AbstractContextManager[None]]
-"""Counts a request while its body is read; raises if it is one too many."""
+Count = Callable[[int], object]
+Gate = Callable[[], AbstractContextManager[Count]]
+"""Counts a request while its body is read, and the bytes that have come; both raise if it is too
+much."""
 
 MAX_BODY = 32 << 20
 POLITE = (QueueFullError, RateLimitedError)  # who is refused so has done nothing wrong
@@ -74,7 +77,8 @@ def too_large() -> TooLargeError:
 class Request:
     """One request: ``params`` come from the route's ``{names}``.
 
-    ``caller``: whose key it came with; None for the token.
+    ``caller``: whose key it came with; None for the token. ``count`` is told of the bytes of the
+    body as they come.
     """
 
     method: str
@@ -83,9 +87,10 @@ class Request:
     headers: dict[bytes, bytes]
     _receive: Receive
     caller: Caller | None = None
+    count: Count = bool
 
     async def body(self) -> bytes:
-        """Read the whole body; at most `MAX_BODY` bytes."""
+        """Read the whole body; at most `MAX_BODY` bytes, and not too slowly."""
         parts: list[bytes] = []
         size, more = 0, True
         while more:
@@ -97,6 +102,7 @@ class Request:
             size += len(parts[-1])
             if size > MAX_BODY:
                 raise too_large()
+            self.count(len(parts[-1]))
             more = message.get("more_body", False)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -288,15 +294,16 @@ class App:
         if scope["type"] != "http":
             await send({"type": "websocket.close"})
             return
-        out = AsgiOut(receive, send)
+        out, timely = AsgiOut(receive, send), Timely(receive)
 
         async def fall_back() -> None:
             assert self.fallback is not None
-            await self.fallback(scope, receive, _sending(send, out))
+            with timely.scope:
+                await self.fallback(scope, timely.or_cancel, _sending(send, out))
+            if timely.ran_out is not None and not out.status:
+                raise timely.ran_out
 
-        asked = Asked(
-            scope["method"], scope["path"], scope["headers"], scope.get("client"), receive
-        )
+        asked = Asked(scope["method"], scope["path"], scope["headers"], scope.get("client"), timely)
         await self.respond(asked, out, None if self.fallback is None else fall_back)
 
     async def respond(
@@ -356,7 +363,7 @@ class App:
             request.caller = self._door.authorize(sent, asked.client, for_keys=for_keys)
         if route is not None and route.is_data and asked.method == "POST":
             if self._gate is not None:
-                reading.enter_context(self._gate())
+                request.count = reading.enter_context(self._gate())
             if request.caller is not None:
                 held.enter_context(request.caller.using())
         return request

@@ -77,7 +77,7 @@ class SocketOut:
 
     async def pass_on(self, answer: Answer, headers: Headers, *, silence: float) -> None:
         if is_short(answer):
-            await self.whole(answer.head.status, headers, await read_all(answer))
+            await self.whole(answer.head.status, headers, await read_all(answer, silence))
             return
         length = answer.head.length
         if length is None:

@@ -68,6 +68,7 @@ class DaemonStart:
     """What an owner tells a daemon on the first lifeline line (``start {json}``).
 
     ``host``: the address to listen on, where only the node knows its own; "" leaves it to --host.
+    ``engine``: of the worker that will be asked for at once; "" if that is not known.
     """
 
     owner: str
@@ -77,6 +78,7 @@ class DaemonStart:
     queen_id: str = ""
     lease: float = 10.0
     host: str = ""
+    engine: str = ""
 
 
 @attrs.frozen

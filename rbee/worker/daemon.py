@@ -23,7 +23,8 @@ from rbee.log import configure_logging
 from rbee.model import WorkerConfig, WorkerState, new_id
 from rbee.scopes import cancel_on_signal, cancel_when, open_service
 from rbee.web.client import call, open_client
-from rbee.web.server import open_listener, serve_http
+from rbee.web.listener import open_listener
+from rbee.web.server import serve_http
 from rbee.wire import codec, messages
 from rbee.wire.messages import ErrorDetail, ExecuteRequest, WorkerNarration, WorkerReady
 from rbee.worker import pdeath

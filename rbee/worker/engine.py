@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from typing import Any, Protocol, cast
 
 import attrs
@@ -126,11 +127,24 @@ class EngineKind(Protocol):
 
 def engine_kind(name: str) -> EngineKind:
     """Find an engine by name among the installed entry points."""
-    found = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if name not in found:
-        raise NotFoundError(
-            f"no engine {name!r}; installed: {', '.join(sorted(found))}",
-            code="unknown_engine",
-            hint=infer("--engine", DEFAULT_ENGINE),
-        )
-    return cast(EngineKind, found[name].load()())
+    entry = _own_entries().get(name)
+    if entry is None:
+        found = {entry.name: entry for entry in entry_points(group=GROUP)}
+        if name not in found:
+            raise NotFoundError(
+                f"no engine {name!r}; installed: {', '.join(sorted(found))}",
+                code="unknown_engine",
+                hint=infer("--engine", DEFAULT_ENGINE),
+            )
+        entry = found[name]
+    return cast(EngineKind, entry.load()())
+
+
+@cache
+def _own_entries() -> dict[str, EntryPoint]:
+    """Return the engines of our own package: to look into all that is installed takes long."""
+    try:
+        own = distribution("rbee").entry_points
+    except PackageNotFoundError:
+        return {}
+    return {entry.name: entry for entry in own.select(group=GROUP)}

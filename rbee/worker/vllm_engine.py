@@ -39,6 +39,7 @@ from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
 from rbee.worker.engine_args import refused, spread_lists
 from rbee.worker.limits import answer_budget, shorter
+from rbee.worker.templates import skip_processors
 
 log = logging.getLogger(__name__)
 
@@ -483,6 +484,7 @@ def import_vllm() -> SimpleNamespace:
             hint=install(vllm_plan.built_for()),
         ) from exc
     inspect_models_here()
+    skip_processors()
     if vllm_plan.built_for() == "cpu":
         do_without_amx()
     return SimpleNamespace(

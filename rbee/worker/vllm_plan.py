@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import os
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +17,21 @@ from rbee.machine import Machine
 from rbee.model import DEFAULT_ENGINE, WorkerSpec
 from rbee.models.footprint import Footprint, check_asked, footprint
 from rbee.worker.engine_args import check_ours, engine_options, option_word
+
+# Batches of which vLLM captures a CUDA graph; one between two of them is filled up to the next.
+# Its own are 51 up to 512: each takes 0.1 s of every start and memory of the card.
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+GRAPHS_PER_SEQUENCE = 2  # the largest graph for each sequence, as vLLM has it
+# With one of these the user says himself what is captured, or leaves it to vLLM.
+OWN_GRAPHS = {"cudagraph-capture-sizes", "max-cudagraph-capture-size", "performance-mode"}
+
+# What vLLM has compiled is loaded in one piece, not looked up part by part in each start: its own
+# way from torch 2.12 on, and there before. Left to the user who sets one of these himself.
+WHOLE_ARTIFACT = "VLLM_USE_MEGA_AOT_ARTIFACT"
+COMPILING = {
+    WHOLE_ARTIFACT, "VLLM_USE_AOT_COMPILE", "VLLM_USE_STANDALONE_COMPILE",
+    "VLLM_DISABLE_COMPILE_CACHE",
+}  # fmt: skip
 
 
 def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
@@ -29,6 +47,8 @@ def arguments(spec: WorkerSpec, machine: Machine) -> list[str]:
     argv = ["--model", spec.model_dir, "--served-model-name", *names]
     options = _options(spec, found)
     options.update(_cpu_options() if spec.backend == "cpu" else _cuda_options(spec, found))
+    if spec.backend != "cpu" and not says_what_is_captured(given):
+        options["cudagraph-capture-sizes"] = json.dumps(graphs(found.sequences))
     options.update(given)
     return argv + [option_word(key, value) for key, value in options.items()]
 
@@ -71,6 +91,18 @@ def _cuda_options(spec: WorkerSpec, found: Footprint) -> dict[str, str]:
     return options
 
 
+def says_what_is_captured(given: Mapping[str, str]) -> bool:
+    """Tell whether the user's options are about CUDA graphs; ``compilation-config`` may be."""
+    names = {name.partition(".")[0] for name in given}
+    return bool(names & {*OWN_GRAPHS, "compilation-config"})
+
+
+def graphs(sequences: int) -> list[int]:
+    """Return the batch sizes to capture for that many sequences at once."""
+    largest = min(sequences * GRAPHS_PER_SEQUENCE, GRAPHS[-1])
+    return sorted({*(size for size in GRAPHS if size < largest), largest})
+
+
 def environment(spec: WorkerSpec, run_dir: str) -> dict[str, str]:
     """Return what vLLM is told through the environment."""
     variables = offline() | {"TMPDIR": run_dir, "VLLM_RPC_BASE_PATH": run_dir}
@@ -83,6 +115,8 @@ def environment(spec: WorkerSpec, run_dir: str) -> dict[str, str]:
         chosen = [visible[index] for index in device_indices(spec.device)]
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts them, and so do we
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        if not COMPILING & os.environ.keys():
+            variables[WHOLE_ARTIFACT] = "1"
     return variables
 
 

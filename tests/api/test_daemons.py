@@ -17,6 +17,7 @@ CHECKS = [
     schemathesis.checks.not_a_server_error,
     checks.status_code_conformance,
     checks.content_type_conformance,
+    checks.response_headers_conformance,
     checks.response_schema_conformance,
     checks.negative_data_rejection,
     checks.unsupported_method,

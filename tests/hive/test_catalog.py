@@ -20,7 +20,8 @@ from rbee.home import Home
 from rbee.models.catalog import Catalog, Entry, File
 from rbee.testing.tiny_model import write_tiny_model
 from rbee.web.client import call, open_client, open_events
-from rbee.web.server import open_listener, serve_http
+from rbee.web.listener import open_listener
+from rbee.web.server import serve_http
 from rbee.wire import messages
 from rbee.wire.messages import ModelInfo, PullModel
 from tests.models.conftest import used

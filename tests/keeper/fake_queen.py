@@ -18,8 +18,9 @@ import trio
 from rbee import __version__, guard
 from rbee.errors import ConflictError, MachineError, NotFoundError
 from rbee.home import Home, open_home, write_atomic
+from rbee.web.listener import open_listener
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.wire import codec, messages, sse
 
 TOKEN = "secret"

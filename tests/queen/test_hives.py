@@ -22,8 +22,9 @@ from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
 from rbee.remains import stuck
 from rbee.web.client import open_client
+from rbee.web.listener import open_listener
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.wire import codec, messages, sse
 from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo
 from tests.journal import planted, process, write

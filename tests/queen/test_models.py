@@ -22,9 +22,10 @@ from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
 from rbee.queen.openai import Passages
 from rbee.testing.tiny_model import write_tiny_model
+from rbee.web.listener import open_listener
 from rbee.web.narrated import Works
 from rbee.web.router import App, Emit, Request, Stream
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.wire import messages, sse
 from rbee.wire.messages import HiveInfo, Narration, PullModel
 from tests.hive.test_catalog import TOKEN, open_hive, put

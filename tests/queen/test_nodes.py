@@ -28,8 +28,9 @@ from rbee.nodes.store import NodeStore
 from rbee.queen.machine import QueenSetup
 from rbee.queen.machines import Machines
 from rbee.queen.nodes import add_node_routes
+from rbee.web.listener import open_listener
 from rbee.web.router import App
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.wire.messages import AddNode, NodeInfo, UpdateNode
 from tests.machines import make_user, open_machines, plant_detect
 

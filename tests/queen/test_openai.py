@@ -31,10 +31,11 @@ from rbee.queen.places import Places
 from rbee.queen.tasks import add_task_routes
 from rbee.web.body import LAST_CHUNK, chunk
 from rbee.web.front import Front
+from rbee.web.listener import open_listener
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
 from rbee.web.router import App
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.web.upstream import open_upstreams
 from rbee.wire.messages import StartWorker, WorkerInfo
 from tests.queen.test_jobs import FakeHives
@@ -593,6 +594,23 @@ async def test_what_is_too_much_is_refused_in_the_apis_own_shape(limits: Limits,
         assert answer.json()["error"]["type"] == "rate_limit_error"
         assert len(worker.heads) == 1
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_body_that_would_be_one_byte_too_much_is_refused_until_there_is_room(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.queen.waiting_room.MAX_BODY", 0)
+    async with open_queen(FakeWorker(), limits=Limits(waiting_size=100)) as queen:
+        room = queen.passages._assignments.room
+        with room.reading() as take:
+            take(80)
+            assert (await queen.post(path)).status_code != 429  # with 17 bytes
+            take(4)
+            refused = await queen.post(path)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert "are being read hold 84" in refused.json()["error"]["message"]
+        assert room._read_size == 0
 
 
 async def test_a_key_may_use_its_models_as_often_as_it_may(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import attrs
@@ -21,6 +21,7 @@ from rbee.queen.sessions import KEPT, Sessions
 from rbee.queen.slots import Slots
 from rbee.queen.tries import ask_until_answered
 from rbee.queen.waiting_room import Asked, Terms
+from rbee.web.router import MAX_BODY
 from rbee.wire.messages import ErrorDetail, StartWorker, TaskRequest, WorkerInfo
 from tests.queen.test_jobs import FakeHives
 
@@ -148,6 +149,29 @@ async def test_the_bodies_of_those_that_wait_are_bounded_and_freed() -> None:
         await scene.end("big")
         await scene.ask("next", Terms(size=100))
         assert set(scene.failed) == {"refused"}
+
+
+async def test_the_bodies_of_those_that_are_read_are_bounded_and_freed() -> None:
+    async with open_scene(Limits(waiting_size=MAX_BODY + 10)) as scene:
+        room = scene.assignments.room
+        with room.reading() as one:
+            one(MAX_BODY)
+            with suppress(ValueError), room.reading() as two:
+                two(10)
+                with pytest.raises(QueueFullError, match="no more than"):
+                    two(1)
+                raise ValueError
+            with room.reading() as three:  # the other one has given back what it held
+                three(10)
+        assert (room._read, room._read_size) == (0, 0)
+
+
+async def test_the_greatest_body_may_be_read_alone_whatever_the_bound() -> None:
+    async with open_scene(Limits(waiting_size=0)) as scene:
+        with scene.assignments.room.reading() as take:
+            take(MAX_BODY)
+            with pytest.raises(QueueFullError):
+                take(1)
 
 
 async def test_a_request_that_insists_on_a_busy_node_delays_no_other() -> None:

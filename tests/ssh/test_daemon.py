@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ class Hits:
         os.kill(pid, self.number)
         self.found.append((pid, run_dir))
         return ""
+
+
+def resident(pid: int) -> int:
+    """Return the bytes that a process has in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def ancestors(pid: int) -> Iterator[int]:
+    """Yield a process and those above it: its guards, and what sshd has for the connection."""
+    while pid not in (1, os.getpid()):
+        yield pid
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 async def test_a_daemon_lives_as_long_as_its_scope(sshd: Sshd, aio: Aio, node_home: str) -> None:
@@ -111,6 +124,12 @@ async def test_a_flooding_daemon_fills_no_memory_and_ends(
         async with open_connection(sshd.target(), aio, lease=LEASE) as connection:
             async with open_planted(connection, "flood", node_home) as daemon:
                 await trio.sleep(0.3)
+                # Ours, and all between it and us; the node is this machine.
+                tree = [os.getpid(), *ancestors(daemon.hello.pid)]
+                before = [resident(pid) for pid in tree]
+                await trio.sleep(0.7)  # in which a hundred megabytes come
+                grown = [resident(pid) - had for pid, had in zip(tree, before, strict=True)]
+                assert max(grown) < 4 << 20
     await gone(*pids(daemon), within=0.5)
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import h2.connection
+import h2.events
 import httpx
 import pytest
 import trio
@@ -24,11 +26,12 @@ from rbee.errors import NotFoundError, PeerError, QueueFullError
 from rbee.web.exchange import Address
 from rbee.web.front import Front
 from rbee.web.head import MAX_HEAD
+from rbee.web.listener import open_listener
 from rbee.web.out import Out, headers_of
 from rbee.web.poller import open_poller
 from rbee.web.pump import open_pump
 from rbee.web.router import MAX_BODY, App, Emit, Passing, Request, Response, Stream, json_response
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.web.upstream import Upstreams, open_upstreams
 
 TOKEN = "secret"
@@ -321,11 +324,55 @@ async def test_who_sends_too_slowly_is_refused(
     sent: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rbee.web.connection.HEAD", 0.1)
-    monkeypatch.setattr("rbee.web.connection.BODY", 0.1)
+    monkeypatch.setattr("rbee.web.patience.SILENCE", 0.1)
     async with serving() as server:
         answer = await server.ask(sent)
         assert status_of(answer) == 408
         assert code_of(answer) == "too_slow"
+
+
+async def drip(stream: trio.SocketStream) -> None:
+    with suppress(trio.BrokenResourceError):
+        while True:
+            await stream.send_all(b"x")
+            await trio.sleep(0.02)
+
+
+@pytest.mark.parametrize("version", [b"1.1", b"1.0"])
+@pytest.mark.parametrize("by", ["front", "hypercorn"])
+async def test_who_sends_byte_by_byte_is_refused_in_the_end_and_cut_off(
+    by: str, version: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.web.patience.BASE", 0.3)
+    async with serving() as server, opened(server, by) as stream, trio.open_nursery() as nursery:
+        endless = b"POST /echo HTTP/" + version + b"\r\n" + AUTH + b"Content-Length: 9999\r\n\r\n"
+        await stream.send_all(endless)
+        nursery.start_soon(drip, stream)
+        with trio.fail_after(3):
+            answer = await read_all(stream)
+        assert (status_of(answer), code_of(answer)) == (408, "too_slow")
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_sends_byte_by_byte_in_http_2_is_refused_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rbee.web.patience.BASE", 0.3)
+    client = h2.connection.H2Connection()
+    client.initiate_connection()
+    asked = [(":method", "POST"), (":scheme", "http"), (":path", "/echo"),
+             (":authority", "localhost"), ("authorization", f"Bearer {TOKEN}")]  # fmt: skip
+    client.send_headers(1, asked)
+    answer: dict[bytes, bytes] = {}
+    async with serving() as server, await server.connect(client.data_to_send()) as stream:
+        with trio.fail_after(3):
+            while not answer:
+                for event in client.receive_data(await stream.receive_some()):
+                    if isinstance(event, h2.events.ResponseReceived):
+                        answer = dict(event.headers)
+                client.send_data(1, b"x")
+                await stream.send_all(client.data_to_send())
+    assert answer[b":status"] == b"408"
 
 
 async def test_who_says_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,6 +457,18 @@ async def test_a_worker_that_dies_in_the_middle_is_told_by_one_event(
         assert answer.count(b"data: a\n\n") == 1
         assert b"data: b" not in answer
         assert answer.endswith(b"event: error\ndata: stream_broken\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("by", ["front", "hypercorn"])
+async def test_a_worker_that_falls_silent_in_a_short_body_is_a_refusal(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rbee.web.out.SILENCE", 0.1)
+    async with serving(Holding(SHORT[:-1])) as server, opened(server, by) as stream:
+        await stream.send_all(post(b"/pass", b"{}", CLOSE))
+        with trio.fail_after(3):
+            answer = await read_all(stream)
+        assert (status_of(answer), code_of(answer)) == (502, "stalled")
 
 
 async def test_a_worker_that_dies_in_a_long_body_is_seen_as_a_cut() -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,7 +16,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from rbee.errors import ConflictError, QueueFullError, RateLimitedError, UnavailableError
 from rbee.web import router
-from rbee.web.router import App, Emit, Gate, Request, Response, Stream, json_response
+from rbee.web.patience import SILENCE
+from rbee.web.router import App, Count, Emit, Gate, Request, Response, Stream, json_response
 from rbee.wire.messages import Message
 
 TOKEN = "secret"
@@ -335,6 +337,9 @@ class OneKey:
         self.running -= 1
 
 
+NO_GATE: Gate = partial(nullcontext, bool)
+
+
 def make_gated(key: OneKey, gate: Gate, seen: list[Any]) -> App:
     async def answer(request: Request) -> Response:
         await request.json()
@@ -351,12 +356,12 @@ async def test_a_request_too_many_is_refused_before_its_body_is_read() -> None:
     reading = 0
 
     @contextmanager
-    def gate() -> Iterator[None]:
+    def gate() -> Iterator[Count]:
         nonlocal reading
         if reading:
             raise QueueFullError("full")
         reading += 1
-        yield
+        yield bool
         reading -= 1
 
     seen: list[Any] = []
@@ -377,9 +382,24 @@ async def test_a_request_too_many_is_refused_before_its_body_is_read() -> None:
     assert reading == 0
 
 
+async def test_the_bytes_of_a_body_are_counted_as_they_come_and_may_be_too_many() -> None:
+    counted: list[int] = []
+
+    def count(size: int) -> None:
+        if sum(counted) + size > 5:
+            raise QueueFullError("full")
+        counted.append(size)
+
+    app = make_gated(OneKey(), partial(nullcontext, count), [])
+    assert (await ask(app, "POST", "/data", b"{", b"}", **JSON)).status == 200
+    refused = await ask(app, "POST", "/data", b"{  ", b"}", **JSON)
+    assert (refused.status, refused.headers[b"retry-after"]) == (429, b"1")
+    assert counted == [1, 1, 3]
+
+
 async def test_a_key_opens_the_routes_for_keys_only() -> None:
     key, seen = OneKey(), []
-    app = make_gated(key, nullcontext, seen)
+    app = make_gated(key, NO_GATE, seen)
     bees = {"authorization": "Bearer bee's", **JSON}
     assert (await ask(app, "POST", "/data", b"{}", **bees)).status == 200
     assert (await ask(app, "POST", "/data", b"{}", **JSON)).status == 200
@@ -393,7 +413,7 @@ async def test_a_key_opens_the_routes_for_keys_only() -> None:
 
 async def test_a_key_that_has_had_its_share_hears_when_to_come_again() -> None:
     key = OneKey(running=1)
-    call = Call(make_gated(key, nullcontext, []), [b"{}"])
+    call = Call(make_gated(key, NO_GATE, []), [b"{}"])
     headers = {"host": "localhost", "authorization": "Bearer bee's", **JSON}
     refused = await call.run("POST", "/data", headers)
     assert (refused.status, refused.headers[b"retry-after"]) == (429, b"7")
@@ -411,6 +431,33 @@ async def test_a_bug_is_500_logged_and_not_told(error_records: list[logging.LogR
     assert (answer.status, answer.error["code"]) == (500, "internal")
     assert b"secret" not in answer.body
     assert "a secret of ours" in str(error_records.pop().exc_info)
+
+
+async def test_a_body_that_the_fallback_reads_must_come_in_time(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async def read_it(scope: Any, receive: Any, send: Any) -> None:
+        async with trio.open_nursery() as nursery:  # as an app may: an error of ours is in a group
+            nursery.start_soon(receive)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    call = Call(make(fallback=read_it), [])
+    headers = {"host": "localhost", "authorization": f"Bearer {TOKEN}"}
+    answer = await call.run("POST", "/other", headers)
+    assert (answer.status, answer.error["code"]) == (408, "too_slow")
+    assert trio.current_time() == pytest.approx(SILENCE, abs=1)
+
+
+async def test_what_the_fallback_waits_for_behind_a_body_may_take_any_time(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async def watch(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"all"
+        with trio.move_on_after(1000):
+            await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    assert (await ask(make(fallback=watch), "POST", "/other", b"all")).status == 200
 
 
 async def test_the_fallback_takes_the_rest_after_the_same_checks() -> None:

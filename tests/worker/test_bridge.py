@@ -9,7 +9,8 @@ import trio
 
 from rbee.aio import open_aio
 from rbee.web.client import open_client
-from rbee.web.server import open_listener, serve_http
+from rbee.web.listener import open_listener
+from rbee.web.server import serve_http
 from rbee.worker.bridge import AioApp
 
 

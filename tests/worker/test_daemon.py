@@ -19,8 +19,9 @@ from rbee.errors import (
     leaves,
 )
 from rbee.web.client import open_client, open_events
+from rbee.web.listener import open_listener
 from rbee.web.router import App, Response
-from rbee.web.server import open_listener, serve_http
+from rbee.web.server import serve_http
 from rbee.wire.messages import WorkerNarration, WorkerReady
 from rbee.worker import daemon
 from rbee.worker.app import Worker, make_app

@@ -1,5 +1,8 @@
 """How vLLM is to run is decided without vLLM."""
 
+import json
+from functools import partial
+
 import pytest
 
 from rbee import gpus
@@ -101,6 +104,37 @@ def test_an_asked_share_of_a_gpu_is_left_to_vllm(tiny_model, monkeypatch):
     argv = arguments(spec(tiny_model, **given), OLD)
     assert value(argv, "--gpu-memory-utilization") == "0.5"
     assert not [word for word in argv if word.startswith("--kv-cache-memory-bytes")]
+
+
+def captured(tiny_model, **engine_args):
+    argv = arguments(spec(tiny_model, backend="cuda", engine_args=engine_args), OLD)
+    return [w.partition("=")[2] for w in argv if w.startswith("--cudagraph-capture-sizes=")]
+
+
+def test_few_cuda_graphs_are_captured_unless_the_user_says_which(tiny_model, monkeypatch):
+    on_gpus(monkeypatch, Gpu(0, "card", 80 << 30, 80 << 30))
+    (sizes,) = captured(tiny_model)
+    assert json.loads(sizes)[:4] == [1, 2, 4, 8]
+    assert json.loads(sizes)[-1] == 512
+    assert captured(tiny_model, **{"cudagraph-capture-sizes": "[1, 3]"}) == ["[1, 3]"]
+    assert captured(tiny_model, max_cudagraph_capture_size="8") == []
+    assert captured(tiny_model, **{"compilation-config.mode": "3"}) == []
+
+
+def test_what_was_compiled_is_loaded_whole_unless_the_user_says_how(monkeypatch):
+    monkeypatch.setattr(vllm_plan, "visible_gpus", lambda: ["0"])
+    environment = partial(vllm_plan.environment, spec(backend="cuda"), "/tmp/run")
+    for name in vllm_plan.COMPILING:
+        monkeypatch.delenv(name, raising=False)
+    assert environment()[vllm_plan.WHOLE_ARTIFACT] == "1"
+    monkeypatch.setenv("VLLM_USE_STANDALONE_COMPILE", "0")
+    assert vllm_plan.WHOLE_ARTIFACT not in environment()
+    assert vllm_plan.WHOLE_ARTIFACT not in vllm_plan.environment(spec(), "/tmp/run")
+
+
+@pytest.mark.parametrize(("sequences", "sizes"), [(1, [1, 2]), (5, [1, 2, 4, 8, 10])])
+def test_no_graph_is_larger_than_the_batches_will_be(sequences, sizes):
+    assert vllm_plan.graphs(sequences) == sizes
 
 
 def test_engine_arguments_are_passed_on_and_win(tiny_model):
