@@ -16,8 +16,8 @@ import socket
 import subprocess
 import sys
 import venv
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from rbee.errors import UnavailableError
 from rbee.garbage import collect_rarely
 from rbee.queen.aliases import Aliases
 from rbee.queen.assignments import Assignments
+from rbee.queen.hive import Relaying
 from rbee.queen.jobs import Jobs
 from rbee.queen.offer import Offer
 from rbee.queen.openai import Passages, add_openai_routes
@@ -104,10 +105,8 @@ class OneHive:
     def way_to(self, url: str) -> str:
         return self.url
 
-    @contextmanager
-    def relaying(self) -> Iterator[trio.CancelScope]:
-        with trio.CancelScope() as scope:
-            yield scope
+    def relaying(self) -> Relaying:
+        return Relaying(set())
 
 
 async def serve(kind: str, worker: int, target: str) -> None:

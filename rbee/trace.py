@@ -2,16 +2,18 @@
 
 It is found from wherever the request is worked at, also in tasks that began there. A task that
 outlives the request finds a trace that is over.
+
+What runs around every request is a class here, and not a generator, which takes three times as
+long to enter and leave.
 """
 
 from __future__ import annotations
 
-import os
+import random
 import re
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable
+from contextvars import ContextVar, Token
 
 import attrs
 
@@ -52,18 +54,13 @@ class Trace:
         """From now on it waits for a worker."""
         self._wants_worker_since = time.monotonic()
 
-    @contextmanager
-    def at_worker(self, model: str) -> Iterator[None]:
-        """Be at a worker of ``model`` while the body runs, and want another one after it."""
+    def come_to_worker(self, model: str) -> None:
+        """From now on it is at a worker of ``model``, until it wants another one."""
         now = time.monotonic()
         waited = now - (self._wants_worker_since or now)
         self.queued += waited
         self.elsewhere += waited
         self.model = model
-        try:
-            yield
-        finally:
-            self.want_worker()
 
     def note_head(self) -> float:
         """Note that the answer begins now; return the overhead."""
@@ -79,7 +76,7 @@ def trace_of(headers: Iterable[tuple[bytes, bytes]]) -> Trace:
 
 
 def new_request_id() -> str:
-    return f"req-{os.urandom(8).hex()}"
+    return f"req-{random.getrandbits(64):016x}"  # no secret, so no system call
 
 
 def current() -> Trace:
@@ -98,23 +95,30 @@ def forwarded() -> dict[str, str]:
     return {REQUEST_ID.decode(): name} if (name := running_id()) else {}
 
 
-@contextmanager
-def tracing(trace: Trace) -> Iterator[None]:
-    """Make it the current one of this task, and of those that begin in the body."""
-    token = _current.set(trace)
-    try:
-        yield
-    finally:
-        trace.is_over = True
-        _current.reset(token)
+class Tracing:
+    """Makes a trace the current one of this task, and of those that begin in the body."""
+
+    __slots__ = ("_before", "_trace")
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+
+    def __enter__(self) -> None:
+        self._before: Token[Trace | None] = _current.set(self._trace)
+
+    def __exit__(self, *_: object) -> None:
+        self._trace.is_over = True
+        _current.reset(self._before)
 
 
-@contextmanager
-def elsewhere() -> Iterator[None]:
-    """Count the seconds of the body as those of others."""
-    trace, began = _current.get(), time.monotonic()
-    try:
-        yield
-    finally:
-        if trace is not None:
-            trace.elsewhere += time.monotonic() - began
+class Elsewhere:
+    """Counts the seconds of the body as those of others."""
+
+    __slots__ = ("_began",)
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if (trace := _current.get()) is not None:
+            trace.elsewhere += time.monotonic() - self._began

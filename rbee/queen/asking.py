@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from rbee.errors import PeerError
 from rbee.queen.assignments import Assignments
 from rbee.queen.hive import Hive
+from rbee.trace import current
 from rbee.web.door import Headers
 from rbee.web.exchange import Address
 from rbee.web.upstream import Asking, Upstreams
@@ -28,13 +29,17 @@ async def ask_at(
         ChildExitedError: the answer broke off after it had begun.
         RbeeError: what ``ask`` raised otherwise; the node is lost.
     """
-    with assignments.at(worker) as (hive, scope):
+    hive, trace = assignments.hive_of(worker), current()
+    with hive.relaying() as scope:
+        trace.come_to_worker(worker.model)
         try:
             await ask(hive)
         except PeerError as exc:
             if not has_begun() or exc.code == "stalled":
                 raise
             raise await assignments.broken(worker) from exc
+        finally:
+            trace.want_worker()
     if scope.cancelled_caught:
         raise await assignments.lost(worker, has_begun=has_begun())
 

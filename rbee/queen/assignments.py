@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import attrs
@@ -34,7 +34,6 @@ from rbee.queen.waiting_room import Asked, Claim, Terms, WaitingRoom
 from rbee.queen.where import located
 from rbee.remains import LEFT
 from rbee.scopes import open_service
-from rbee.trace import current
 from rbee.wire.messages import Narration, StartWorker, TaskRequest, WorkerInfo, WorkerNarration
 
 log = logging.getLogger(__name__)
@@ -69,27 +68,30 @@ class Assignments:
         """Make a request's claim to a worker: from now on it has its place among the others."""
         return self.room.claim(asked, terms)
 
-    @asynccontextmanager
-    async def open_slot(self, claim: Claim, narrate: Narrate) -> AsyncGenerator[WorkerInfo, None]:
+    def open_slot(self, claim: Claim, narrate: Narrate) -> OpenSlot:
         """Have a slot of a worker that is ready, started if there is none, while the body runs.
 
         Raises:
             QueueFullError: too many wait for one already.
             RbeeError: why there will be none.
         """
+        return OpenSlot(self, claim, narrate)
+
+    async def _take_slot(self, claim: Claim, narrate: Narrate) -> WorkerInfo:
         try:
             if not self.room.take(claim):
-                with self.room.waiting(claim):
-                    await self._wait_served(claim, narrate)
-            assert claim.worker is not None
-            yield claim.worker
-        finally:
+                with self.room.waiting(claim) as served:
+                    await self._wait_served(claim, served, narrate)
+        except BaseException:
             self.room.give_back(claim)
+            raise
+        assert claim.worker is not None
+        return claim.worker
 
-    async def _wait_served(self, claim: Claim, narrate: Narrate) -> None:
+    async def _wait_served(self, claim: Claim, served: trio.CancelScope, narrate: Narrate) -> None:
         """Wait for its turn, and see to it that there is a worker which that can come from."""
         try:
-            with claim.served:
+            with served:
                 while True:
                     await self.worker_for(claim.asked, narrate)
                     await self.room.wait_deserted(claim.asked)
@@ -122,18 +124,16 @@ class Assignments:
         names = self._aliases.meanings(model)
         return next((one for one in self._hives.workers if is_called(one, names)), None)
 
-    @contextmanager
-    def at(self, worker: WorkerInfo) -> Iterator[tuple[Hive, trio.CancelScope]]:
-        """Cancel a request of a worker when its node is lost.
+    def hive_of(self, worker: WorkerInfo) -> Hive:
+        """Return the hive of a worker.
 
         Raises:
-            UnavailableError: it is lost already.
+            UnavailableError: its node is lost.
         """
         hive = self._hives.running(worker.node)
         if hive is None:
             raise UnavailableError(f"the hive on {worker.node} is gone", code="hive_lost")
-        with current().at_worker(worker.model), hive.relaying() as scope:
-            yield hive, scope
+        return hive
 
     def waiting(self) -> int:
         """Return how many requests wait for a worker."""
@@ -263,6 +263,23 @@ class Assignments:
         if worker is None:
             return self._hives.failures.get(worker_id)
         return worker if worker.state in (WorkerState.READY.value, *LEFT) else None
+
+
+class OpenSlot:
+    """A slot that a claim has while the body runs (`Assignments.open_slot`)."""
+
+    __slots__ = ("_assignments", "_claim", "_narrate")
+
+    def __init__(self, assignments: Assignments, claim: Claim, narrate: Narrate) -> None:
+        self._assignments = assignments
+        self._claim = claim
+        self._narrate = narrate
+
+    async def __aenter__(self) -> WorkerInfo:
+        return await self._assignments._take_slot(self._claim, self._narrate)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._assignments.room.give_back(self._claim)
 
 
 async def _for_each(items: trio.MemoryReceiveChannel[T], take: Callable[[T], None]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from types import TracebackType
 
 import attrs
 import httpx
@@ -73,15 +73,9 @@ class Hive:
     def way_to(self, url: str) -> str:
         return self._ways.get(url, url)
 
-    @contextmanager
-    def relaying(self) -> Iterator[trio.CancelScope]:
+    def relaying(self) -> Relaying:
         """Run a relay from one of its workers; it is cancelled when the hive is lost."""
-        with trio.CancelScope() as scope:
-            self._relays.add(scope)
-            try:
-                yield scope
-            finally:
-                self._relays.discard(scope)
+        return Relaying(self._relays)
 
     def note_gone(self) -> None:
         """Note that it is lost: a worker of a silent node would never end its answer."""
@@ -116,3 +110,26 @@ class Hive:
 
     def told(self) -> HiveInfo:
         return attrs.evolve(self.info, last_seen=round(trio.current_time() - self.heard, 3))
+
+
+class Relaying:
+    """A scope that is among others while its body runs."""
+
+    __slots__ = ("_others", "_scope")
+
+    def __init__(self, others: set[trio.CancelScope]) -> None:
+        self._others = others
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> trio.CancelScope:
+        self._others.add(self._scope)
+        return self._scope.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> bool:
+        self._others.discard(self._scope)
+        return self._scope.__exit__(kind, error, where)

@@ -14,7 +14,7 @@ from rbee.metrics import LONG, SHORT, TINY, ByName, Histogram, Labels, bounded
 from rbee.queen.shelf import Shelf
 from rbee.queen.usage import is_end, tokens_told
 from rbee.trace import Trace, current
-from rbee.web.out import has_events, headers_of
+from rbee.web.out import has_events
 from rbee.web.pace import Pace
 from rbee.web.router import App, Request, Response
 from rbee.web.upstream import Answer
@@ -40,7 +40,7 @@ class Figures:
 
     def pace(self, answer: Answer, *, skip: int = 0) -> Pace:
         """Measure an answer of a worker; ``skip``: pieces of it before the first token."""
-        is_stream = answer.head.status == 200 and has_events(headers_of(answer))
+        is_stream = answer.head.status == 200 and has_events(answer.head.headers)
         answer.pace = self.pace_of_stream(skip=skip) if is_stream else Pace(current().began)
         return answer.pace
 

@@ -36,7 +36,7 @@ from rbee.queen.tries import ask_until_answered
 from rbee.queen.waiting_room import Terms
 from rbee.trace import REQUEST_ID, current
 from rbee.web.head import Headers, end_to_end
-from rbee.web.out import Out, headers_of, read_all
+from rbee.web.out import Out, read_all
 from rbee.web.router import App, Passing, Request, Response
 from rbee.web.upstream import Answer, Upstreams
 from rbee.wire.messages import Narration, StartWorker, WorkerInfo
@@ -61,6 +61,8 @@ KEPT_BACK = frozenset(
     {b"host", b"authorization", b"x-api-key", b"cookie", b"origin", b"referer", b"expect",
      b"accept-encoding", b"x-rbee-worker-id", REQUEST_ID}
 )  # fmt: skip
+
+RENEWED = frozenset({REQUEST_ID})  # in an answer: it carries ours
 
 
 class Envelope(msgspec.Struct):
@@ -223,7 +225,7 @@ class Passages:
             await self._answer(call, answer, out, silence)
 
     async def _answer(self, call: Call, answer: Answer, out: Out, silence: float) -> None:
-        headers = tuple(pair for pair in headers_of(answer) if pair[0] != REQUEST_ID)
+        headers = end_to_end(answer.head.headers, without=RENEWED)
         figures = self._assignments.figures
         pace = figures.pace(answer)
         if call.streams:

@@ -44,7 +44,7 @@ def kind_of(request: TaskRequest | StartWorker) -> Hashable:
 
 def is_called(worker: WorkerInfo, names: Collection[str]) -> bool:
     """Tell whether a worker serves one of the names, as far as it tells itself."""
-    return not {worker.model, *worker.served_names}.isdisjoint(names)
+    return worker.model in names or not set(worker.served_names).isdisjoint(names)
 
 
 def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
@@ -54,10 +54,11 @@ def _names(worker: WorkerInfo, meanings: Meanings) -> set[str]:
 
 def _was_started_so(worker: WorkerInfo, request: TaskRequest | StartWorker) -> bool:
     """Tell whether a worker has the options that a request names."""
-    asked = {name: getattr(request, name) for name in OPTIONS}
-    return request.engine_args.items() <= worker.engine_args.items() and all(
-        value is None or getattr(worker, name) == value for name, value in asked.items()
-    )
+    for name in OPTIONS:
+        value = getattr(request, name)
+        if value is not None and value != getattr(worker, name):
+            return False
+    return request.engine_args.items() <= worker.engine_args.items()
 
 
 def choose(

@@ -28,6 +28,7 @@ from rbee.web.router import MAX_BODY
 from rbee.wire.messages import StartWorker, TaskRequest, WorkerInfo
 
 TELL = 0.25  # seconds between two words about a request's position
+READY = WorkerState.READY.value
 READ = 1024  # requests whose bodies may be on their way at once
 
 Asked = TaskRequest | StartWorker
@@ -63,7 +64,7 @@ class Claim:
 
     Attributes:
         worker: whose slot it has.
-        served: cancelled when it gets one.
+        served: of one that waits: cancelled when it gets one.
         is_known: whether it has been let in already.
         told: how many were before it, as it was told last.
     """
@@ -73,7 +74,7 @@ class Claim:
     rank: Rank
     model: str
     worker: WorkerInfo | None = None
-    served: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    served: trio.CancelScope | None = None
     is_known: bool = False
     told: int = 0
     _kind: Hashable = None
@@ -125,8 +126,8 @@ class WaitingRoom:
 
     def _counted_as(self, asked: Asked) -> str:
         """Return one name for all that mean the same model."""
-        names = (name for name in self._meanings(asked.model) if ":" in name)
-        return min(names, default=asked.model)
+        names = [name for name in self._meanings(asked.model) if ":" in name]
+        return min(names) if names else asked.model
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[int], None]]:
@@ -173,8 +174,8 @@ class WaitingRoom:
         return claim.worker is not None
 
     @contextmanager
-    def waiting(self, claim: Claim) -> Iterator[None]:
-        """Be in the queue while the body runs, unless served before its end.
+    def waiting(self, claim: Claim) -> Iterator[trio.CancelScope]:
+        """Be in the queue while the body runs, unless served, which cancels the scope it gets.
 
         Raises:
             QueueFullError: too many are.
@@ -182,12 +183,12 @@ class WaitingRoom:
         if not claim.is_known:
             self._check_room(claim)
         claim.is_known = True
-        claim.served = trio.CancelScope()
+        claim.served = served = trio.CancelScope()
         self._queue.join(claim)
         self._held += claim.terms.size
         self._tell_first_position(claim)
         try:
-            yield
+            yield served
         finally:
             self._queue.leave(claim)
             self._held -= claim.terms.size
@@ -221,6 +222,7 @@ class WaitingRoom:
     def _serve(self) -> None:
         for claim, worker in self._queue.serve(self._find):
             claim.worker = worker
+            assert claim.served is not None
             claim.served.cancel(reason="its turn has come")
             self._moved.set()
 
@@ -238,13 +240,11 @@ class WaitingRoom:
         return found
 
     def _is_ready_for(self, worker: WorkerInfo, asked: Asked) -> bool:
-        return worker.state == WorkerState.READY.value and fits(worker, asked, self._meanings)
+        return worker.state == READY and fits(worker, asked, self._meanings)
 
     def _note_change(self) -> None:
         """Look again after something has happened to a worker."""
-        ready = frozenset(
-            one.worker_id for one in self._workers if one.state == WorkerState.READY.value
-        )
+        ready = frozenset(one.worker_id for one in self._workers if one.state == READY)
         if not self._ready <= ready:
             self._fewer.set()
             self._fewer = trio.Event()

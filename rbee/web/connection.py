@@ -29,6 +29,8 @@ class Connection:
     Attributes:
         ahead: what has been received and belongs to nobody yet.
         client: its address and port.
+        scope: of all that is done for it. One for all its requests: a scope takes as long as a
+            head, and a client who goes away ends them all.
     """
 
     def __init__(self, stream: trio.SocketStream, poller: Poller) -> None:
@@ -36,6 +38,7 @@ class Connection:
         self.line = Line(stream.socket.fileno())
         self.ahead = b""
         self.client = stream.socket.getpeername()
+        self.scope = trio.CancelScope()
         self._poller = poller
         self._gone: Gone | None = None
         self._has_hung_up = False
@@ -107,7 +110,8 @@ def watched(stream: trio.SocketStream, poller: Poller) -> Iterator[Connection]:
     """Make a connection of a stream; that is the caller's to close."""
     connection = Connection(stream, poller)
     try:
-        yield connection
+        with connection.scope:
+            yield connection
     finally:
         connection.let_go()
 

@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from rbee.errors import BadInputError, RbeeError, leaves
-from rbee.trace import REQUEST_ID, trace_of, tracing
+from rbee.trace import REQUEST_ID, Tracing, trace_of
 from rbee.web.connection import Connection, RequestBody, watched
 from rbee.web.head import RequestHead, encode_answer, parse_request
 from rbee.web.pump import Pump
@@ -124,7 +124,7 @@ class Front:
 async def _refuse(connection: Connection, error: RbeeError) -> None:
     """Answer what is no request."""
     trace = trace_of(())
-    with tracing(trace):
+    with Tracing(trace):
         answer = error_response(error)
     length = (b"content-length", b"%d" % len(answer.body))
     kind = (b"content-type", answer.content_type)

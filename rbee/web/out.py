@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import trio
 
 from rbee.errors import PeerError
-from rbee.trace import elsewhere
+from rbee.trace import Elsewhere
 from rbee.units import human
 from rbee.web.door import Headers
 from rbee.web.events import WholeEvents
@@ -38,11 +38,13 @@ class Out(Protocol):
         extra: headers that it gets whatever it is; looked at when the head is sent.
         begun: whether its head is sent, so that it cannot be another any more.
         status: that of the head; 0 before it is sent.
+        is_lost: whether the client has gone or does not read.
     """
 
     extra: Iterable[tuple[bytes, bytes]]
     begun: bool
     status: int
+    is_lost: bool
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Send an answer whose body is here."""
@@ -89,7 +91,7 @@ class Out(Protocol):
         ...
 
     def watching(self) -> AbstractAsyncContextManager[None]:
-        """Cancel the body of the ``async with``, and swallow that, when the client goes away."""
+        """Cancel the body of the ``async with``, or all of the connection, when he goes away."""
         ...
 
 
@@ -99,10 +101,10 @@ def headers_of(answer: Answer) -> Headers:
 
 
 def has_events(headers: Headers) -> bool:
-    return any(
-        name == b"content-type" and value.lower().startswith(sse.CONTENT_TYPE)
-        for name, value in headers
-    )
+    for name, value in headers:
+        if name == b"content-type" and value.lower().startswith(sse.CONTENT_TYPE):
+            return True
+    return False
 
 
 def is_short(answer: Answer) -> bool:
@@ -148,8 +150,10 @@ async def read_all(answer: Answer, silence: float = SILENCE) -> bytes:
         PeerError: it breaks off, is larger than 1 MiB, or nothing comes for ``silence`` seconds, 60
             at most.
     """
+    if answer.body.done:  # as of most short ones, which came with their head
+        return await answer.chunk()
     parts, size = [], 0
-    with elsewhere():
+    with Elsewhere():
         while part := await next_part(answer, min(silence, SILENCE)):
             parts.append(part)
             size += len(part)
@@ -168,6 +172,7 @@ class AsgiOut:
         self.extra: Iterable[tuple[bytes, bytes]] = ()
         self.begun = False
         self.status = 0
+        self.is_lost = False
 
     async def whole(self, status: int, headers: Headers, body: bytes) -> None:
         await self.begin(status, ((b"content-length", b"%d" % len(body)), *headers))
@@ -213,12 +218,12 @@ class AsgiOut:
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None, None]:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_disconnect, self._receive, nursery.cancel_scope)
+            nursery.start_soon(self._cancel_on_disconnect, nursery.cancel_scope)
             yield
             nursery.cancel_scope.cancel(reason="answered")
 
-
-async def _cancel_on_disconnect(receive: Receive, scope: trio.CancelScope) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    scope.cancel(reason="client disconnected")
+    async def _cancel_on_disconnect(self, scope: trio.CancelScope) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.is_lost = True
+        scope.cancel(reason="client disconnected")

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 IN, OUT = select.EPOLLIN, select.EPOLLOUT
 HUNG_UP = select.EPOLLRDHUP
 BATCH = 512
-LOOKS = 2  # batches in a row, then all other tasks have their turn
+MANY = 8  # ready at once, and more is likely to have come meanwhile
 
 Ready = Callable[[int], None]
 """Takes the events of a descriptor. It may be called without any: of one that had its number."""
@@ -68,24 +68,21 @@ class Poller:
         while True:
             await trio.lowlevel.wait_readable(self._epoll.fileno())
             # An engine has a token for each of its streams at once: the others come meanwhile.
-            for _ in range(LOOKS):
-                if not self._call_ready():
-                    break
+            # Twice, then all other tasks have their turn.
+            if self._call_ready() >= MANY:
+                self._call_ready()
 
-    def _call_ready(self) -> bool:
-        """Call for all that is ready; tell whether anything was."""
+    def _call_ready(self) -> int:
+        """Call for all that is ready; return of how many that was."""
         found, ready = self._epoll.poll(0, BATCH), self._ready
         for fd, events in found:
             if (call := ready.get(fd)) is not None:
-                self._call(call, fd, events)
-        return bool(found)
-
-    def _call(self, call: Ready, fd: int, events: int) -> None:
-        try:
-            call(events)
-        except Exception:  # of one stream: the others go on
-            log.exception("descriptor %d could not be handled", fd)
-            self.remove(fd)
+                try:
+                    call(events)
+                except Exception:  # of one stream: the others go on
+                    log.exception("descriptor %d could not be handled", fd)
+                    self.remove(fd)
+        return len(found)
 
 
 @asynccontextmanager

@@ -155,28 +155,24 @@ class Relay:
     # from the source -------------------------------------------------------------------------
     def _on_source(self, events: int) -> None:
         try:
-            self._receive()
-        except Exception:  # a bug, which ends this stream only
-            log.exception("a stream could not be passed on")
-            self._end(RbeeError("internal error, see the log"))
-
-    def _receive(self) -> None:
-        try:
-            data = os.read(self._source, PIECE)
+            self._receive(os.read(self._source, PIECE))
         except BlockingIOError:
             return
         except OSError as exc:
             self._break_off(f"the connection broke: {exc.strerror}")
-            return
+        except RbeeError as error:
+            self._end(error)
+        except Exception:  # a bug, which ends this stream only
+            log.exception("a stream could not be passed on")
+            self._end(RbeeError("internal error, see the log"))
+
+    def _receive(self, data: bytes) -> None:
         if data:
-            self._heard = time.monotonic()
-            try:
-                data = self._body.feed(data)
-                if data and self._pace is not None:
-                    self._pace.piece(data, self._heard)
-                self._pass_on(data)
-            except RbeeError as error:
-                self._end(error)
+            self._heard = now = time.monotonic()
+            data = self._body.feed(data)
+            if data and self._pace is not None:
+                self._pace.piece(data, now)
+            self._pass_on(data)
         elif self._body.ends_with_connection:
             self._body.done = True
             self._pass_on(b"")
@@ -184,13 +180,21 @@ class Relay:
             self._break_off("the connection ended in the middle of the answer")
 
     def _pass_on(self, data: bytes) -> None:
-        done, broken = self._body.done, False
+        if self._body.done:
+            self._pass_last(data)
+            return
         if self._events is not None:
             data = self._events.feed(data)
-            if done:
-                broken = self._events.lacks_end
-                data += b"" if broken else self._events.rest()
-        self.has_ended = done and not broken
+        if data:
+            self._send(chunk(data) if self._chunked else data)
+
+    def _pass_last(self, data: bytes) -> None:
+        broken = False
+        if self._events is not None:
+            data = self._events.feed(data)
+            broken = self._events.lacks_end
+            data += b"" if broken else self._events.rest()
+        self.has_ended = not broken
         if self._chunked:
             data = chunk(data)
             if self.has_ended:
@@ -199,7 +203,7 @@ class Relay:
             self._send(data)
         if broken:
             self._end(PeerError("the answer ended without its last event", code=BROKEN))
-        elif done and not self.pending:
+        elif not self.pending:
             self._end(None)
 
     def _break_off(self, why: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import attrs
@@ -56,17 +55,18 @@ class Requests:
     _ended: Counter[Labels] = attrs.field(factory=Counter)
     _seconds: ByName = attrs.field(factory=lambda: ByName(LONG))
 
-    @contextmanager
-    def counted(self, route: str, trace: Trace, out: Out) -> Iterator[None]:
+    def counted(self, route: str, trace: Trace, out: Out) -> Counted:
         """Count a request, as running while the body does."""
+        return Counted(self, route, trace, out)
+
+    def _begin(self, route: str) -> None:
         self._running[route] += 1
-        try:
-            yield
-        finally:
-            self._running[route] -= 1
-            self._ended[route, str(out.status or GONE_STATUS), trace.error] += 1
-            self._seconds.of(route).observe(time.monotonic() - trace.began)
-            self.seen(trace)
+
+    def _end(self, route: str, trace: Trace, out: Out) -> None:
+        self._running[route] -= 1
+        self._ended[route, str(out.status or GONE_STATUS), trace.error] += 1
+        self._seconds.of(route).observe(time.monotonic() - trace.began)
+        self.seen(trace)
 
     def collect(self, component: str) -> Iterable[Metric]:
         """Make their figures; ``component`` stands in the names."""
@@ -79,3 +79,21 @@ class Requests:
         yield gauge(f"{prefix}s_running", "Requests that are being answered.", running, ("route",))
         text = "From a request's head to the end of its answer."
         yield histogram(f"{prefix}_seconds", text, self._seconds.all(), ("route",))
+
+
+class Counted:
+    """The count of one request (`Requests.counted`)."""
+
+    __slots__ = ("_out", "_requests", "_route", "_trace")
+
+    def __init__(self, requests: Requests, route: str, trace: Trace, out: Out) -> None:
+        self._requests = requests
+        self._route = route
+        self._trace = trace
+        self._out = out
+
+    def __enter__(self) -> None:
+        self._requests._begin(self._route)
+
+    def __exit__(self, *_: object) -> None:
+        self._requests._end(self._route, self._trace, self._out)

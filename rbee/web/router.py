@@ -20,7 +20,7 @@ from rbee.errors import (
 )
 from rbee.hints import infer
 from rbee.metrics import OTHER
-from rbee.trace import REQUEST_ID, current, elsewhere, trace_of, tracing
+from rbee.trace import REQUEST_ID, Elsewhere, Tracing, current, trace_of
 from rbee.web.door import (
     CORS,
     Caller,
@@ -91,9 +91,10 @@ class Request:
 
     async def body(self) -> bytes:
         """Read the whole body; at most `MAX_BODY` bytes, and not too slowly."""
-        parts, size, more = [], 0, True
+        parts: list[bytes] = []
+        size, more = 0, True
         while more:
-            with elsewhere():
+            with Elsewhere():
                 message = await self._receive()
             if message["type"] == "http.disconnect":
                 raise BadInputError("the body ended early")
@@ -103,7 +104,7 @@ class Request:
                 raise too_large()
             self.count(len(parts[-1]))
             more = message.get("more_body", False)
-        return b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def read(self, kind: type[T]) -> T:
         """Read the body as JSON of the given wire class."""
@@ -311,7 +312,7 @@ class App:
         """Answer one request; ``fall_back`` takes what no route matches."""
         found = self._match(asked.method, asked.path)
         trace = trace_of(asked.headers)
-        with tracing(trace), self.requests.counted(name_of(found[0]), trace, out):
+        with Tracing(trace), self.requests.counted(name_of(found[0]), trace, out):
             told = self._tells_overhead and found[0] is not None and found[0][0].is_data
             out.extra = extra = Extra(trace, told)
             await self._respond(asked, out, extra, found, fall_back)
@@ -443,29 +444,37 @@ async def _send_response(answer: Response, out: Out) -> None:
 
 async def _send_going(answer: Stream | Passing, out: Out, refuse: Refuse) -> None:
     refused: RbeeError | None = None
-    trace, is_sent = current(), False
-    async with out.watching():
-        try:
-            if isinstance(answer, Passing):
-                await answer.run(out)
-            else:
-                await _run_stream(answer, out)
-            is_sent = True
-        except RbeeError as error:
-            if out.begun:
-                trace.error = error.code
-                raise
-            refused = error
-        except Exception:
-            if out.begun:
-                trace.error = RbeeError.code
-                raise
-            log.exception("an answer failed before it had begun")
-            refused = RbeeError("internal error, see the log")
+    trace, is_over = current(), False
+    try:
+        async with out.watching():
+            refused = await _run_going(answer, out)
+            is_over = True
+    finally:
+        if out.is_lost and not (is_over or trace.error or trace.is_told):
+            trace.error = CLIENT_GONE
     if refused is not None:
         await _send_response(refuse(refused), out)
-    elif not is_sent and not trace.is_told:
-        trace.error = CLIENT_GONE
+
+
+async def _run_going(answer: Stream | Passing, out: Out) -> RbeeError | None:
+    """Run an answer; return the error that is to be told instead, if it had not begun."""
+    try:
+        if isinstance(answer, Passing):
+            await answer.run(out)
+        else:
+            await _run_stream(answer, out)
+    except RbeeError as error:
+        if out.begun:
+            current().error = error.code
+            raise
+        return error
+    except Exception:
+        if out.begun:
+            current().error = RbeeError.code
+            raise
+        log.exception("an answer failed before it had begun")
+        return RbeeError("internal error, see the log")
+    return None
 
 
 async def _run_stream(answer: Stream, out: Out) -> None:

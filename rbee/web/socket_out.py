@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from email.utils import formatdate
-from types import TracebackType
 
 import trio
 
@@ -31,7 +30,6 @@ class SocketOut:
 
     Attributes:
         keeps: whether the answer is sent and another request may come.
-        is_lost: whether the client has gone or does not read.
     """
 
     def __init__(self, connection: Connection, pump: Pump, may_keep: Callable[[], bool]) -> None:
@@ -39,7 +37,6 @@ class SocketOut:
         self._line = connection.line
         self._pump = pump
         self._may_keep = may_keep
-        self._scope = trio.CancelScope()
         self._events: WholeEvents | None = None
         self._pending = b""
         self._has_ended = False
@@ -115,11 +112,11 @@ class SocketOut:
             await self._flush()
 
     def watching(self) -> AbstractAsyncContextManager[None]:
-        return _Watching(self._connection, self._scope, self._lose)
+        return _Watching(self._connection, self._lose)
 
     def _lose(self, why: str) -> None:
         self.is_lost = True
-        self._scope.cancel(reason=why)
+        self._connection.scope.cancel(reason=why)
 
     def _encode(self, status: int, headers: Headers) -> tuple[bool, bytes]:
         """Return whether another request may follow, and the head that says so."""
@@ -127,31 +124,25 @@ class SocketOut:
         self.status = status
         keeps = self._may_keep()
         own: Headers = () if keeps else (CLOSE,)
-        if not any(name == b"date" for name, _ in headers):
+        if b"date" not in [name for name, _ in headers]:
             own = (*own, date())
         return keeps, encode_answer(status, (*headers, *self.extra, *own))
 
 
 class _Watching(AbstractAsyncContextManager[None]):
-    """Watches a client while a scope runs."""
+    """Watches a client while the body runs."""
 
-    def __init__(self, connection: Connection, scope: trio.CancelScope, gone: Gone) -> None:
+    __slots__ = ("_connection", "_gone")
+
+    def __init__(self, connection: Connection, gone: Gone) -> None:
         self._connection = connection
-        self._scope = scope
         self._gone = gone
 
     async def __aenter__(self) -> None:
-        self._scope.__enter__()
         self._connection.watch(self._gone)
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> bool:
+    async def __aexit__(self, *_: object) -> None:
         self._connection.unwatch()
-        return self._scope.__exit__(kind, error, where)
 
 
 _today: tuple[int, tuple[bytes, bytes]] = (0, (b"date", b""))

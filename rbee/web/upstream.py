@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from rbee.errors import PeerError, UnavailableError
-from rbee.trace import elsewhere
+from rbee.trace import Elsewhere
 from rbee.web.body import Body, body_of_answer
 from rbee.web.client import answering_within
 from rbee.web.exchange import BROKEN, Address
@@ -243,7 +243,7 @@ async def _try(line: Line, request: bytes, what: str, *, is_used: bool) -> Answe
         # Whoever refuses early may have closed already; the answer tells.
         with suppress(OSError):
             await line.send(request)
-        with elsewhere():
+        with Elsewhere():
             answer = await _read_answer(line, what, is_used=is_used)
         return answer
     finally:

@@ -20,7 +20,7 @@ from rbee.errors import (
     RbeeError,
     UnavailableError,
 )
-from rbee.trace import Trace, tracing
+from rbee.trace import Trace, Tracing
 from rbee.web.client import call, error_of, open_client, open_events
 from rbee.web.router import error_response
 from rbee.wire.messages import Message
@@ -72,7 +72,7 @@ async def test_a_body_is_sent_as_json() -> None:
 async def test_a_call_for_a_request_carries_its_id() -> None:
     async with peer(http(b"")) as (url, heard), open_client(url) as client:
         await call(client, "GET", "/x", type(None), what="the hive")
-        with tracing(Trace("mine")):
+        with Tracing(Trace("mine")):
             await call(client, "GET", "/x", type(None), what="the hive")
         assert [b"x-request-id: mine\r\n" in one for one in heard] == [False, True]
 

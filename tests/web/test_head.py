@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import h11
+import httptools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -151,6 +152,25 @@ def test_headers_of_one_connection_are_not_passed_on() -> None:
         (b"transfer-encoding", b"chunked"), (b"x-request-id", b"r"), (b"cookie", b"c"),
     )  # fmt: skip
     assert end_to_end(headers, without=frozenset({b"cookie"})) == ((b"x-request-id", b"r"),)
+
+
+@pytest.mark.parametrize("size", [1, 2, 10, 999_999_999_999_999])
+def test_a_head_that_is_known_but_for_the_length_of_its_body_has_its_own(size: int) -> None:
+    told = (b"content-length", b"%d" % size)
+    for _ in range(2):
+        request = parse_request(LINE + HOST + b"Content-Length: %d\r\nX: 1\r\n\r\n" % size)
+        assert (request.length, request.headers[1]) == (size, told)
+        answer = parse_answer(OK + b"content-length: %d\r\nX: 1\r\n\r\n" % size)
+        assert (answer.length, answer.headers[0]) == (size, told)
+        nothing = parse_answer(b"HTTP/1.1 304 Not Modified\r\nContent-Length: %d\r\n\r\n" % size)
+        assert (nothing.length, nothing.headers[0]) == (0, told)
+
+
+def test_a_head_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = LINE + HOST + b"X-Once: 1\r\nContent-Length: "
+    parse_request(begin + b"5\r\n\r\n")
+    monkeypatch.setattr(httptools, "HttpRequestParser", None)
+    assert parse_request(begin + b"17\r\n\r\n").length == 17
 
 
 # against h11 ----------------------------------------------------------------------------------
