@@ -166,6 +166,14 @@ def test_a_head_that_is_known_but_for_the_length_of_its_body_has_its_own(size: i
         assert (nothing.length, nothing.headers[0]) == (0, told)
 
 
+def test_a_second_length_is_refused_though_the_head_is_known() -> None:
+    for length in (1, 7):
+        head = LINE + HOST + b"content-length: %d\r\n" % length
+        assert parse_request(head + b"\r\n").length == length
+        with pytest.raises(BadInputError, match="Content-Length"):
+            parse_request(head + b"content-length: 1\r\n\r\n")
+
+
 def test_a_head_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = LINE + HOST + b"X-Once: 1\r\nContent-Length: "
     parse_request(begin + b"5\r\n\r\n")
