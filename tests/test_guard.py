@@ -577,6 +577,7 @@ def test_shared_memory_of_the_killed_is_unlinked_and_no_other(
 ) -> None:
     engines, model, others = shm("psm_"), shm("model-"), shm("psm_")
     others.write_bytes(b"x")
+    in_use = others.open()  # nobody's would be a leak to tests that run beside this one
     ignore = "import signal; signal.signal(15, signal.SIG_IGN)" if stubborn else ""
     with guarded(code(ignore, MAP.format(paths=[str(engines), str(model)])), leaks) as one:
         one.hear()
@@ -586,6 +587,7 @@ def test_shared_memory_of_the_killed_is_unlinked_and_no_other(
     assert not engines.exists()
     assert model.exists()
     assert others.exists()
+    in_use.close()
 
 
 @slow

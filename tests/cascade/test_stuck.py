@@ -12,6 +12,7 @@ import pytest
 
 from rbee.guard import children, send_signal, start_time
 from rbee.home import Home
+from rbee.sweep import records
 from rbee.testing.processes import LeakCheck, read_stat, title_of
 from tests.cascade.keeper import run
 from tests.trees import alive, kill
@@ -70,13 +71,14 @@ def test_a_worker_is_stuck_until_its_last_process_has_gone(queen: None) -> None:
 
 
 @pytest.mark.parametrize("hive", ["lives", "gone"])
-def test_reap_tells_of_what_has_lost_its_guard(queen: None, hive: str) -> None:
+def test_reap_tells_of_what_has_lost_its_guard(queen: None, home: Home, hive: str) -> None:
     run("worker", "start", "echo", "--engine", "echo")
     (worker,) = told("worker", "list")
     engine = engine_of(worker)
     chain = [parent_of(worker["pid"])]  # its guard, zygote, hive, guards B and A, the queen
     while title_of(chain[-1]) != "queen-rbee":
         chain.append(parent_of(chain[-1]))
+    until(lambda: engine in {one.pid for record in records(home.run) for one in record.members})
     with unkillable(engine):
         for pid in chain[-2::-1] if hive == "gone" else chain[:1]:  # from above: none cleans
             send_signal(pid, start_time(pid), SIGKILL)
