@@ -21,7 +21,7 @@ from rbee.strays import Strays
 from rbee.sweep import Identity, Journal, kill, left_behind, records, sweep
 
 FOUND, ENDING, ENDED = "found", "ending", "ended"
-PATIENCE = 3.0  # seconds for guards to come to an end
+PATIENCE = 7.0  # seconds for guards, and for a hive that has lost them, to come to an end
 KILLING = 2.0  # seconds to go on killing what has no guard
 POLL = 0.05
 
@@ -115,12 +115,13 @@ async def _end_the_rest(home: Home, strays: Strays) -> list[_Ending]:
 
     That has the same time before: a daemon without its guards is coming to an end by itself.
     """
-    begun = list({one.identity: one for one in (*_unguarded(strays), *_being_ended(home))}.values())
+    begun = {one.identity: one for one in (*_unguarded(strays), *_being_ended(home))}
     with trio.move_on_after(PATIENCE):
-        while any(one.identity.alive() for one in begun):
+        while any(identity.alive() for identity in begun):
             await trio.sleep(POLL)
+    begun |= {one.identity: one for one in _unguarded(strays)}
     await kill(strays.living, within=KILLING)
-    return begun
+    return list(begun.values())
 
 
 def _unguarded(strays: Strays) -> Iterator[_Ending]:

@@ -1,7 +1,7 @@
 """What has lost its guard, in directories that others still use: with that it belongs to nobody.
 
-The end of a guard is the end of all that is below it. Another guard that is there, and lives, ends
-what it has below itself; so that is left to it.
+The end of a guard is the end of all that is below it. Another guard that is among that, and lives,
+ends what it has below itself; so that is left to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rbee import guard
+from rbee.errors import MachineError
+from rbee.remains import UNVERIFIED
 from rbee.sweep import Identity, Record, records
 
 
@@ -45,5 +47,12 @@ def _members(record: Record) -> set[Identity]:
 def _with_below(roots: set[Identity]) -> set[Identity]:
     if not roots:
         return set()
-    below = guard.descendants({one.pid: one.start for one in roots})
+    try:
+        below = guard.descendants({one.pid: one.start for one in roots})
+    except OSError as exc:  # without it nobody knows what a living guard has
+        raise MachineError(
+            f"what runs below {len(roots)} processes cannot be seen: {exc}",
+            code=UNVERIFIED,
+            hint="ulimit -n",
+        ) from exc
     return roots | {Identity(pid, start) for pid, start in below.items()}

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from rbee import guard
-from rbee.errors import NotFoundError
 from rbee.hive import zygote
-from rbee.hive.zygotes import Child
+from rbee.hive.zygotes import ONE_THREAD, Child
 from rbee.models.access import TOKENLESS
 from rbee.worker.engine import engine_kind
 
@@ -25,32 +24,36 @@ log = logging.getLogger(__name__)
 
 def fork_ahead(engine: str, log_file: Path) -> dict[str, Child]:
     """Fork the engine's zygote if that is better than to execute it later: {engine: child}."""
-    if not engine or not _may_fork(engine):
-        return {}
-    return {engine: _fork(engine, log_file)}
-
-
-def _may_fork(engine: str) -> bool:
-    if any(map(os.environ.get, TOKENLESS)):  # it would be in the environment of all workers
-        return False
     try:
-        zygote.refuse_unsafe_fork()
-        return not engine_kind(engine).needs_model
-    except (RuntimeError, NotFoundError) as exc:  # whoever asks for a worker is told
-        log.info("no zygote of engine %s ahead: %s", engine, exc)
-        return False
+        if engine and _is_better(engine):
+            return {engine: _fork(engine, log_file)}
+    except Exception as exc:  # it is for speed only: whoever asks for a worker is told
+        log.info("no zygote of engine %s ahead: %s (%s)", engine, exc, type(exc).__name__)
+    return {}
+
+
+def _is_better(engine: str) -> bool:
+    # A hub's token would be in the environment of all workers.
+    return not (any(map(os.environ.get, TOKENLESS)) or engine_kind(engine).needs_model)
 
 
 def _fork(engine: str, log_file: Path) -> Child:
     import rbee.web.client
     import rbee.web.server  # noqa: F401 - both need these
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    zygote.refuse_unsafe_fork()  # last: an engine's module may have begun threads
     parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _become_zygote(engine, theirs, parent, log_file)
-    theirs.close()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        pid = os.fork()
+    except OSError:
+        ours.close()
+        raise
+    else:
+        if pid == 0:
+            _become_zygote(engine, theirs, parent, log_file)
+    finally:
+        theirs.close()
     return Child(pid, ours, partial(_poll, pid))
 
 
@@ -68,6 +71,7 @@ def _become_zygote(engine: str, sock: socket.socket, parent: int, log_file: Path
         os.dup2(2, 1)
         guard.close_all_but([sock.fileno()])
         os.setsid()
+        os.environ.update(ONE_THREAD)
         code = zygote.serve(engine, sock, parent, str(log_file))
     except BaseException:
         logging.exception("zygote failed")

@@ -62,7 +62,7 @@ def run_daemon(
         Requests that may wait for one model.
     max_waiting_size:
         What the bodies of those that wait may take in all, such as 256M; those that are being
-        read may take as much again.
+        read may take as much again, and 32M in any case.
     owned:
         End with the owner, whose lifeline is stdin.
     """

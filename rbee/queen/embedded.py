@@ -5,11 +5,14 @@ What a queen is made of takes longer to import than her hive takes to start: tha
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+
+import trio
 
 from rbee import daemon
 from rbee.errors import ConflictError, OwnerGoneError, RbeeError
@@ -38,13 +41,19 @@ async def embed(
         open_listener(setup.host, setup.port, exact=setup.exact_port) as listener,
     ):
         async with _open_first(setup, url_of(listener), needs_hive) as first:
-            from rbee.queen.daemon import serve
-
+            serve = await _load_serve()
             serving = partial(
                 serve, setup, stop=_refuse_stop, ending=_program_left, listener=listener,
                 first=first,
             )  # fmt: skip
             await serve_findable(setup, serving, token_file, say)
+
+
+async def _load_serve() -> Callable[..., Awaitable[None]]:
+    # In a thread: a hive that is on its way hears our beats meanwhile, and we hear who cancels.
+    module = await trio.to_thread.run_sync(importlib.import_module, "rbee.queen.daemon")
+    serve: Callable[..., Awaitable[None]] = module.serve
+    return serve
 
 
 @asynccontextmanager

@@ -42,11 +42,17 @@ class Connection:
         self._poller = poller
         self._gone: Gone | None = None
         self._has_hung_up = False
+        self._is_watched = True
         poller.add(self.line.fileno(), HUNG_UP, self._on_hang_up)
 
     def let_go(self) -> None:
-        """Leave it to another; must come before it is closed."""
-        self._poller.remove(self.line.fileno())
+        """Leave it to another; must come before it is closed.
+
+        A second time it does nothing: once it is closed another connection may have its number.
+        """
+        if self._is_watched:
+            self._is_watched = False
+            self._poller.remove(self.line.fileno())
 
     def hang_up(self) -> None:
         """Let whoever waits for a request see its end."""

@@ -15,7 +15,7 @@ from typing import Any
 import trio
 from hypercorn.app_wrappers import ASGIWrapper
 from hypercorn.config import Config
-from hypercorn.events import Event, Updated
+from hypercorn.events import Event, RawData, Updated
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState, LifespanState
@@ -74,11 +74,11 @@ class _Connection(TCPServer):
         await self.idle_task.stop()
 
     async def protocol_send(self, event: Event) -> None:
-        if not isinstance(event, Updated):
+        if isinstance(event, RawData):
             await super().protocol_send(event)
-        elif not self._peer_gone:
+        elif not (isinstance(event, Updated) and self._peer_gone):
             # Bounded. An answer's end tells the app of a disconnect, and one that watches for it
-            # is cancelled just here: nobody would see the connection idle, nor close it at the end.
+            # is cancelled just here: nobody would close the connection, or see that it is idle.
             with trio.CancelScope(shield=True):
                 await super().protocol_send(event)
 

@@ -362,10 +362,10 @@ class App:
             for_keys = route is not None and route.for_keys
             request.caller = self._door.authorize(sent, asked.client, for_keys=for_keys)
         if route is not None and route.is_data and asked.method == "POST":
+            if request.caller is not None:  # first: his own bound keeps him from taking all places
+                held.enter_context(request.caller.using())
             if self._gate is not None:
                 request.count = reading.enter_context(self._gate())
-            if request.caller is not None:
-                held.enter_context(request.caller.using())
         return request
 
     async def _answer(

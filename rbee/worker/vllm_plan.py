@@ -19,11 +19,14 @@ from rbee.models.footprint import Footprint, check_asked, footprint
 from rbee.worker.engine_args import check_ours, engine_options, option_word
 
 # Batches of which vLLM captures a CUDA graph; one between two of them is filled up to the next.
-# Its own are 51 up to 512: each takes 0.1 s of every start and memory of the card.
+# Its own are 51 up to 512 on most cards: each takes 0.1 s of every start and memory of the card.
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 GRAPHS_PER_SEQUENCE = 2  # the largest graph for each sequence, as vLLM has it
 # With one of these the user says himself what is captured, or leaves it to vLLM.
-OWN_GRAPHS = {"cudagraph-capture-sizes", "max-cudagraph-capture-size", "performance-mode"}
+OWN_GRAPHS = {
+    "cudagraph-capture-sizes", "max-cudagraph-capture-size", "performance-mode",
+    "speculative-config",  # then there are several tokens of each sequence in a batch
+}  # fmt: skip
 
 # What vLLM has compiled is loaded in one piece, not looked up part by part in each start: its own
 # way from torch 2.12 on, and there before. Left to the user who sets one of these himself.

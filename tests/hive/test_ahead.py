@@ -7,10 +7,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
 
+from rbee.hive import ahead
 from rbee.hive.ahead import fork_ahead
 from rbee.model import Grace, WorkerConfig, WorkerId, WorkerSpec
 from rbee.testing.processes import LeakCheck
@@ -120,6 +123,47 @@ def test_there_is_none_with_a_token_of_a_hub_in_its_environment(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     assert fork_ahead("echo", log_file) == {}
+
+
+def _broken(engine: str) -> Any:
+    raise ImportError("no module of it")
+
+
+def test_there_is_none_of_an_engine_that_cannot_be_imported(
+    log_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead.zygote, "refuse_unsafe_fork", lambda: None)
+    monkeypatch.setattr(ahead, "engine_kind", _broken)
+    assert ahead.fork_ahead("echo", log_file) == {}
+
+
+def test_there_is_none_where_nothing_can_be_forked(
+    log_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> int:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(ahead.zygote, "refuse_unsafe_fork", lambda: None)
+    monkeypatch.setattr(ahead.os, "fork", refuse)
+    assert ahead.fork_ahead("echo", log_file) == {}  # what it opened is closed: warnings are errors
+
+
+def test_threads_of_the_engines_own_module_are_seen(
+    log_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+
+    def engine_kind(engine: str) -> SimpleNamespace:
+        thread.start()
+        return SimpleNamespace(needs_model=False)
+
+    monkeypatch.setattr(ahead, "engine_kind", engine_kind)
+    try:
+        assert ahead.fork_ahead("echo", log_file) == {}
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_there_is_none_of_a_process_with_threads(log_file: Path) -> None:

@@ -10,7 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from rbee.web.connection import Connection, watched
-from rbee.web.poller import Poller, open_poller
+from rbee.web.poller import HUNG_UP, Poller, open_poller
 
 
 @asynccontextmanager
@@ -61,3 +61,13 @@ async def test_hanging_up_ends_the_wait_for_a_request() -> None:
                 await wait_all_tasks_blocked()
                 connection.hang_up()
     assert connection.ahead == b""
+
+
+async def test_who_was_left_to_another_takes_no_number_from_who_has_it_by_now() -> None:
+    async with open_connection() as (connection, _, poller):
+        connection.let_go()
+        fd = connection.line.fileno()
+        poller.add(fd, HUNG_UP, bool)  # as of another, once this one has been closed
+        connection.let_go()
+        assert len(poller) == 1
+        poller.remove(fd)

@@ -159,6 +159,25 @@ async def test_a_connection_that_was_used_for_a_stream_does_not_hold_up_the_end(
             await ended.wait()
 
 
+@pytest.mark.parametrize("line", ["HTTP/1.0", "HTTP/1.1\r\nConnection: close"])
+async def test_a_stream_that_ends_with_its_connection_has_an_end(line: str) -> None:
+    async def stream(request: Request) -> Stream:
+        async def run(emit: Emit) -> None:
+            await emit(b"x")
+
+        return Stream(run)
+
+    rest = f"Host: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
+    async with serving(make(stream=stream)) as (_, _, port):
+        for _ in range(10):  # which of two tasks runs first is left to chance
+            async with await trio.open_tcp_stream("127.0.0.1", port) as connection:
+                await connection.send_all(f"GET /stream {line}\r\n{rest}".encode())
+                with trio.fail_after(2):
+                    data = b"".join([part async for part in connection])
+                assert b"200" in data
+                assert b"x" in data.partition(b"\r\n\r\n")[2]
+
+
 async def test_an_answer_that_outlasts_the_grace_is_cancelled() -> None:
     begun, cancelled = trio.Event(), trio.Event()
 

@@ -118,6 +118,7 @@ def test_few_cuda_graphs_are_captured_unless_the_user_says_which(tiny_model, mon
     assert json.loads(sizes)[-1] == 512
     assert captured(tiny_model, **{"cudagraph-capture-sizes": "[1, 3]"}) == ["[1, 3]"]
     assert captured(tiny_model, max_cudagraph_capture_size="8") == []
+    assert captured(tiny_model, **{"speculative-config.num_speculative_tokens": "3"}) == []
     assert captured(tiny_model, **{"compilation-config.mode": "3"}) == []
 
 
