@@ -15,6 +15,7 @@ import rbee
 from rbee.api.documents import DAEMONS, document_of
 from rbee.api.schema import Schemas
 from rbee.hive import app as hive_app
+from rbee.home import Home
 from rbee.web.router import App
 from rbee.worker import app as worker_app
 
@@ -62,10 +63,8 @@ def test_what_streams_is_said_to(path: str, kinds: set[str]) -> None:
     assert set(answers["200"]["content"]) == kinds
 
 
-async def test_every_route_of_a_queen_is_described_and_no_other(
-    routes: Routes, tmp_path: Path
-) -> None:
-    async with rbee.open_cluster(nodes=[], home=tmp_path / "home", engine="echo"):
+async def test_every_route_of_a_queen_is_described_and_no_other(routes: Routes, home: Home) -> None:
+    async with rbee.open_cluster(nodes=[], home=home.root, engine="echo"):
         assert described("queen") == routes
 
 
