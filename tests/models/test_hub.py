@@ -550,7 +550,7 @@ async def test_a_pull_waits_for_another_process_and_uses_what_that_fetched(
 ) -> None:
     hub.faults[WEIGHTS] = [Fault("stall", at=1000)]
     code = "from rbee.keeper.app import main; main()"
-    env = {**os.environ, "RBEE_HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.run)}
+    env = {**os.environ, "RBEE_HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.run.parent)}
     other = subprocess.Popen([sys.executable, "-c", code, "model", "pull", "hf:org/tiny"], env=env)
     try:
         with trio.fail_after(20):
