@@ -163,7 +163,9 @@ async def test_a_killed_holder_holds_nothing_and_no_child_of_it_does(home: Home)
             assert is_used(home.models, "x")
             holder.kill()
             holder.wait()
-            assert not is_used(home.models, "x")
+            with trio.fail_after(1):  # under load the kernel puts a file some 0.7 ms later
+                while is_used(home.models, "x"):  # noqa: ASYNC110 - the kernel has no event for it
+                    await trio.sleep(0.001)
             remove_model(home, "x")
         finally:
             holder.kill()
