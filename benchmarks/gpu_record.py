@@ -30,7 +30,7 @@ RATIOS = (  # name, over, under, at most
 )
 LEAST_SHARE = 0.97  # of the tokens/s of a worker, through the queen, at 64 streams
 BACK_WITHIN = 3.0
-LOGS, LOG_END = 5, 4000  # files, and characters of each
+LOGS, LOG_END = 5, 12_000  # files, and characters of each
 LEAST, OVERTIME = 30.0, 90.0  # seconds for a figure, and for the last ones beyond a part's limit
 
 
@@ -162,9 +162,9 @@ def told(exc: BaseException) -> str:
     return "\n".join([text, *getattr(exc, "__notes__", ())])
 
 
-def tails(logs: Path) -> str:
+def tails(logs: Path, count: int = LOGS) -> str:
     """Return the ends of the logs that were written last."""
-    newest = sorted(logs.glob("*.log"), key=lambda log: log.stat().st_mtime)[-LOGS:]
+    newest = sorted(logs.glob("*.log"), key=lambda log: log.stat().st_mtime)[-count:]
     return "\n".join(f"--- {log.name}\n{log_tail(log, LOG_END)}" for log in newest)
 
 

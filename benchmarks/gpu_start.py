@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,11 @@ from typing import Any
 
 import httpx
 from gpu_card import MIB, Card
-from gpu_record import Bench, Figure
+from gpu_record import Bench, Figure, tails
 from gpu_subject import Subject, first_token
 from startup import Cluster, GaveUpError, open_cluster, open_stock, stock_stream
 
-ROUNDS = 3
+ROUNDS, STOCK_ROUNDS = 9, 3
 IMPORTED = re.compile(r"zygote \w+ imported in ([\d.]+) s")
 DEVELOPER = {"VLLM_SERVER_DEV_MODE": "1"}  # vLLM shows sleep and wake_up only then
 
@@ -27,17 +27,37 @@ def kind(graphs: bool) -> str:
 
 
 async def stock(bench: Bench, subject: Subject, card: Card) -> None:
-    """Start vLLM's own server twice in each way: the first may find its caches cold."""
+    """Start vLLM's own server in each way, first once: it may find its caches cold."""
     for graphs in (False, True):
-        for name in (f"stock before, {kind(graphs)}", f"stock, {kind(graphs)}"):
-            if bench.wants(name):
-                await bench.measure(name, 300, partial(start_stock, subject, graphs))
+        once = partial(start_stock, subject, graphs)
+        if bench.wants(before := f"stock before, {kind(graphs)}"):
+            await bench.measure(before, 300, once)
+        if bench.wants(name := f"stock, {kind(graphs)}"):
+            await bench.measure(name, 300, partial(often, STOCK_ROUNDS, once))
 
 
 async def start_stock(subject: Subject, graphs: bool) -> Figure:
     async with open_stock(Path(subject.model), subject.stock_options(graphs)) as server:
         await stock_stream(server.client, 4)
         return {"seconds": time.monotonic() - server.started, "ready_s": server.ready}
+
+
+async def often(
+    rounds: int, once: Callable[[], Awaitable[Figure]], logs: Path | None = None
+) -> Figure:
+    """Return the last figure with the median of the seconds of all.
+
+    The log of a worker that took twice as long as the median is kept with it.
+    """
+    figures, ends = [], []
+    for _ in range(rounds):
+        figures.append(await once())
+        ends.append(tails(logs, 1) if logs else "")
+    samples = [one["seconds"] for one in figures]
+    middle = statistics.median(samples)
+    slow = [end for end, sample in zip(ends, samples, strict=True) if sample > 2 * middle]
+    found = {**figures[-1], "seconds": middle, "samples": samples}
+    return {**found, "slow": slow} if slow else found
 
 
 async def start(bench: Bench, subject: Subject, card: Card) -> None:
@@ -54,7 +74,7 @@ async def start(bench: Bench, subject: Subject, card: Card) -> None:
             logs = cluster.home.logs
             await bench.measure(names[0], 300, partial(order_first, cluster, again), logs)
             await bench.measure(names[1], 200, again, logs)
-            await bench.measure(names[2], 300, partial(order_often, again), logs)
+            await bench.measure(names[2], 300, partial(often, ROUNDS, again, logs), logs)
             await stop_all(cluster)
     await sleeps(bench, subject, card)
 
@@ -62,12 +82,6 @@ async def start(bench: Bench, subject: Subject, card: Card) -> None:
 async def order_first(cluster: Cluster, again: Any) -> Figure:
     """Order the first worker of a queen: its hive and the zygote start for it."""
     return {**await again(), "zygote_import_s": import_seconds(cluster)}
-
-
-async def order_often(again: Any) -> Figure:
-    samples = [await again() for _ in range(ROUNDS)]
-    seconds = [one["seconds"] for one in samples]
-    return {**samples[-1], "seconds": statistics.median(seconds), "samples": seconds}
 
 
 async def order(

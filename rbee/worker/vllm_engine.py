@@ -33,7 +33,7 @@ from rbee.hints import infer, install
 from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
-from rbee.worker import vllm_plan, weights
+from rbee.worker import pools, vllm_plan, weights
 from rbee.worker.amx import do_without_amx
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
@@ -313,6 +313,7 @@ class Loader:
         # The CPU platform sets it to `spawn` while it makes the configuration.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
         self._llm = self._start(modules, config, options)
+        pools.filling.wait()
         self.report("building the API")
         app = await self._build_app(modules, args)
         tokenizer = own_tokenizer(self._llm)
@@ -390,13 +391,9 @@ class Loader:
 
 
 def own_tokenizer(llm: Any) -> Any:
-    """Return a tokenizer for our thread: vLLM's own where any thread may use it.
-
-    Others of transformers break when two threads use them; a copy took 0.7 s (SmolLM2's).
-    """
+    """Return a tokenizer for our thread: vLLM's own where any thread may use it."""
     tokenizer = llm.get_tokenizer()
-    bases = {base.__name__ for base in type(tokenizer).__mro__}
-    return tokenizer if "ThreadSafeHFTokenizerMixin" in bases else copy.deepcopy(tokenizer)
+    return tokenizer if pools.is_pool(tokenizer) else copy.deepcopy(tokenizer)
 
 
 def cache_settings(envs: Any, on: bool) -> None:
@@ -485,6 +482,7 @@ def import_vllm() -> SimpleNamespace:
         ) from exc
     inspect_models_here()
     skip_processors()
+    pools.fill_pools_late()
     if vllm_plan.built_for() == "cpu":
         do_without_amx()
     return SimpleNamespace(

@@ -133,6 +133,20 @@ def test_what_was_compiled_is_loaded_whole_unless_the_user_says_how(monkeypatch)
     assert vllm_plan.WHOLE_ARTIFACT not in vllm_plan.environment(spec(), "/tmp/run")
 
 
+def test_all_workers_share_the_kernels_that_triton_has_compiled(monkeypatch):
+    monkeypatch.setattr(vllm_plan, "visible_gpus", lambda: ["0"])
+    environment = partial(vllm_plan.environment, spec(backend="cuda"), "/tmp/run")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.delenv("TRITON_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert environment()["TRITON_CACHE_DIR"] == "/home/me/.triton/cache"
+    monkeypatch.setenv("TRITON_HOME", "/data")
+    assert environment()["TRITON_CACHE_DIR"] == "/data/.triton/cache"
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/kernels")
+    assert environment()["TRITON_CACHE_DIR"] == "/kernels"
+    assert "TRITON_CACHE_DIR" not in vllm_plan.environment(spec(), "/tmp/run")
+
+
 @pytest.mark.parametrize(("sequences", "sizes"), [(1, [1, 2]), (5, [1, 2, 4, 8, 10])])
 def test_no_graph_is_larger_than_the_batches_will_be(sequences, sizes):
     assert vllm_plan.graphs(sequences) == sizes
