@@ -33,7 +33,7 @@ from rbee.hints import infer, install
 from rbee.machine import this_machine, threads
 from rbee.model import WorkerSpec
 from rbee.wire.messages import ExecuteRequest
-from rbee.worker import pools, vllm_plan, weights
+from rbee.worker import compilers, pools, vllm_plan, weights
 from rbee.worker.amx import do_without_amx
 from rbee.worker.bridge import AioApp
 from rbee.worker.engine import ASGIApp, Chunk, Engine, Progress
@@ -138,7 +138,6 @@ PRELOADED_FOR = {
         "sympy.tensor.tensor",
     ),
 }
-COMPILERS = {"triton.runtime.cache": "triton_key", "torch._inductor.codecache": "torch_key"}
 
 
 class VllmEngineKind:
@@ -160,7 +159,7 @@ class VllmEngineKind:
             except Exception as exc:  # it is for speed only: who needs it will fail, and say so
                 log.info("not preloaded: %s (%s: %s)", module, type(exc).__name__, exc)
         if vllm_plan.built_for() == "cuda":
-            hash_compilers()
+            compilers.hash_sources()
         end_nvml()
 
     def check(self, spec: WorkerSpec) -> None:
@@ -435,16 +434,6 @@ def _option_name(error: Mapping[str, Any]) -> str:
     return str(where[0]).replace("_", "-")
 
 
-def hash_compilers() -> None:
-    """Have Triton and PyTorch hash their own sources: each engine would, for keys of its caches."""
-    for module, key in COMPILERS.items():
-        if module in sys.modules:
-            try:
-                getattr(sys.modules[module], key)()  # which keeps its result
-            except Exception as exc:
-                log.info("not hashed: %s (%s: %s)", module, type(exc).__name__, exc)
-
-
 def end_nvml() -> None:
     """Close what vLLM's look at the cards has left open: a forked worker begins anew."""
     nvml = sys.modules.get("vllm.third_party.pynvml") or sys.modules.get("pynvml")
@@ -485,6 +474,8 @@ def import_vllm() -> SimpleNamespace:
     pools.fill_pools_late()
     if vllm_plan.built_for() == "cpu":
         do_without_amx()
+    else:
+        compilers.choose_tools()
     return SimpleNamespace(
         torch=torch,
         envs=envs,
