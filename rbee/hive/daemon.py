@@ -102,7 +102,7 @@ class ReadyCallbacks(TaskOwner):
 
 async def _post_ready(url: str, token: str, info: WorkerInfo) -> None:
     message = WorkerReady(
-        info.worker_id, info.url, info.model, info.backend, info.device, info.slots
+        info.worker_id, info.url, info.model, info.backend, info.device, info.slots, info.pid
     )
     async with open_client(url, token) as client:
         try:

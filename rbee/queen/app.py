@@ -122,12 +122,8 @@ def make_app(
         message = await request.read(WorkerReady)
         info = _worker(hives, message.worker_id)
         log.info("worker %s on %s called back: it is ready", info.worker_id, info.node)
-        state = WorkerState.READY.value
-        ready = attrs.evolve(
-            info, state=state, url=message.url, model=message.model_ref, slots=message.slots
-        )
         if hive := hives.running(info.node):
-            await hives.take_news(hive, ready)
+            await hives.take_ready(hive, message)
         return Response(status=204)
 
     async def shutdown(request: Request) -> Response:

@@ -43,6 +43,7 @@ from rbee.wire.messages import (
     WorkerIds,
     WorkerInfo,
     WorkerNarration,
+    WorkerReady,
 )
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ ENDS = 0.5  # seconds for the word that a hive has ended, not a firewall closed 
 KEPT_FAILURES = 100
 LEFT_AGAIN = 2.0  # seconds between two tries to end what is left of a hive
 BETWEEN = 0.2  # seconds that each of them takes at most
+COMING = frozenset({WorkerState.STARTED.value, WorkerState.LOADING.value})
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
 
 
@@ -311,6 +313,17 @@ class Hives(TaskOwner):
         if info.owner == self._setup.id and info.state not in OVER:
             await hive.learn(info.url)
         self.take_info(hive.at_node(info))
+
+    async def take_ready(self, hive: Hive, told: WorkerReady) -> None:
+        """Note that a worker loads no more; what its hive told of it meanwhile is newer."""
+        await hive.learn(told.url)
+        info = self.workers.get(WorkerId(told.worker_id))
+        if info is not None and info.state in COMING:
+            ready = attrs.evolve(
+                info, state=WorkerState.READY.value, url=told.url, model=told.model_ref,
+                slots=told.slots, pid=told.pid or info.pid,
+            )  # fmt: skip
+            self.take_info(hive.at_node(ready))
 
     def _take_narration(self, told: WorkerNarration) -> None:
         self.narrations.send(told)

@@ -374,7 +374,7 @@ class Device:
 
 @attrs.frozen
 class WorkerReady:
-    """The ready callback, worker → hive → queen. ``slots``: as in `WorkerInfo`."""
+    """The ready callback, worker → hive → queen. ``slots`` and ``pid``: as in `WorkerInfo`."""
 
     worker_id: str
     url: str
@@ -382,6 +382,7 @@ class WorkerReady:
     backend: str
     device: str
     slots: int = 0
+    pid: int = 0
 
 
 @attrs.frozen

@@ -30,4 +30,4 @@ answer=$(rbee-keeper infer --node "$host" "$@" --max-tokens 4) || { echo "the ne
 [ -n "$answer" ] || { echo "the next infer said nothing"; exit 1; }
 after=$(rbee-keeper worker list --json)
 [ "$(echo "$worker" | grep -o '"pid": *[0-9]*')" = "$(echo "$after" | grep -o '"pid": *[0-9]*')" ] ||
-    { echo "the worker was not reused"; exit 1; }
+    { echo "the worker was not reused: $worker, then $after"; exit 1; }

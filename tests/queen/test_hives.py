@@ -16,6 +16,7 @@ import trio.testing
 from rbee import __version__, guard
 from rbee.errors import ConflictError, MachineError, NotFoundError
 from rbee.home import Home, write_atomic
+from rbee.model import WorkerId
 from rbee.queen.hive import ENDS, SILENT, Hive
 from rbee.queen.hives import Hives, _Started
 from rbee.queen.machine import QueenSetup
@@ -26,7 +27,7 @@ from rbee.web.listener import open_listener
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import serve_http
 from rbee.wire import codec, messages, sse
-from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo
+from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo, WorkerReady
 from tests.journal import planted, process, write
 from tests.unkillable import unkillable
 
@@ -72,6 +73,30 @@ async def test_a_heartbeat_tells_how_a_hive_and_its_workers_stand(home: Home) ->
     assert told.workers == 2
     assert told.last_seen < 50
     assert list(hives.workers) == [BEAT.workers[0]]
+
+
+@pytest.mark.parametrize(
+    ("news", "known"),
+    [({}, ("ready", 9)), ({"state": "ready", "pid": 9, "running": 3}, ("ready", 9)),
+     ({"state": "failed"}, None), ({"state": "stopping"}, ("stopping", 8))],
+)  # fmt: skip
+async def test_a_worker_is_ready_unless_its_hive_has_told_more_meanwhile(
+    home: Home, news: dict[str, Any], known: tuple[str, int] | None
+) -> None:
+    hives = make_hives(home)
+    loading = attrs.evolve(WORKER, state="loading", pid=8)
+    hives.take_info(loading)
+
+    async def via(url: str) -> str:  # meanwhile
+        hives.take_info(attrs.evolve(loading, **news))
+        return url
+
+    told = WorkerReady(WORKER.worker_id, "http://127.0.0.1:1", "words", "cpu", "0", 4, pid=9)
+    async with open_client() as client:
+        await hives.take_ready(Hive(INFO, True, "secret", client, via=via), told)
+    info = hives.workers.get(WorkerId(WORKER.worker_id))
+    assert (info and (info.state, info.pid)) == known
+    assert info is None or info.running == news.get("running", 0)
 
 
 async def test_whether_a_hive_ends_is_known_when_it_is_gone_or_after_a_while(
