@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,9 +51,11 @@ print(json.dumps([before, int(os.read(reader, 9)), after, len(copies)]))
 @pytest.mark.slow
 def test_they_are_made_once_the_engine_was_forked(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny")
+    # An engine that ran in this process has left its own, which are gone.
+    places = {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(model)],
-        capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | places, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, in_the_engine, after, used = json.loads(done.stdout.splitlines()[-1])
