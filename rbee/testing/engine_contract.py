@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import trio
@@ -115,6 +115,18 @@ RULES: tuple[Rule, ...] = (
 )
 
 
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Undo what an engine does to its process: the next one would use directories that are gone."""
+    environ = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environ)
+        tempfile.tempdir = None
+
+
 @asynccontextmanager
 async def open_engine(kind: EngineKind, model_dir: str) -> AsyncGenerator[Engine, None]:
     """Load an engine with a context of `CONTEXT`; afterwards its processes are gone."""
@@ -123,7 +135,8 @@ async def open_engine(kind: EngineKind, model_dir: str) -> AsyncGenerator[Engine
         WorkerId("contract"), "contract", model_dir, engine=kind.name, max_model_len=CONTEXT
     )
     kind.check(spec)
-    with tempfile.TemporaryDirectory(prefix="rbee-c-", dir="/tmp") as run_dir:
+    directory = tempfile.TemporaryDirectory(prefix="rbee-c-", dir="/tmp")
+    with as_it_was(), directory as run_dir:
         with trio.fail_after(LOAD_LIMIT):
             opened = kind.open(spec, run_dir=run_dir, progress=lambda text, share=None: None)
             engine = await opened.__aenter__()
