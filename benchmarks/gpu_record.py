@@ -162,9 +162,9 @@ def told(exc: BaseException) -> str:
     return "\n".join([text, *getattr(exc, "__notes__", ())])
 
 
-def tails(logs: Path, count: int = LOGS) -> str:
+def tails(logs: Path, count: int = LOGS, names: str = "*.log") -> str:
     """Return the ends of the logs that were written last."""
-    newest = sorted(logs.glob("*.log"), key=lambda log: log.stat().st_mtime)[-count:]
+    newest = sorted(logs.glob(names), key=lambda log: log.stat().st_mtime)[-count:]
     return "\n".join(f"--- {log.name}\n{log_tail(log, LOG_END)}" for log in newest)
 
 

@@ -52,7 +52,7 @@ async def often(
     figures, ends = [], []
     for _ in range(rounds):
         figures.append(await once())
-        ends.append(tails(logs, 1) if logs else "")
+        ends.append(tails(logs, 1, "worker-*.log") if logs else "")
     samples = [one["seconds"] for one in figures]
     middle = statistics.median(samples)
     slow = [end for end, sample in zip(ends, samples, strict=True) if sample > 2 * middle]

@@ -312,7 +312,13 @@ class Hives(TaskOwner):
         """Note a worker's newest state once we know our way to it."""
         if info.owner == self._setup.id and info.state not in OVER:
             await hive.learn(info.url)
-        self.take_info(hive.at_node(info))
+        if info.state not in COMING or self._is_coming(info.worker_id):
+            self.take_info(hive.at_node(info))
+
+    def _is_coming(self, worker_id: str) -> bool:
+        """Tell whether a worker may load: its ready callback overtakes the news of its loading."""
+        known = self.workers.get(WorkerId(worker_id))
+        return known is None or known.state in COMING
 
     async def take_ready(self, hive: Hive, told: WorkerReady) -> None:
         """Note that a worker loads no more; what its hive told of it meanwhile is newer."""
@@ -321,14 +327,14 @@ class Hives(TaskOwner):
         if info is not None and info.state in COMING:
             ready = attrs.evolve(
                 info, state=WorkerState.READY.value, url=told.url, model=told.model_ref,
-                slots=told.slots, pid=told.pid or info.pid,
+                slots=told.slots, pid=told.pid or info.pid, progress="", share=None,
             )  # fmt: skip
             self.take_info(hive.at_node(ready))
 
     def _take_narration(self, told: WorkerNarration) -> None:
         self.narrations.send(told)
         info = self.workers.get(WorkerId(told.worker_id))
-        if info is not None and told.actor == "worker":  # its progress
+        if info is not None and info.state in COMING and told.actor == "worker":  # its progress
             self.take_info(attrs.evolve(info, progress=told.text, share=told.share))
 
     def _forget_others(self, hive: Hive, living: set[str]) -> None:

@@ -1,6 +1,6 @@
 """vLLM's copies of the tokenizer are made while its engine process loads, not before it starts.
 
-vLLM keeps a pool of copies, as a thread may not use a tokenizer that another one uses; each takes
+vLLM keeps a pool of copies, as a thread may not use a tokenizer that another one uses; a copy takes
 0.2 s (SmolLM2's). One that is not there when it is needed, vLLM makes then, so the pools may start
 empty.
 """
@@ -45,7 +45,7 @@ class Filling:
         self._wanted, self._threads = [], []
 
     def wait(self) -> None:
-        """Return when all is filled; without an engine that was forked, at once."""
+        """Return when all is filled; without an engine that was forked none is, and at once."""
         while self._threads:
             self._threads.pop().join()
 
@@ -56,8 +56,8 @@ filling = Filling()
 def _fill(pool: Any, copies: int) -> None:
     try:
         _borrow(pool, copies)
-    except Exception as exc:  # who needs one will fail, and say so
-        log.warning("the tokenizer cannot be copied: %s: %s", type(exc).__name__, exc)
+    except Exception:  # vLLM tries again when it needs one
+        log.warning("the pool of tokenizers is not filled", exc_info=True)
 
 
 def _borrow(pool: Any, copies: int) -> None:

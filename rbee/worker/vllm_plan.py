@@ -130,8 +130,8 @@ def environment(spec: WorkerSpec, run_dir: str) -> dict[str, str]:
 
 def own_kernels() -> str:
     """Return the directory in which Triton keeps compiled kernels where nobody says another."""
-    home = Path(os.environ.get("TRITON_HOME") or "~").expanduser()
-    return str(home / ".triton" / "cache")
+    home = os.environ.get("TRITON_HOME") or os.path.expanduser("~/")  # noqa: PTH111 (as Triton has it)
+    return str(Path(home, ".triton", "cache"))
 
 
 def offline() -> dict[str, str]:

@@ -27,7 +27,7 @@ from rbee.web.listener import open_listener
 from rbee.web.router import App, Emit, Request, Response, Stream, json_response
 from rbee.web.server import serve_http
 from rbee.wire import codec, messages, sse
-from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo, WorkerReady
+from rbee.wire.messages import Heartbeat, HiveInfo, WorkerInfo, WorkerNarration, WorkerReady
 from tests.journal import planted, process, write
 from tests.unkillable import unkillable
 
@@ -97,6 +97,20 @@ async def test_a_worker_is_ready_unless_its_hive_has_told_more_meanwhile(
     info = hives.workers.get(WorkerId(WORKER.worker_id))
     assert (info and (info.state, info.pid)) == known
     assert info is None or info.running == news.get("running", 0)
+
+
+@pytest.mark.parametrize("state", ["ready", "stopping"])
+async def test_older_news_does_not_make_a_worker_load_again(home: Home, state: str) -> None:
+    hives = make_hives(home)
+    known = attrs.evolve(WORKER, state=state, pid=9)
+    hives.take_info(known)
+    loading = attrs.evolve(WORKER, state="loading", pid=8)
+    told = WorkerNarration(WORKER.worker_id, "worker", "load", "weights", 0.5)
+    async with open_client() as client:
+        hive = Hive(INFO, True, "secret", client)
+        await hives._take(hive, "workerinfo", codec.dumps(loading).decode())
+        await hives._take(hive, "workernarration", codec.dumps(told).decode())
+    assert list(hives.workers) == [known]
 
 
 async def test_whether_a_hive_ends_is_known_when_it_is_gone_or_after_a_while(
