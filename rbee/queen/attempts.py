@@ -49,7 +49,7 @@ class Attempt:
 
     def tell(self, narration: Narration) -> None:
         self.heard = trio.current_time()
-        self.is_reached |= narration.action not in ON_THE_WAY
+        self.is_reached = narration.action not in ON_THE_WAY  # not any more, if it was lost again
         for narrate in self._listeners:
             narrate(narration)
 

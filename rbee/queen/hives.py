@@ -56,6 +56,7 @@ ENDS = 0.5  # seconds for the word that a hive has ended, not a firewall closed 
 KEPT_FAILURES = 100
 LEFT_AGAIN = 2.0  # seconds between two tries to end what is left of a hive
 BETWEEN = 0.2  # seconds that each of them takes at most
+LOST = "connection_lost"  # as `rbee.ssh.ConnectionLostError` says it, which is not loaded yet
 COMING = frozenset({WorkerState.STARTED.value, WorkerState.LOADING.value})
 OVER = frozenset({WorkerState.STOPPED.value, WorkerState.FAILED.value})
 
@@ -197,6 +198,19 @@ class Hives(TaskOwner):
         del self._left[info.hive_id]
 
     async def _run(self, node: str, narrate: Narrate, status: _Started) -> None:
+        """Reach a node's hive and use it; once more if the node is lost before it is usable."""
+        try:
+            await self._reach(node, narrate, status)
+            return
+        except* RbeeError as group:
+            error = next(leaves(group))
+            if status.done or getattr(error, "code", "") != LOST:
+                raise
+            narrate(Narration("queen", "connect", f"once more, since {error}"))
+        # What it may have left there is waited for, as after any hive that was lost.
+        await self._reach(node, narrate, status)
+
+    async def _reach(self, node: str, narrate: Narrate, status: _Started) -> None:
         async with self.machines.connect(node, narrate) as machine:
             found = await machine.find_hive()
             if found is not None:

@@ -80,6 +80,24 @@ def gated(host: Host) -> str:
     return plant(host, f"#!/bin/sh\n{script}\n", "gated")
 
 
+def test_a_node_that_is_lost_while_its_hive_starts_is_used_all_the_same(
+    hosts: Hosts, nonce: str
+) -> None:
+    mac = hosts["mac"]
+    (mac.home / "gate").unlink(missing_ok=True)
+    with someone("me", hosts, nonce) as me:
+        register(me.home, mac.name, rbee_path=gated(mac))
+        line = (MODEL, "--node", mac.name, *SHORT)
+        with standing_queen(me), running_infer(*line, env=me.environ) as starting:
+            wait_for(lambda: titles(mac).count("rbee-guard") == 2, 30)
+            mac.kill_sessions()
+            (mac.home / "gate").touch()
+            done = starting.end()
+            assert (done.code, done.out) == (0, "hello bee hello bee\n"), done.err
+            assert "connect once more, since the connection to node mac is lost" in done.err
+            assert "until nothing of the hive that was lost on mac can be left" in done.err
+
+
 def test_a_dead_node_holds_up_no_other(me: User, nodes: tuple[Host, Host]) -> None:
     dead, alive = nodes
     dead.partition()

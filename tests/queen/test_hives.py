@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import trio
 import trio.testing
 
 from rbee import __version__, guard
-from rbee.errors import ConflictError, MachineError, NotFoundError
+from rbee.errors import ConflictError, MachineError, NotFoundError, PeerError
 from rbee.home import Home, write_atomic
 from rbee.model import WorkerId
 from rbee.queen.hive import ENDS, SILENT, Hive
@@ -206,6 +206,44 @@ async def test_an_operators_hive_that_is_frozen_is_not_lost(
             assert hives.running("localhost") is hive
             assert owners == {"queen-1"}  # no goodbye, which would end its workers when it thaws
         assert owners == set()
+
+
+# reaching -----------------------------------------------------------------------------------------
+def lost() -> ExceptionGroup[Exception]:
+    return ExceptionGroup("as a nursery raises it", [PeerError("lost", code="connection_lost")])
+
+
+@pytest.mark.parametrize(
+    ("errors", "is_reached", "tries"),
+    [
+        ([lost()], True, 2),
+        ([lost(), lost()], False, 2),
+        ([PeerError("no address", code="unreachable")], False, 1),
+    ],
+)
+async def test_a_node_that_is_lost_before_its_hive_is_usable_is_reached_once_more(
+    home: Home, monkeypatch: pytest.MonkeyPatch, errors: list[Exception], is_reached: bool,
+    tries: int,
+) -> None:  # fmt: skip
+    tried: list[str] = []
+
+    async def reach(self: Hives, node: str, narrate: object, status: Any) -> None:
+        tried.append(node)
+        if errors:
+            raise errors.pop(0)
+        async with open_client() as client:
+            hive = self._hives[node] = Hive(INFO, True, "secret", client, status.scope)
+            status.started(hive)
+            raise lost()  # later: it was in use, and whoever used it is told
+
+    monkeypatch.setattr(Hives, "_reach", reach)
+    hives = make_hives(home)
+    async with hives.open():
+        with nullcontext() if is_reached else pytest.raises(PeerError):
+            await hives.get("localhost", lambda narration: None)
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(tried) == tries
+    assert hives.infos() == []
 
 
 # stopping -----------------------------------------------------------------------------------------
