@@ -167,6 +167,22 @@ async def test_a_node_that_was_reached_may_take_longer_to_tell_more(
         assert attempts.silent("mac") == waited - 2
 
 
+async def test_a_node_that_was_lost_again_is_not_one_that_was_reached(
+    autojump_clock: trio.abc.Clock,
+) -> None:
+    async with open_attempts(seconds={"mac": 99}) as (attempts, nodes):
+
+        async def tell() -> None:
+            await trio.sleep(2)
+            for action in ("start", "connect"):
+                attempts.begin("mac").tell(Narration("queen", action, "mac"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell)
+            assert (await first(attempts, "mac", "linux"))[0] == "linux-2"
+        assert nodes.tried[1] == (2 + PATIENCE, "linux")
+
+
 async def test_a_slow_node_is_taken_if_it_is_quicker_after_all(
     autojump_clock: trio.abc.Clock,
 ) -> None:
