@@ -345,6 +345,7 @@ def test_an_error_of_a_cold_start_leaves_nothing(leaks: LeakCheck) -> None:
     clean(leaks, 1)
 
 
+@pytest.mark.usefixtures("home")
 def test_for_a_model_that_nobody_knows_nothing_is_started() -> None:
     done = infer("nosuch", "--engine", "vllm")
     done.check_refusal("no model is called 'nosuch'")

@@ -546,11 +546,12 @@ def _arrived(home: Home) -> int:
 
 @pytest.mark.slow
 async def test_a_pull_waits_for_another_process_and_uses_what_that_fetched(
-    get: Get, hub: HubServer, repo: Repo, home: Home, in_thread: Children, narrate: Any
-) -> None:
+    get: Get, hub: HubServer, repo: Repo, home: Home, short_path: Path, in_thread: Children,
+    narrate: Any,
+) -> None:  # fmt: skip
     hub.faults[WEIGHTS] = [Fault("stall", at=1000)]
     code = "from rbee.keeper.app import main; main()"
-    env = {**os.environ, "RBEE_HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.run.parent)}
+    env = {**os.environ, "RBEE_HOME": str(home.root), "XDG_RUNTIME_DIR": str(short_path)}
     other = subprocess.Popen([sys.executable, "-c", code, "model", "pull", "hf:org/tiny"], env=env)
     try:
         with trio.fail_after(20):

@@ -218,6 +218,7 @@ def lost() -> ExceptionGroup[Exception]:
     [
         ([lost()], True, 2),
         ([lost(), lost()], False, 2),
+        ([], True, 1),
         ([PeerError("no address", code="unreachable")], False, 1),
     ],
 )
